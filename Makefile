@@ -1,0 +1,62 @@
+# The index of this project for a newcomer. Every target sets up what it needs in $(VENV).
+#
+#   make report    train small models, accelerate them and real ones, write report/index.html
+#   make test      all tests
+#   make install   .venv with lamina in it
+#   make bench     the benchmark suite, and each promised ratio met or missed
+#   make lint      ruff and clang-format
+#   make sanitize  op tests on a build with address and undefined-behaviour sanitizers
+#   make clean     remove what the others made
+#
+# Overridable: PYTHON, VENV, TORCH (a pip requirement; the default is the CPU build the project is developed on).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -path '*/__pycache__/*' -not -name '*.so')
+
+.PHONY: install report test bench lint sanitize clean
+
+install: $(VENV)/.installed
+
+report: $(VENV)/.installed
+	$(BIN)/lamina report --out report
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/lamina bench --targets benchmarks/targets.toml
+
+lint: $(VENV)/.linted
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# The sanitized module goes to a folder of its own, which comes first on the path.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --upgrade --target $(SANITIZED)/site . \
+	  -C build-dir=$(SANITIZED)/cmake -C cmake.define.LAMINA_SANITIZE=ON -C cmake.define.LAMINA_CUDA=OFF
+	PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest tests/ops tests/test_every_isa.py -q -k "not compile and not export and not subprocess"
+
+clean:
+	rm -rf build report $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# torch comes first and by exact version: lamina itself asks for any torch from 2.10 on.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install ".[test]"
+	touch $@
+
+$(VENV)/.linted: $(VENV)/.torch
+	$(BIN)/pip install -q ruff clang-format
+	touch $@

@@ -1,0 +1,52 @@
+// lamina._C: what the compiled module offers, in one list. Every function releases the GIL; arguments are checked in
+// csrc/ops, which knows nothing of Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/tensor_view.h"
+#include "cpu/dispatch.h"
+#include "ops/attention.h"
+#include "ops/int8_linear.h"
+#include "ops/parallel.h"
+#include "ops/peak_probe.h"
+#include "ops/workspace.h"
+#ifdef LAMINA_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+using namespace lamina;
+
+PYBIND11_MODULE(_C, m) {
+  check_kernel_records();
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  m.def("active_isa", [] { return isa_name(active_isa()); });
+  m.def("force_isa", &force_isa);
+  m.def("last_isa", [] { return isa_name(last_isa()); });
+  m.def("poison_workspace", &WorkspaceFrame::set_poison);
+  m.def("max_threads", [] { return max_threads(); });
+
+  m.def("probe_peak", &probe_peak, no_gil, py::arg("kind"), py::arg("threads"), py::arg("seconds"));
+  m.def("probe_read_bandwidth", &probe_read_bandwidth, no_gil, py::arg("bytes"), py::arg("threads"),
+        py::arg("seconds"));
+
+  m.def("attention", &attention, no_gil);
+
+  m.def("int8_linear", &int8_linear, no_gil);
+  m.def("int8_linear_pack", &int8_linear_pack, no_gil);
+  m.def("int8_linear_unpack", &int8_linear_unpack, no_gil);
+  m.def("int8_linear_packed_size", &int8_linear_packed_size);
+
+#ifdef LAMINA_WITH_CUDA
+  m.attr("with_cuda") = true;
+  m.def("cuda_devices", &cuda_devices, no_gil);
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

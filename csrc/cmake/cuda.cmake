@@ -1,0 +1,28 @@
+# Compiles csrc/cuda/*.cu into the module _C when LAMINA_CUDA is ON, or AUTO and nvcc is found.
+# The CUDA runtime is linked statically: the module then loads on machines without a driver.
+# Included, not called: enable_language only works at the scope of the project.
+string(TOUPPER "${LAMINA_CUDA}" lamina_cuda)
+set(lamina_with_cuda FALSE)
+if(NOT lamina_cuda MATCHES "^(OFF|0|FALSE|NO)$")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(lamina_with_cuda TRUE)
+  elseif(NOT lamina_cuda STREQUAL "AUTO")
+    message(FATAL_ERROR "LAMINA_CUDA=${LAMINA_CUDA}, but nvcc was not found; install the CUDA toolkit or set it OFF")
+  endif()
+endif()
+message(STATUS "lamina: CUDA kernels ${lamina_with_cuda} (LAMINA_CUDA=${LAMINA_CUDA})")
+
+if(lamina_with_cuda)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100-real)
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  file(GLOB lamina_cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+  target_sources(_C PRIVATE ${lamina_cuda_sources})
+  set_target_properties(_C PROPERTIES CUDA_STANDARD 20 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+  target_compile_definitions(_C PRIVATE LAMINA_WITH_CUDA)
+  target_link_libraries(_C PRIVATE CUDA::cudart_static)
+endif()

@@ -1,0 +1,27 @@
+// int8_gemm in plain C++: the variant that exists everywhere, and the one the others are compared with bit by bit.
+#include "cpu/kernels/int8_tile.h"
+
+namespace lamina::LAMINA_ISA {
+namespace {
+
+template <class Out>
+void int8_gemm(const Int8GemmArgs<Out>& a) {
+  int32_t sums[tuning::kInt8PanelChannels];
+  for (int64_t row = 0; row < a.rows; ++row) {
+    for (int n = 0; n < a.width; ++n) sums[n] = 0;
+    for (int64_t k = 0; k < a.k_padded; k += 4) {
+      const uint8_t* x = a.codes + row * a.ld_codes + k;
+      const int8_t* w = a.panel + k * a.width;
+      for (int n = 0; n < a.width; ++n) {
+        sums[n] += x[0] * w[4 * n] + x[1] * w[4 * n + 1] + x[2] * w[4 * n + 2] + x[3] * w[4 * n + 3];
+      }
+    }
+    finish_tile(a, sums, row, 1);
+  }
+}
+
+REGISTER_KERNEL(int8_gemm_f32_table, int8_gemm<float>);
+REGISTER_KERNEL(int8_gemm_bf16_table, int8_gemm<bf16>);
+
+}  // namespace
+}  // namespace lamina::LAMINA_ISA

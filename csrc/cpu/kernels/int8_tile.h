@@ -1,0 +1,59 @@
+// The part of int8_gemm that every ISA shares: balanced row tiles, and the epilogue of one tile.
+#pragma once
+
+#include "cpu/kernels/int8_gemm.h"
+#include "cpu/tuning.h"
+#include "cpu/vec/math.h"
+
+namespace lamina::LAMINA_ISA {
+namespace {
+
+template <Activation A>
+LAMINA_INLINE F32 activate(F32 x) {
+  if constexpr (A == Activation::relu) return max(zero(), x);  // in this order a NaN stays
+  if constexpr (A == Activation::gelu) return gelu_erf(x);
+  if constexpr (A == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (A == Activation::silu) return silu(x);
+  return x;
+}
+
+template <Activation A, class Out>
+void finish_rows(const Int8GemmArgs<Out>& a, const int32_t* sums, int64_t row, int rows) {
+  for (int c = 0; c < a.channels; c += F32::lanes) {
+    const int n = a.channels - c < F32::lanes ? a.channels - c : F32::lanes;
+    const I32 compensation = load_i32(a.compensation + c);
+    const F32 w_scale = load_up_to(a.w_scales + c, n);
+    const F32 bias = a.bias ? load_up_to(a.bias + c, n) : zero();
+    for (int r = 0; r < rows; ++r) {
+      const F32 sum = to_float(load_i32(sums + r * a.width + c) - compensation);
+      const F32 y = fmadd(sum * w_scale, set1(a.x_scales[row + r]), bias);
+      store_up_to(a.out + (row + r) * a.ldo + c, activate<A>(y), n);
+    }
+  }
+}
+
+// sums [rows, width] of the rows from `row` on -> out.
+template <class Out>
+void finish_tile(const Int8GemmArgs<Out>& a, const int32_t* sums, int64_t row, int rows) {
+  switch (a.activation) {
+    case Activation::none: return finish_rows<Activation::none>(a, sums, row, rows);
+    case Activation::relu: return finish_rows<Activation::relu>(a, sums, row, rows);
+    case Activation::gelu: return finish_rows<Activation::gelu>(a, sums, row, rows);
+    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(a, sums, row, rows);
+    case Activation::silu: return finish_rows<Activation::silu>(a, sums, row, rows);
+  }
+}
+
+// Calls tile(row, count) over [0, rows) with counts that differ by at most one: 8 rows as 4 + 4, not as 6 + 2.
+template <class Tile>
+LAMINA_INLINE void for_balanced_tiles(int64_t rows, int most, const Tile& tile) {
+  const int64_t tiles = (rows + most - 1) / most;
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int count = int((rows - row + tiles - t - 1) / (tiles - t));
+    tile(row, count);
+    row += count;
+  }
+}
+
+}  // namespace
+}  // namespace lamina::LAMINA_ISA

@@ -1,0 +1,40 @@
+// Every tuned number of the CPU kernels, with its reason. Measured on Zen 4 unless it says otherwise.
+#pragma once
+
+namespace lamina::tuning {
+
+// -- int8_gemm
+
+// Output channels of one packed weight panel: four 512-bit registers of int32. With six rows that makes the 6x4 tile
+// (24 accumulators, 4 weights, 1 activation of 32 registers); 1-wide and less than 4-high tiles lose 10% and more.
+inline constexpr int kInt8PanelChannels = 64;
+
+// Bytes behind each quantized row, so that rows do not start a multiple of 4096 apart and fight for the same L1 sets.
+inline constexpr int kInt8RowPadding = 64;
+
+// Rows whose quantized form is kept in L2 while a panel of weights passes over them: 256 rows of 1024 bytes are a
+// quarter of 1 MiB, which leaves room for the panel and its successor.
+inline constexpr int kInt8RowBlockBytes = 256 * 1024;
+
+// Fewer multiply-adds than this are not worth waking a second thread for (about 5 us at the VNNI peak of one core).
+inline constexpr long kInt8WorkPerThread = 1L << 20;
+
+// -- attention
+
+// Keys that go by between two steps of the online softmax. With 64 rows their scores are 64 KiB, as are K and V at head
+// size 64: a quarter of L2 together. 128 and 512 are 3 to 6% slower.
+inline constexpr int kAttentionChunk = 256;
+
+// A rest of up to 64 keys joins the last chunk: a chunk of its own would rescale all sums for a few keys.
+inline constexpr int kAttentionMaxChunk = kAttentionChunk + 64;
+
+// Query rows of one task: four 512-bit vectors, the wide side of the score tile. Narrower ISAs take several blocks.
+inline constexpr int kAttentionTaskRows = 64;
+
+// Sizes the scratch memory; models in use stop at 256.
+inline constexpr int kAttentionMaxHeadSize = 256;
+
+// Fewer multiply-adds than this are not worth waking a second thread for (about 5 us at the FMA peak of one core).
+inline constexpr long kAttentionWorkPerThread = 1L << 18;
+
+}  // namespace lamina::tuning

@@ -1,0 +1,163 @@
+// Eight lanes in ymm registers: AVX2 with FMA.
+#pragma once
+
+#include <immintrin.h>
+
+namespace lamina::LAMINA_ISA {
+namespace {
+
+struct F32 {
+  static constexpr int lanes = 8;
+  static constexpr int registers = 16;
+  __m256 r;
+};
+struct I32 {
+  __m256i r;
+};
+struct Mask {
+  __m256 r;
+};
+
+LAMINA_INLINE F32 set1(float x) { return {_mm256_set1_ps(x)}; }
+LAMINA_INLINE F32 zero() { return {_mm256_setzero_ps()}; }
+LAMINA_INLINE F32 iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+
+// All ones in the first n lanes.
+LAMINA_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+LAMINA_INLINE F32 from_bf16(__m128i x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
+LAMINA_INLINE __m128i to_bf16(F32 x) {
+  const __m256i b = _mm256_castps_si256(x.r);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(b, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.r, x.r, _CMP_UNORD_Q));
+  const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+}
+
+LAMINA_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+LAMINA_INLINE F32 load(const bf16* p) { return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+LAMINA_INLINE F32 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+LAMINA_INLINE F32 load_n(const bf16* p, int n) {
+  alignas(16) uint16_t t[8] = {0};
+  memcpy(t, p, size_t(n) * 2);
+  return from_bf16(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
+}
+
+LAMINA_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.r); }
+LAMINA_INLINE void store(bf16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
+LAMINA_INLINE void store_n(float* p, F32 x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x.r); }
+LAMINA_INLINE void store_n(bf16* p, F32 x, int n) {
+  alignas(16) uint16_t t[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(t), to_bf16(x));
+  memcpy(p, t, size_t(n) * 2);
+}
+
+LAMINA_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.r, b.r)}; }
+LAMINA_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.r, b.r)}; }
+LAMINA_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.r, b.r)}; }
+LAMINA_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.r, b.r)}; }
+LAMINA_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.r, b.r, c.r)}; }
+LAMINA_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.r, b.r)}; }
+LAMINA_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.r, b.r)}; }
+
+LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
+LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.r, b.r)}; }
+LAMINA_INLINE Mask all_lanes() { return {_mm256_castsi256_ps(_mm256_set1_epi32(-1))}; }
+LAMINA_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.r) == 0xff; }
+// True where the byte is not zero; lanes from n on are false.
+LAMINA_INLINE Mask load_bools(const uint8_t* p, int n) {
+  uint64_t bytes = 0;
+  memcpy(&bytes, p, size_t(n));
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()))};
+}
+LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.r, a.r, m.r)}; }
+
+LAMINA_INLINE F32 round_even(F32 x) {
+  return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+// p * 2^n for integer-valued n; n below -126 gives 0.
+LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {
+  const __m256i e = _mm256_cvtps_epi32(_mm256_max_ps(n.r, _mm256_set1_ps(-127.0f)));
+  const __m256i factor = _mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(p.r, _mm256_castsi256_ps(factor))};
+}
+
+LAMINA_INLINE F32 reciprocal(F32 x) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), x.r)}; }
+
+// The lanes x lanes matrix whose rows are r becomes its transpose.
+LAMINA_INLINE void transpose(F32 (&r)[8]) {
+  __m256 t[8];
+  LAMINA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const __m256 low01 = _mm256_unpacklo_ps(r[4 * i].r, r[4 * i + 1].r);
+    const __m256 high01 = _mm256_unpackhi_ps(r[4 * i].r, r[4 * i + 1].r);
+    const __m256 low23 = _mm256_unpacklo_ps(r[4 * i + 2].r, r[4 * i + 3].r);
+    const __m256 high23 = _mm256_unpackhi_ps(r[4 * i + 2].r, r[4 * i + 3].r);
+    t[4 * i] = _mm256_shuffle_ps(low01, low23, 0x44);
+    t[4 * i + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+    t[4 * i + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+    t[4 * i + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+  }
+  LAMINA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    r[i].r = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
+    r[4 + i].r = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+  }
+}
+
+// Lane i is the sum of the lanes of x[i].
+LAMINA_INLINE F32 reduce_add_each(const F32 (&x)[8]) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0].r, x[1].r), _mm256_hadd_ps(x[2].r, x[3].r));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4].r, x[5].r), _mm256_hadd_ps(x[6].r, x[7].r));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
+
+LAMINA_INLINE float reduce_max(F32 x) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x.r), _mm256_extractf128_ps(x.r, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+LAMINA_INLINE float reduce_add(F32 x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.r), _mm256_extractf128_ps(x.r, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm256_set1_epi32(x)}; }
+LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.r, b.r)}; }
+LAMINA_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.r)}; }
+LAMINA_INLINE I32 abs_bits(F32 x) {
+  return {_mm256_and_si256(_mm256_castps_si256(x.r), _mm256_set1_epi32(0x7fffffff))};
+}
+LAMINA_INLINE I32 max(I32 a, I32 b) { return {_mm256_max_epi32(a.r, b.r)}; }
+LAMINA_INLINE int32_t reduce_max(I32 x) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x.r), _mm256_extracti128_si256(x.r, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+
+// n <= lanes int8 codes with an offset of 128: round half to even, saturate to [-128, 127], add 128.
+LAMINA_INLINE void store_codes(uint8_t* p, F32 x, int n) {
+  const __m256i i = _mm256_cvtps_epi32(x.r);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+  const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(char(0x80)));
+  if (n == 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  } else {
+    alignas(16) uint8_t t[16];
+    _mm_store_si128(reinterpret_cast<__m128i*>(t), bytes);
+    memcpy(p, t, size_t(n));
+  }
+}
+
+}  // namespace
+}  // namespace lamina::LAMINA_ISA

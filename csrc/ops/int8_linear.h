@@ -1,0 +1,29 @@
+// A linear layer with int8 weights: activations are quantized per row on the way in, sums are exact, and scale, bias and
+// activation are applied on the way out. See cpu/kernels/int8_gemm.h for the formula.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "ops/tensor.h"
+
+namespace lamina {
+
+// Bytes of the packed form of an int8 weight [n, k]: panels of 64 channels, [k / 4][channels][4], the last panel narrower
+// (a multiple of 16), k padded to a multiple of 4.
+int64_t int8_linear_packed_size(int64_t n, int64_t k);
+
+// weight [n, k] int8 in [-127, 127], scale [n] float32 -> data [packed_size] int8, compensation [n rounded up to 16]
+// int32 (see [NOTE] s8s8 compensation in cpu/kernels/int8_gemm.h). Refuses scales that are not finite.
+void int8_linear_pack(const TensorView& weight, const TensorView& scale, const TensorView& data,
+                      const TensorView& compensation);
+
+// The inverse: data -> weight [n, k].
+void int8_linear_unpack(const TensorView& data, const TensorView& weight);
+
+// x [m, k] float32 or bfloat16, any strides; scale [n] float32; bias [n] float32 or bfloat16; out [m, n] of x's dtype,
+// rows contiguous. activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+void int8_linear(const TensorView& x, const TensorView& data, const TensorView& scale, const TensorView& compensation,
+                 const std::optional<TensorView>& bias, const std::string& activation, const TensorView& out);
+
+}  // namespace lamina

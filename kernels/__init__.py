@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Importable without triton: kernels are compiled when they are first called."""
