@@ -1,0 +1,40 @@
+"""lamina: compiled kernels that drop into PyTorch models.
+
+    fast = lamina.accelerate(model, example_inputs)   # measured, verified, never slower
+    report = lamina.swap_(model, lamina.Int8Dynamic())  # the plain rewrite, in place
+
+Importing lamina never initialises CUDA and needs no network.
+"""
+
+from importlib.metadata import version as _version
+
+from lamina import integrations, nn, ops, quant, reference
+from lamina._backends import force_isa, info
+from lamina.accelerate import Accelerated, accelerate
+from lamina.configs import FusedAttention, Int8Dynamic
+from lamina.errors import FormatError
+from lamina.serialization import load_, save
+from lamina.swap import LayerDecision, SwapReport, swap_
+
+__version__ = _version("lamina")
+
+__all__ = [
+    "Accelerated",
+    "FormatError",
+    "FusedAttention",
+    "Int8Dynamic",
+    "LayerDecision",
+    "SwapReport",
+    "__version__",
+    "accelerate",
+    "force_isa",
+    "info",
+    "integrations",
+    "load_",
+    "nn",
+    "ops",
+    "quant",
+    "reference",
+    "save",
+    "swap_",
+]

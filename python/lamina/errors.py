@@ -1,0 +1,5 @@
+"""The exceptions lamina raises beyond Python's own."""
+
+
+class FormatError(ValueError):
+    """A file is truncated, foreign, damaged or from a newer version of lamina; nothing was changed."""

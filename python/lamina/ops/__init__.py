@@ -1,0 +1,6 @@
+"""Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
+
+from lamina.ops.attention import attention
+from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
+
+__all__ = ["PackedInt8Weight", "attention", "int8_linear", "pack_int8_weight", "unpack_int8_weight"]

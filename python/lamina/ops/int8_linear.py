@@ -1,0 +1,103 @@
+"""int8_linear: a linear layer with int8 weights and activations quantized per row inside the op."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamina import _C
+from lamina.ops.library import define
+from lamina.quant.weights import quantize_weight
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+class PackedInt8Weight(NamedTuple):
+    """An int8 weight [N, K] in the order the kernels read it. One layout serves every instruction set.
+
+    data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32 [N rounded up to 16].
+    """
+
+    data: Tensor
+    scale: Tensor
+    compensation: Tensor
+
+
+def pack_int8_weight(weight: Tensor, scale: Tensor | None = None) -> PackedInt8Weight:
+    """Pack a weight [N, K] for `int8_linear`.
+
+    `weight` is floating point and quantized per output channel here (symmetric, [-127, 127]), or int8 with its `scale`
+    [N]. Raises ValueError for NaN or infinite values or scales and for codes of -128.
+
+    >>> packed = lamina.ops.pack_int8_weight(torch.randn(3072, 768))
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"pack_int8_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
+    if weight.is_floating_point():
+        if scale is not None:
+            raise ValueError("pack_int8_weight: scale goes with an int8 weight, but the weight is floating point")
+        weight, scale = quantize_weight(weight.detach())
+    elif scale is None:
+        raise ValueError("pack_int8_weight: an int8 weight needs its scale")
+    n, k = weight.shape
+    packed = PackedInt8Weight(
+        data=torch.empty(_C.int8_linear_packed_size(n, k), dtype=torch.int8),
+        scale=scale.detach().to(torch.float32).contiguous().clone(),
+        compensation=torch.empty((n + 15) // 16 * 16, dtype=torch.int32),
+    )
+    _C.int8_linear_pack(weight.contiguous(), packed.scale, packed.data, packed.compensation)
+    return packed
+
+
+def unpack_int8_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
+    """The int8 codes [N, in_features] of a packed weight; `pack_int8_weight(codes, packed.scale)` is the inverse."""
+    weight = torch.empty(packed.scale.shape[0], in_features, dtype=torch.int8)
+    _C.int8_linear_unpack(packed.data, weight)
+    return weight
+
+
+def _cpu(
+    x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], scale.shape[0])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    out_rows = out if out.ndim == 2 else out.view(rows.shape[0], scale.shape[0])
+    _C.int8_linear(rows, data, scale, compensation, bias, activation, out_rows)
+    return out
+
+
+def _fake(
+    x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    torch._check(x.ndim >= 1, lambda: "int8_linear: x must have at least one dimension")
+    torch._check(x.dtype in (torch.float32, torch.bfloat16), lambda: f"int8_linear: x is {x.dtype}")
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+int8_linear_op = define(
+    "int8_linear(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def int8_linear(
+    x: Tensor, packed_weight: PackedInt8Weight, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """`activation(x @ weight.T + bias)` with int8 arithmetic.
+
+    Each row of `x` is quantized symmetrically to int8 (scale = max|row| / 127, round half to even), products are summed
+    exactly in int32, and scales, bias and activation are applied in float32. A row that holds NaN or infinity gives NaN.
+    No gradient: the op is for inference.
+
+    Args:
+        x: [..., K] float32 or bfloat16, any strides.
+        packed_weight: from `pack_int8_weight` of a weight [N, K].
+        bias: [N] float32 or bfloat16.
+        activation: None, "relu", "gelu" (exact, within 6e-6), "gelu_tanh" or "silu".
+
+    Returns [..., N] of x's dtype. Raises ValueError when shapes or dtypes do not fit.
+
+    >>> y = lamina.ops.int8_linear(x, lamina.ops.pack_int8_weight(linear.weight), linear.bias, activation="gelu")
+    """
+    return int8_linear_op(x, *packed_weight, bias, activation or "none")

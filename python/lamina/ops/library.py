@@ -1,0 +1,28 @@
+"""The `lamina` operator namespace.
+
+Ops are registered with `torch.library.Library`, not `custom_op`: a call through the dispatcher costs about 3 us instead
+of 6 to 13 us.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("lamina", "DEF")
+
+
+def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | None = None) -> torch._ops.OpOverload:
+    """Define `lamina::<schema>` with its CPU and fake implementation; returns the op to call.
+
+    `autograd(ctx-style setup)` is passed as a `(backward, setup_context)` pair to `torch.library.register_autograd`.
+
+    >>> int8_linear = define("int8_linear(Tensor x, ...) -> Tensor", cpu=_int8_linear_cpu, fake=_int8_linear_fake)
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"lamina::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(f"lamina::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.lamina, name).default

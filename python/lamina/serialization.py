@@ -1,0 +1,175 @@
+"""save and load_: safetensors with JSON metadata, never pickle.
+
+The file is an ordinary safetensors file. Its metadata has one key, "lamina", with JSON: the format's version, the layers
+that are not the float originals (name -> type and arguments), aliases of tensors that share memory, and the caller's own
+metadata.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lamina.errors import FormatError
+from lamina.nn.int8_linear import Int8Linear
+
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the model's state to `path`, with what `load_` needs to rebuild lamina's layers.
+
+    The file appears whole or not at all. `metadata` is kept and returned by `load_`.
+
+    >>> lamina.save(fast.model, "model.safetensors")
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"save: '{name}' in the state_dict is a {type(tensor).__name__}, not a tensor")
+        tensor = tensor.detach().cpu()
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and where in seen:
+            aliases[name] = seen[where]
+            continue
+        seen[where] = name
+        tensors[name] = tensor.contiguous()
+    layers = {
+        fqn: {"type": "Int8Linear", "activation": module.activation}
+        for fqn, module in model.named_modules()
+        if isinstance(module, Int8Linear)
+    }
+    header = {"version": FORMAT_VERSION, "layers": layers, "aliases": aliases, "metadata": dict(metadata or {})}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"lamina": json.dumps(header)})
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
+    """Load a file written by `save` into `model`, in place; returns the metadata given to `save`.
+
+    `model` is the float model or one already swapped: nn.Linear layers become Int8Linear where the file has them.
+
+    Raises FileNotFoundError, and FormatError if the file is truncated, foreign, from a newer lamina or does not fit the
+    model. Everything is checked first: on an error the model is as it was.
+
+    >>> model = lamina.models.create("lenet"); lamina.load_(model, "model.safetensors")
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    replacements = _build_layers(model, path, header["layers"], tensors)
+    # Everything else must match by name and shape before anything is copied.
+    inside = tuple(f"{fqn}." for fqn in replacements)
+    rest = {name: t for name, t in tensors.items() if not name.startswith(inside)} if inside else tensors
+    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if not (inside and name.startswith(inside))}
+    quantized_here = {
+        f"{fqn}.weight_scale"
+        for fqn, module in model.named_modules()
+        if isinstance(module, Int8Linear) and fqn not in replacements
+    }
+    missing = sorted(own.keys() - rest.keys() - quantized_here)
+    surplus = sorted(rest.keys() - own.keys())
+    if missing or surplus:
+        raise FormatError(f"{path.name} does not fit this model: {_names('lacks', missing)}{_names('has', surplus)}")
+    for name, tensor in rest.items():
+        if tensor.shape != own[name].shape:
+            raise FormatError(
+                f"{path.name} does not fit this model: {name} is {list(tensor.shape)}, "
+                f"but {list(own[name].shape)} in the model"
+            )
+
+    for fqn, layer in replacements.items():
+        parent, _, child = fqn.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.train(model.get_submodule(fqn).training))
+    model.load_state_dict(rest, strict=False)
+    return header["metadata"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lamina")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{path.name} is truncated or no safetensors file: {error}") from None
+    if text is None:
+        raise FormatError(f"{path.name} was not written by lamina.save; load it with safetensors.torch.load_model")
+    try:
+        header = json.loads(text)
+        version = header["version"]
+        if version > FORMAT_VERSION:
+            raise FormatError(
+                f"{path.name} has format version {version}, but this lamina reads up to {FORMAT_VERSION}; update lamina"
+            )
+        for alias, name in header["aliases"].items():
+            tensors[alias] = tensors[name]
+        return {"layers": dict(header["layers"]), "metadata": dict(header["metadata"])}, tensors
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path.name} has damaged lamina metadata: {error!r}") from None
+
+
+def _build_layers(
+    model: nn.Module, path: Path, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """The lamina layers of the file, loaded, but not yet in the model."""
+    built: dict[str, nn.Module] = {}
+    for fqn, spec in layers.items():
+        try:
+            kind, activation = spec["type"], spec["activation"]
+            target = model.get_submodule(fqn)
+            weight = tensors[f"{fqn}.weight"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {error}") from None
+        if kind != "Int8Linear":
+            raise FormatError(f"{path.name}: layer '{fqn}' is a '{kind}', which this lamina does not know")
+        if not isinstance(target, nn.Linear):
+            raise FormatError(f"{path.name} does not fit this model: '{fqn}' is a {type(target).__name__}")
+        if not fqn or tuple(weight.shape) != (target.out_features, target.in_features):
+            raise FormatError(
+                f"{path.name} does not fit this model: {fqn}.weight is {list(weight.shape)}, "
+                f"but [{target.out_features}, {target.in_features}] in the model"
+            )
+        state = {name.removeprefix(f"{fqn}."): t for name, t in tensors.items() if name.startswith(f"{fqn}.")}
+        dtype = torch.float32 if target.bias is None else target.bias.dtype
+        try:
+            layer = Int8Linear(
+                target.in_features, target.out_features, bias=target.bias is not None, dtype=dtype, activation=activation
+            )
+            layer.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {error}") from None
+        built[fqn] = layer
+    return built
+
+
+def _names(verb: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"it {verb} {', '.join(names[:3])}{more}; "
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,276 @@
+"""swap_: rewrite a model in place, layer by layer.
+
+A handler turns one config into candidates; it is registered for the config's type with `@handles(Config)`. Nothing here
+knows a model by name, and a layer that cannot be taken is never an error: it is left alone and the report says why.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lamina.configs import Config, ConfigLike, FusedAttention, Int8Dynamic, resolve
+from lamina.nn.attention import ScaledDotProductAttention
+from lamina.nn.int8_linear import Int8Linear
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What became of one layer.
+
+    fqn: its name in the model; was, now: what stood and stands there (`now` None: left alone); reason: why, in words;
+    speedup, error: measured on the layer's own inputs, where `accelerate` measured (was time / now time; relative error
+    of the output, |now - was| / |was|).
+    """
+
+    fqn: str
+    was: str
+    now: str | None
+    reason: str
+    speedup: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What became of every layer that a config concerns; printing it shows a table."""
+
+    decisions: tuple[LayerDecision, ...]
+
+    @property
+    def swapped(self) -> tuple[LayerDecision, ...]:
+        return tuple(d for d in self.decisions if d.now is not None)
+
+    @property
+    def left(self) -> tuple[LayerDecision, ...]:
+        return tuple(d for d in self.decisions if d.now is None)
+
+    def summary(self) -> str:
+        return f"{len(self.swapped)} of {len(self.decisions)} layers replaced"
+
+    def __str__(self) -> str:
+        measured = any(d.speedup is not None for d in self.decisions)
+        table = Table("layer", "was", "now", *(("speedup", "error") if measured else ()), "why")
+        for d in self.decisions:
+            numbers = ((_ratio(d.speedup), _error(d.error)) if measured else ())
+            table.add_row(d.fqn or "(model)", d.was, d.now or "-", *numbers, d.reason)
+        console = Console(file=StringIO(), width=140)
+        console.print(table)
+        return f"{self.summary()}\n{console.file.getvalue()}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A replacement that can be put in and taken out again. `before` and `after` compute the same, on the same inputs."""
+
+    fqn: str
+    was: str
+    now: str
+    module: nn.Module
+    before: Callable[..., Any]
+    after: Callable[..., Any]
+    apply: Callable[[], None]
+    revert: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module and all the places where it stands: (parent, attribute) pairs, none for the model itself."""
+
+    fqn: str
+    module: nn.Module
+    places: tuple[tuple[nn.Module, str], ...]
+
+
+# What a handler says of a site: a candidate, a reason to leave it alone, or None if it does not concern the config.
+Handler = Callable[[Site, Config], Candidate | str | None]
+_HANDLERS: dict[type[Config], Handler] = {}
+
+
+def handles(config: type[Config]) -> Callable[[Handler], Handler]:
+    """Registers the handler of a config type."""
+
+    def register(handler: Handler) -> Handler:
+        _HANDLERS[config] = handler
+        return handler
+
+    return register
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every module of `model` once, with all its places, in the order of named_modules."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    for fqn, module in model.named_modules():
+        yield Site(fqn, module, tuple(places.get(module, ())))
+
+
+def candidates(
+    model: nn.Module, config: ConfigLike | str, filter_fn: FilterFn | None
+) -> Iterator[Candidate | LayerDecision]:
+    """For every layer that `config` concerns: a candidate, or the decision to leave it alone and why."""
+    policy = resolve(config)
+    for site in list(sites(model)):
+        for item in policy(site.fqn):
+            handler = _HANDLERS.get(type(item))
+            if handler is None:
+                raise TypeError(f"{item!r} has no handler")
+            found = handler(site, item)
+            if found is None:
+                continue
+            if filter_fn is not None and not filter_fn(site.module, site.fqn):
+                found = "excluded by filter_fn"
+            yield LayerDecision(site.fqn, describe(site.module), None, found) if isinstance(found, str) else found
+            break
+
+
+def describe(module: nn.Module) -> str:
+    """ "Linear(768, 3072)": the type and, for layers that have them, the sizes."""
+    if isinstance(module, nn.Linear):
+        return f"{type(module).__name__}({module.in_features}, {module.out_features})"
+    return type(module).__name__
+
+
+def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = None) -> SwapReport:
+    """Replace the layers of `model` that `config` concerns, in place; nothing is measured.
+
+    Args:
+        model: any module. For inference: replaced layers have no gradient.
+        config: a config, a sequence of configs, or a policy `{fqn or "re:pattern": config or None, "_default": config}`.
+        filter_fn: `filter_fn(module, fqn) -> bool`, False leaves the layer alone.
+
+    Never raises for a layer it cannot take: the report says why it was left.
+
+    >>> report = lamina.swap_(model, lamina.Int8Dynamic(), filter_fn=lambda module, fqn: "head" not in fqn)
+    """
+    decisions = []
+    for found in candidates(model, config, filter_fn):
+        if isinstance(found, Candidate):
+            found.apply()
+            found = LayerDecision(found.fqn, found.was, found.now, "replaced as asked")
+        decisions.append(found)
+    return SwapReport(tuple(decisions))
+
+
+def _replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
+    """The candidate that puts `build()` in every place of the site."""
+    if not site.places:
+        return "it is the model itself, and a model cannot be replaced inside itself; wrap it or use from_float"
+    if site.module._forward_hooks or site.module._forward_pre_hooks or site.module._backward_hooks:
+        return "it has hooks, which a replacement would lose"
+    try:
+        new = build()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+    def put(module: nn.Module) -> Callable[[], None]:
+        def apply() -> None:
+            for parent, name in site.places:
+                parent._modules[name] = module
+
+        return apply
+
+    return Candidate(
+        fqn=site.fqn,
+        was=describe(site.module),
+        now=describe(new),
+        module=site.module,
+        before=site.module,
+        after=new,
+        apply=put(new),
+        revert=put(site.module),
+    )
+
+
+# Modules whose forward reads the weights of their Linear children instead of calling them.
+_READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@handles(Int8Dynamic)
+def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
+    module = site.module
+    if not isinstance(module, nn.Linear) or isinstance(module, Int8Linear):
+        return None
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear and may compute something else"
+    for parent, _ in site.places:
+        if isinstance(parent, _READS_CHILD_WEIGHTS):
+            return f"its parent {type(parent).__name__} reads the weight itself instead of calling the layer"
+    if module.weight.device.type != "cpu":
+        return f"the weight is on {module.weight.device}, and int8 kernels run on the CPU"
+    if module.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weight is {module.weight.dtype}, and int8 kernels take float32 and bfloat16"
+    return _replacement(site, lambda: Int8Linear.from_float(module))
+
+
+@handles(FusedAttention)
+def _fused_attention(site: Site, config: Config) -> Candidate | str | None:
+    from lamina.models.attention import ScaledDotProductAttention as ReferenceAttention
+
+    if type(site.module) is ReferenceAttention:
+        return _replacement(site, lambda: ScaledDotProductAttention.from_float(site.module))
+    transformers = sys.modules.get("transformers")  # a model of it cannot exist before the import
+    if transformers is None or not isinstance(site.module, transformers.PreTrainedModel):
+        return None
+    if any(isinstance(parent, transformers.PreTrainedModel) for parent, _ in site.places):
+        return None  # the outer model decides for its parts
+    return _transformers_attention(site)
+
+
+def _transformers_attention(site: Site) -> Candidate | str:
+    from lamina.integrations.transformers import register
+
+    module = site.module
+    was = module.config._attn_implementation
+    if was == "lamina":
+        return "it already uses lamina's attention"
+    if was not in ("sdpa", "eager"):
+        return f"it uses attn_implementation '{was}', which may compute something else"
+    if not getattr(module, "_supports_sdpa", False):
+        return "this transformers model does not support exchangeable attention"
+    register()
+
+    def switch(name: str) -> Callable[[], None]:
+        return lambda: module.set_attn_implementation(name)
+
+    def run(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            module.set_attn_implementation(name)
+            return module(*args, **kwargs)
+
+        return call
+
+    return Candidate(
+        fqn=site.fqn,
+        was=f"attention '{was}'",
+        now="attention 'lamina'",
+        module=module,
+        before=run(was),
+        after=run("lamina"),
+        apply=switch("lamina"),
+        revert=switch(was),
+    )
+
+
+def ordered(found: Sequence[Candidate]) -> list[Candidate]:
+    """Inner layers first: a candidate that is measured through its parts must meet them as they will be."""
+    return sorted(found, key=lambda c: c.fqn.count(".") if c.fqn else -1, reverse=True)
