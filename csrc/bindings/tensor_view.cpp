@@ -65,7 +65,8 @@ void keep_for_call(const py::object& object) { py::detail::loader_life_support::
 
 TensorView view_of(const dlpack::Tensor& t) {
   if (t.device.type != dlpack::kCPU && t.device.type != dlpack::kCUDAHost) {
-    throw py::type_error("lamina: this function runs on the CPU, but a tensor is on another device; move it with .cpu()");
+    throw py::type_error(
+        "lamina: this function runs on the CPU, but a tensor is on another device; move it with .cpu()");
   }
   TensorView view;
   view.ndim = t.ndim;
@@ -88,9 +89,19 @@ TensorView view_of(const dlpack::Tensor& t) {
   return view;
 }
 
+// A new thread starts with OpenMP's default number of threads; torch gives it its own setting (torch.set_num_threads)
+// at its first parallel work there. The kernels use the same pool, so the first tensor of a thread makes torch do so.
+void adopt_torch_threads() {
+  thread_local bool adopted = false;
+  if (adopted) return;
+  adopted = true;
+  py::module_::import("torch").attr("get_num_threads")();
+}
+
 }  // namespace
 
 TensorView tensor_view_of(py::handle object) {
+  adopt_torch_threads();
   if (const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(object.ptr()))) {
     dlpack::Tensor tensor;
     if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
@@ -102,7 +113,9 @@ TensorView tensor_view_of(py::handle object) {
   const py::object capsule = object.attr("__dlpack__")();
   keep_for_call(capsule);  // its destructor releases the tensor, since nobody consumes it
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
-    return view_of(static_cast<dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"))->tensor);
+    return view_of(
+        static_cast<dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"))
+            ->tensor);
   }
   auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();

@@ -1,5 +1,5 @@
-// torch.Tensor -> TensorView, through the DLPack C exchange API: a table of C functions that hangs on the tensor's type.
-// Nothing is owned, copied or synchronised, and this module links no torch, so one build serves every torch.
+// torch.Tensor -> TensorView, through the DLPack C exchange API: a table of C functions that hangs on the tensor's
+// type. Nothing is owned, copied or synchronised, and this module links no torch, so one build serves every torch.
 // Objects without the table (numpy arrays) come in through plain __dlpack__().
 #pragma once
 

@@ -26,8 +26,8 @@ struct alignas(32) KernelRecord {
 };
 static_assert(sizeof(KernelRecord<AnyKernel>) == 32);
 
-// The best variant of `table` not above the active ISA: the highest hand-written one, else the highest portable one, else
-// null. Remembers its ISA for last_isa().
+// The best variant of `table` not above the active ISA: the highest hand-written one, else the highest portable one,
+// else null. Remembers its ISA for last_isa().
 const KernelRecord<AnyKernel>* find_kernel(const void* table);
 
 // The ISA of the kernel that this thread looked up last: what tests use to prove which code ran.
@@ -63,8 +63,8 @@ class KernelTable<Result(Args...)> {
 #define LAMINA_CONCAT_(a, b) a##b
 #define LAMINA_CONCAT(a, b) LAMINA_CONCAT_(a, b)
 
-#define REGISTER_KERNEL(table, ...)                                                                     \
-  __attribute__((section("lamina_kernels"), used)) constinit const ::lamina::KernelRecord<              \
-      std::remove_cvref_t<decltype(table)>::Function>                                                   \
-      LAMINA_CONCAT(kernel_record_, __COUNTER__) = {{&(table), ::lamina::Isa::LAMINA_ISA, LAMINA_HAND_WRITTEN != 0}, \
-                                                    &(__VA_ARGS__)}
+#define REGISTER_KERNEL(table, ...)                                                                              \
+  __attribute__((section("lamina_kernels"),                                                                      \
+                 used)) constinit const ::lamina::KernelRecord<std::remove_cvref_t<decltype(table)>::Function>   \
+  LAMINA_CONCAT(kernel_record_, __COUNTER__) = {{&(table), ::lamina::Isa::LAMINA_ISA, LAMINA_HAND_WRITTEN != 0}, \
+                                                &(__VA_ARGS__)}

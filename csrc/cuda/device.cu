@@ -23,7 +23,8 @@ std::vector<std::string> cuda_devices() {
     if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
     if (cudaFuncGetAttributes(&attributes, runs_here) != cudaSuccess) continue;
     names.push_back(std::string(properties.name) + " (sm_" + std::to_string(properties.major) +
-                    std::to_string(properties.minor) + ", " + std::to_string(properties.totalGlobalMem >> 30) + " GiB)");
+                    std::to_string(properties.minor) + ", " + std::to_string(properties.totalGlobalMem >> 30) +
+                    " GiB)");
   }
   cudaSetDevice(current);
   return names;

@@ -75,8 +75,8 @@ void quantize(const TensorView& x, const PackedShape& shape, const Codes& to) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
   parallel_ranges(rows, grain, [&](int64_t begin, int64_t end) {
     const T* source = x.as<T>() + begin * x.stride(0);
-    QuantizeRowsArgs<T> args{source,       x.stride(0),    end - begin, k, to.codes + begin * to.ld, to.ld,
-                             shape.k_padded, to.scales + begin};
+    QuantizeRowsArgs<T> args{source, x.stride(0),    end - begin,      k, to.codes + begin * to.ld,
+                             to.ld,  shape.k_padded, to.scales + begin};
     if (column == 1 || k <= 1) return kernel(args);
     // Strided columns: gather one row at a time.
     WorkspaceFrame frame;

@@ -1,5 +1,5 @@
-// A linear layer with int8 weights: activations are quantized per row on the way in, sums are exact, and scale, bias and
-// activation are applied on the way out. See cpu/kernels/int8_gemm.h for the formula.
+// A linear layer with int8 weights: activations are quantized per row on the way in, sums are exact, and scale, bias
+// and activation are applied on the way out. See cpu/kernels/int8_gemm.h for the formula.
 #pragma once
 
 #include <optional>
@@ -9,8 +9,8 @@
 
 namespace lamina {
 
-// Bytes of the packed form of an int8 weight [n, k]: panels of 64 channels, [k / 4][channels][4], the last panel narrower
-// (a multiple of 16), k padded to a multiple of 4.
+// Bytes of the packed form of an int8 weight [n, k]: panels of 64 channels, [k / 4][channels][4], the last panel
+// narrower (a multiple of 16), k padded to a multiple of 4.
 int64_t int8_linear_packed_size(int64_t n, int64_t k);
 
 // weight [n, k] int8 in [-127, 127], scale [n] float32 -> data [packed_size] int8, compensation [n rounded up to 16]

@@ -43,9 +43,9 @@ double probe_peak(const std::string& kind, int threads, double seconds) {
   constexpr int64_t kRound = 50'000;  // about 0.2 ms
   const auto loop = kind == "float32" ? peak_float32_table.find()
                     : kind == "int8"  ? peak_int8_table.find()
-                    : kind == "bf16"  ? peak_bf16_table.find()
-                                      : (fail("probe_peak", "kind '", kind, "' is unknown; use float32, int8 or bf16"),
-                                         nullptr);
+                    : kind == "bf16"
+                        ? peak_bf16_table.find()
+                        : (fail("probe_peak", "kind '", kind, "' is unknown; use float32, int8 or bf16"), nullptr);
   if (!loop) return 0;
   return best_rate(threads, seconds, [&](int) { return loop(kRound); });
 }

@@ -1,7 +1,7 @@
 // Scratch memory for the duration of a call, kept between calls.
 //
-// Each thread has one workspace. A WorkspaceFrame marks its level, take() hands out 64-byte aligned pieces above it, and
-// the frame's end gives them back. After the first calls nothing is allocated any more. The memory is not cleared:
+// Each thread has one workspace. A WorkspaceFrame marks its level, take() hands out 64-byte aligned pieces above it,
+// and the frame's end gives them back. After the first calls nothing is allocated any more. The memory is not cleared:
 // set_poison(true) fills every piece with 0xff bytes (NaN as float, -1 as integer), so that tests catch reads of memory
 // nobody wrote.
 #pragma once

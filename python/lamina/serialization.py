@@ -1,8 +1,8 @@
 """save and load_: safetensors with JSON metadata, never pickle.
 
-The file is an ordinary safetensors file. Its metadata has one key, "lamina", with JSON: the format's version, the layers
-that are not the float originals (name -> type and arguments), aliases of tensors that share memory, and the caller's own
-metadata.
+The file is an ordinary safetensors file. Its metadata has one key, "lamina", with JSON: the format's version, the
+layers that are not the float originals (name -> type and arguments), aliases of tensors that share memory, and the
+caller's own metadata.
 """
 
 import json
@@ -153,7 +153,7 @@ def _build_layers(
         dtype = torch.float32 if target.bias is None else target.bias.dtype
         try:
             layer = Int8Linear(
-                target.in_features, target.out_features, bias=target.bias is not None, dtype=dtype, activation=activation
+                target.in_features, target.out_features, target.bias is not None, dtype=dtype, activation=activation
             )
             layer.load_state_dict(state)
         except (RuntimeError, ValueError) as error:

@@ -60,7 +60,7 @@ class SwapReport:
         measured = any(d.speedup is not None for d in self.decisions)
         table = Table("layer", "was", "now", *(("speedup", "error") if measured else ()), "why")
         for d in self.decisions:
-            numbers = ((_ratio(d.speedup), _error(d.error)) if measured else ())
+            numbers = (_ratio(d.speedup), _error(d.error)) if measured else ()
             table.add_row(d.fqn or "(model)", d.was, d.now or "-", *numbers, d.reason)
         console = Console(file=StringIO(), width=140)
         console.print(table)
@@ -77,7 +77,7 @@ def _error(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A replacement that can be put in and taken out again. `before` and `after` compute the same, on the same inputs."""
+    """A replacement that can be put in and taken out again. `before` and `after` compute the same."""
 
     fqn: str
     was: str
@@ -154,8 +154,9 @@ def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = Non
     """Replace the layers of `model` that `config` concerns, in place; nothing is measured.
 
     Args:
-        model: any module. For inference: replaced layers have no gradient.
-        config: a config, a sequence of configs, or a policy `{fqn or "re:pattern": config or None, "_default": config}`.
+        model: any module. The weights of replaced layers no longer train; gradients still flow through them.
+        config: a config, a sequence of configs, or a policy
+            `{fqn or "re:pattern": config or None, "_default": config}`.
         filter_fn: `filter_fn(module, fqn) -> bool`, False leaves the layer alone.
 
     Never raises for a layer it cannot take: the report says why it was left.

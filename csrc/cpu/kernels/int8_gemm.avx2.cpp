@@ -1,9 +1,9 @@
 // int8_gemm for AVX2, exact: vpmaddubsw on |x| and sign(x) w.
 //
 // vpmaddubsw multiplies unsigned by signed bytes and saturates each pair sum at 16 bits, which is wrong for codes up to
-// 255 (255 * 127 * 2 > 32767). Both operands are symmetric, though: |x| <= 127 and |w| <= 127, and 127 * 127 * 2 = 32258
-// fits. So the offset of the codes is taken off again, the sign of x moves to w, and nothing can saturate. The sums then
-// lack what the offset adds; it is put back per channel, so that the epilogue is the same for all.
+// 255 (255 * 127 * 2 > 32767). Both operands are symmetric, though: |x| <= 127 and |w| <= 127, and 127 * 127 * 2 =
+// 32258 fits. So the offset of the codes is taken off again, the sign of x moves to w, and nothing can saturate. The
+// sums then lack what the offset adds; it is put back per channel, so that the epilogue is the same for all.
 #include "cpu/kernels/int8_tile.h"
 
 namespace lamina::LAMINA_ISA {

@@ -2,8 +2,8 @@
 //
 // A tile of 6 rows x 64 channels keeps its 24 accumulators in registers over the whole of K, so no partial sum is ever
 // stored. Per group of four k it loads four weight vectors and broadcasts one 32-bit piece of each row: 10 loads for 24
-// products. The panel (64 x K bytes) stays in L1/L2 while all row tiles pass over it; meanwhile each tile prefetches its
-// share of the next panel, which lies behind this one in memory.
+// products. The panel (64 x K bytes) stays in L1/L2 while all row tiles pass over it; meanwhile each tile prefetches
+// its share of the next panel, which lies behind this one in memory.
 #include "cpu/kernels/int8_tile.h"
 
 namespace lamina::LAMINA_ISA {

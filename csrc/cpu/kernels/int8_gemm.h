@@ -19,9 +19,9 @@ enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
 
 template <class Out>
 struct Int8GemmArgs {
-  const uint8_t* codes;         // [rows, k_padded], row stride ld_codes
+  const uint8_t* codes;  // [rows, k_padded], row stride ld_codes
   int64_t ld_codes;
-  const float* x_scales;        // [rows]
+  const float* x_scales;  // [rows]
   int64_t rows;
   int64_t k_padded;             // multiple of 4
   const int8_t* panel;          // [k_padded / 4, width, 4]
@@ -31,7 +31,7 @@ struct Int8GemmArgs {
   const float* w_scales;        // [channels]
   const float* bias;            // [channels] or null
   Activation activation;
-  Out* out;                     // [rows, channels], row stride ldo
+  Out* out;  // [rows, channels], row stride ldo
   int64_t ldo;
 };
 

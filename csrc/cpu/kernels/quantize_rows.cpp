@@ -1,7 +1,7 @@
 // Symmetric dynamic quantization: per row, scale = max|x| / 127 and code = round_half_even(x * (127 / max|x|)).
 //
-// Two passes over a row that fits L1. The maximum is taken over the bit patterns of |x|, which order like the values and
-// put NaN above infinity: it is exact, equal on every ISA, and a NaN anywhere shows in the scale. A product and one
+// Two passes over a row that fits L1. The maximum is taken over the bit patterns of |x|, which order like the values
+// and put NaN above infinity: it is exact, equal on every ISA, and a NaN anywhere shows in the scale. A product and one
 // rounding follow, so the codes are bit-equal on every ISA as well.
 #include "cpu/kernels/quantize_rows.h"
 

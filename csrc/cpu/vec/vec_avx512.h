@@ -1,11 +1,7 @@
 // Sixteen lanes in zmm registers: AVX-512 F, BW, DQ, VL.
 #pragma once
 
-// GCC 12 takes the deliberately undefined operands of its own intrinsics for a mistake of ours.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 namespace lamina::LAMINA_ISA {
 namespace {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lamina.ops.int8_linear import (
     ACTIVATIONS,
     PackedInt8Weight,
-    int8_linear_op,
+    call_int8_linear,
     pack_int8_weight,
     unpack_int8_weight,
 )
@@ -16,7 +16,7 @@ from lamina.quant.weights import dequantize_weight
 
 
 class Int8Linear(nn.Linear):
-    """nn.Linear with an int8 weight, for inference: activations are quantized per row inside the op.
+    """nn.Linear with a frozen int8 weight: activations are quantized per row inside the op.
 
     The layer holds one copy of its weight, packed for the kernels: about a quarter of the float32 bytes. Its state_dict
     has `weight` (int8 [out, in]), `weight_scale` (float32 [out]) and `bias`, independent of the packing; a float
@@ -25,7 +25,8 @@ class Int8Linear(nn.Linear):
 
     Args as in nn.Linear, and `activation`: None, "relu", "gelu", "gelu_tanh" or "silu", applied inside the op.
 
-    Accuracy: weights and activations have 8 bits with one scale per channel and row; sums are exact.
+    Accuracy: weights and activations have 8 bits with one scale per channel and row; sums are exact. The weight does
+    not train; the gradient for the input is the straight-through one, as if nothing had been rounded.
 
     >>> layer = lamina.nn.Int8Linear.from_float(nn.Linear(768, 3072))
     """
@@ -84,7 +85,7 @@ class Int8Linear(nn.Linear):
         """[..., in_features] -> [..., out_features], float32 or bfloat16."""
         # Straight to the op and past nn.Module.__getattr__: 3 us less, of 10 for a small layer.
         buffers = self._buffers
-        return int8_linear_op(
+        return call_int8_linear(
             input,
             buffers["_packed"],
             buffers["_scale"],

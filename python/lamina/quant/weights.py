@@ -7,8 +7,8 @@ from torch import Tensor
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Floating-point weight [N, ...] -> (codes int8 [N, ...] in [-127, 127], scale float32 [N]).
 
-    scale = max|channel| / 127, codes = round half to even (weight / scale). A channel of zeros gets scale 1, so that its
-    codes mean zero without a division by zero. Raises ValueError for NaN or infinity, naming the channel.
+    scale = max|channel| / 127, codes = round half to even (weight / scale). A channel of zeros gets scale 1, so that
+    its codes mean zero without a division by zero. Raises ValueError for NaN or infinity, naming the channel.
 
     >>> codes, scale = quantize_weight(linear.weight)
     """
