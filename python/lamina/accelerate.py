@@ -8,7 +8,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -104,14 +104,16 @@ def accelerate(
     original = copy.deepcopy(work) if any(module.training for module in model.modules()) else model
     report_progress = progress or (lambda description, done, total: None)
 
-    with torch.inference_mode():
+    # no_grad, not inference_mode: what is made here stays, and inference tensors can never be loaded into or trained
+    # through again.
+    with torch.inference_mode(False), torch.no_grad():
         report_progress("running the original", 0, 1)
-        expected = _outputs(call, original)
+        expected = _outputs(_caller(example_inputs), original)
         if not expected:
             raise ValueError("accelerate: the model gives no floating-point output for the example inputs")
         found = list(candidates(work, config, filter_fn))
         tried = ordered([c for c in found if isinstance(c, Candidate)])
-        inputs = _captured_inputs(work, call, tried)
+        inputs = _captured_inputs(work, _caller(example_inputs), tried)
         decided = {c.fqn: c for c in found if isinstance(c, LayerDecision)}
         kept: list[Candidate] = []
         for done, candidate in enumerate(tried):
@@ -125,7 +127,11 @@ def accelerate(
                 candidate.revert()
 
         report_progress("checking the whole model", len(tried), len(tried))
-        error = _reduce_error(kept, decided, lambda: _error(_outputs(call, work), expected), max_model_error)
+
+        def error_now() -> float:
+            return _error(_outputs(_caller(example_inputs), work), expected)
+
+        error = _reduce_error(kept, decided, error_now, max_model_error)
         before, after = _interleaved(lambda: call(original), lambda: call(work), _MODEL_SECONDS)
         if kept and before / after < min_speedup:
             for candidate in kept:
@@ -164,15 +170,21 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def _caller(example_inputs: ExampleInputs) -> Callable[[nn.Module], Any]:
+    """Calls a model on a copy of the inputs, which the model may overwrite."""
     if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
+        kwargs = _copied(dict(example_inputs))
         return lambda model: model(**kwargs)
     if isinstance(example_inputs, tuple):
-        return lambda model: model(*example_inputs)
+        args = _copied(tuple(example_inputs))
+        return lambda model: model(*args)
     raise TypeError(
         "accelerate: example_inputs must be a tuple of positional or a dict of keyword arguments, got "
         f"{type(example_inputs).__name__}; wrap a single tensor as (x,)"
     )
+
+
+def _copied(inputs: Any) -> Any:
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
 
 
 def _outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]:
@@ -183,7 +195,13 @@ def _outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]
 
 
 def _floats(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif is_dataclass(leaf) and not isinstance(leaf, type):  # pytrees take the plain containers only
+            found += _floats([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -212,7 +230,7 @@ def _captured_inputs(
 
     def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module not in inputs:
-            inputs[module] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
+            inputs[module] = _copied((args, kwargs))
 
     hooks = [c.module.register_forward_pre_hook(capture, with_kwargs=True) for c in tried]
     try:

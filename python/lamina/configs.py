@@ -37,7 +37,7 @@ def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:
         config = AUTO
     if isinstance(config, Mapping):
         exact = {key: _as_tuple(value) for key, value in config.items() if not key.startswith("re:")}
-        patterns = [(re.compile(key[3:]), _as_tuple(value)) for key, value in config.items() if key.startswith("re:")]
+        patterns = [(_pattern(key), _as_tuple(value)) for key, value in config.items() if key.startswith("re:")]
         default = exact.pop("_default", ())
 
         def policy(fqn: str) -> tuple[Config, ...]:
@@ -53,8 +53,15 @@ def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:
 def _as_tuple(config: Config | Sequence[Config] | None) -> tuple[Config, ...]:
     if config is None:
         return ()
-    configs = (config,) if isinstance(config, Config) else tuple(config)
+    configs = tuple(config) if isinstance(config, Sequence) and not isinstance(config, str) else (config,)
     for item in configs:
         if not isinstance(item, Config):
             raise TypeError(f"{item!r} is no lamina config; use for example lamina.Int8Dynamic()")
     return configs
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"config key '{key}' is no regular expression: {error}") from None

@@ -1,13 +1,14 @@
 """save and load_: safetensors with JSON metadata, never pickle.
 
 The file is an ordinary safetensors file. Its metadata has one key, "lamina", with JSON: the format's version, the
-layers that are not the float originals (name -> type and arguments), aliases of tensors that share memory, and the
-caller's own metadata.
+layers that are not the float originals (name -> type and arguments), aliases of tensors that share memory, the caller's
+own metadata, and a checksum of it all: safetensors notices a truncated file, but not a flipped bit.
 """
 
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lamina.errors import FormatError
 from lamina.nn.int8_linear import Int8Linear
+from lamina.ops.int8_linear import pack_int8_weight
 
 FORMAT_VERSION = 1
 
@@ -33,8 +35,18 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    layers: dict[str, Any] = {}
+    owners: dict[nn.Module, str] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8Linear):
+            layers[fqn] = {"type": "Int8Linear", "activation": module.activation}
+            owner = owners.setdefault(module, fqn)
+            if owner != fqn:  # its weight is unpacked anew for each place, so the memory does not show it
+                aliases[f"{fqn}.weight"] = f"{owner}.weight"
     seen: dict[tuple, str] = {}
     for name, tensor in model.state_dict().items():
+        if name in aliases:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"save: '{name}' in the state_dict is a {type(tensor).__name__}, not a tensor")
         tensor = tensor.detach().cpu()
@@ -44,12 +56,8 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
             continue
         seen[where] = name
         tensors[name] = tensor.contiguous()
-    layers = {
-        fqn: {"type": "Int8Linear", "activation": module.activation}
-        for fqn, module in model.named_modules()
-        if isinstance(module, Int8Linear)
-    }
     header = {"version": FORMAT_VERSION, "layers": layers, "aliases": aliases, "metadata": dict(metadata or {})}
+    header["checksum"] = _checksum(header, tensors)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -93,6 +101,13 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
                 f"{path.name} does not fit this model: {name} is {list(tensor.shape)}, "
                 f"but {list(own[name].shape)} in the model"
             )
+    for fqn, module in model.named_modules():
+        if isinstance(module, Int8Linear) and fqn not in replacements:
+            weight, scale = rest[f"{fqn}.weight"], rest.get(f"{fqn}.weight_scale")
+            try:
+                pack_int8_weight(weight, None if weight.is_floating_point() else scale)
+            except ValueError as error:
+                raise FormatError(f"{path.name} does not fit this model: {fqn}.weight: {error}") from None
 
     for fqn, layer in replacements.items():
         parent, _, child = fqn.rpartition(".")
@@ -119,6 +134,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FormatError(
                 f"{path.name} has format version {version}, but this lamina reads up to {FORMAT_VERSION}; update lamina"
             )
+        if header.pop("checksum") != _checksum(header, tensors):
+            raise FormatError(f"{path.name} is damaged: its checksum does not match its content")
         for alias, name in header["aliases"].items():
             tensors[alias] = tensors[name]
         return {"layers": dict(header["layers"]), "metadata": dict(header["metadata"])}, tensors
@@ -133,6 +150,7 @@ def _build_layers(
 ) -> dict[str, nn.Module]:
     """The lamina layers of the file, loaded, but not yet in the model."""
     built: dict[str, nn.Module] = {}
+    shared: dict[nn.Module, nn.Module] = {}
     for fqn, spec in layers.items():
         try:
             kind, activation = spec["type"], spec["activation"]
@@ -157,9 +175,21 @@ def _build_layers(
             )
             layer.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {error}") from None
-        built[fqn] = layer
+            reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for Int8Linear: ")
+            raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {reason}") from None
+        built[fqn] = shared.setdefault(target, layer)
     return built
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the header, and of name, type, shape and bytes of each tensor."""
+    value = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def _names(verb: str, names: list[str]) -> str:

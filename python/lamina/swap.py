@@ -164,7 +164,8 @@ def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = Non
     >>> report = lamina.swap_(model, lamina.Int8Dynamic(), filter_fn=lambda module, fqn: "head" not in fqn)
     """
     decisions = []
-    for found in candidates(model, config, filter_fn):
+    # All are judged before the first is applied: an error in filter_fn or in the policy must change nothing.
+    for found in list(candidates(model, config, filter_fn)):
         if isinstance(found, Candidate):
             found.apply()
             found = LayerDecision(found.fqn, found.was, found.now, "replaced as asked")
@@ -176,8 +177,11 @@ def _replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
     """The candidate that puts `build()` in every place of the site."""
     if not site.places:
         return "it is the model itself, and a model cannot be replaced inside itself; wrap it or use from_float"
-    if site.module._forward_hooks or site.module._forward_pre_hooks or site.module._backward_hooks:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(site.module, kind) for kind in hooks):
         return "it has hooks, which a replacement would lose"
+    if "forward" in vars(site.module):
+        return "its forward was replaced by another function, which may compute something else"
     try:
         new = build()
     except (ValueError, RuntimeError) as error:

@@ -70,18 +70,27 @@ LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.r, b.r)}; }
 LAMINA_INLINE Mask all_lanes() { return {_mm256_castsi256_ps(_mm256_set1_epi32(-1))}; }
 LAMINA_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.r) == 0xff; }
-// True where the byte is not zero; lanes from n on are false.
-LAMINA_INLINE Mask load_bools(const uint8_t* p, int n) {
-  uint64_t bytes = 0;
-  memcpy(&bytes, p, size_t(n));
-  const __m256i x = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()))};
+// n <= 64 bytes, 0 or 1, as bits.
+LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
+  alignas(32) uint8_t t[64] = {0};
+  if (n < 64) {
+    memcpy(t, p, size_t(n));
+    p = t;
+  }
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i low = _mm256_cmpgt_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), zero);
+  const __m256i high = _mm256_cmpgt_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32)), zero);
+  return uint64_t(uint32_t(_mm256_movemask_epi8(high))) << 32 | uint32_t(_mm256_movemask_epi8(low));
+}
+// Lane i is bit i.
+LAMINA_INLINE Mask lanes_of_bits(uint32_t bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), each);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each))};
 }
 LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.r, a.r, m.r)}; }
 
-LAMINA_INLINE F32 round_even(F32 x) {
-  return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+LAMINA_INLINE F32 round_even(F32 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 // p * 2^n for integer-valued n; n below -126 gives 0.
 LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {

@@ -58,11 +58,13 @@ LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CM
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {__mmask16(a.r & b.r)}; }
 LAMINA_INLINE Mask all_lanes() { return {__mmask16(0xffff)}; }
 LAMINA_INLINE bool all(Mask m) { return m.r == 0xffff; }
-// True where the byte is not zero; lanes from n on are false.
-LAMINA_INLINE Mask load_bools(const uint8_t* p, int n) {
-  const __m128i x = _mm_maskz_loadu_epi8(first_lanes(n), p);
-  return {_mm_test_epi8_mask(x, x)};
+// n <= 64 bytes, 0 or 1, as bits.
+LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
+  const __m512i x = _mm512_maskz_loadu_epi8(n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1, p);
+  return _mm512_test_epi8_mask(x, x);
 }
+// Lane i is bit i.
+LAMINA_INLINE Mask lanes_of_bits(uint32_t bits) { return {__mmask16(bits)}; }
 LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_blend_ps(m.r, b.r, a.r)}; }
 
 LAMINA_INLINE F32 round_even(F32 x) {
@@ -119,10 +121,10 @@ LAMINA_INLINE F32 reduce_add_each(const F32 (&x)[16]) {
     const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
     four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   }
-  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
-                                   _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
-                                    _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  const __m512 low =
+      _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const __m512 high =
+      _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
   return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
 }
 

@@ -62,11 +62,23 @@ LAMINA_INLINE Mask less(F32 a, F32 b) { return {a.r < b.r}; }
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {a.r & b.r}; }
 LAMINA_INLINE Mask all_lanes() { return {i32x4{-1, -1, -1, -1}}; }
 LAMINA_INLINE bool all(Mask m) { return (m.r[0] & m.r[1] & m.r[2] & m.r[3]) != 0; }
-// True where the byte is not zero; lanes from n on are false.
-LAMINA_INLINE Mask load_bools(const uint8_t* p, int n) {
-  Mask m = {i32x4{0, 0, 0, 0}};
-  for (int i = 0; i < n; ++i) m.r[i] = p[i] ? -1 : 0;
-  return m;
+// n <= 64 bytes, 0 or 1, as bits.
+LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
+  uint64_t bits = 0;
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, p + i, 8);
+    // The product gathers bit 0 of each byte in the top byte, in order, without carries.
+    bits |= (eight * 0x0102040810204080u >> 56) << i;
+  }
+  for (; i < n; ++i) bits |= uint64_t(p[i] != 0) << i;
+  return bits;
+}
+// Lane i is bit i.
+LAMINA_INLINE Mask lanes_of_bits(uint32_t bits) {
+  const int32_t b = int32_t(bits);
+  return {(i32x4{b, b, b, b} & i32x4{1, 2, 4, 8}) != 0};
 }
 LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {m.r ? a.r : b.r}; }
 

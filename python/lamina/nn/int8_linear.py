@@ -41,8 +41,6 @@ class Int8Linear(nn.Linear):
         *,
         activation: str | None = None,
     ) -> None:
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"Int8Linear: activation '{activation}' is unknown; use one of {', '.join(ACTIVATIONS)}")
         float_linear = nn.Linear(in_features, out_features, bias, device, dtype)
         nn.Module.__init__(self)
         self._set(float_linear, activation)
@@ -59,6 +57,8 @@ class Int8Linear(nn.Linear):
         return layer.train(module.training)
 
     def _set(self, module: nn.Linear, activation: str | None) -> None:
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"Int8Linear: activation '{activation}' is unknown; use one of {', '.join(ACTIVATIONS)}")
         self.in_features = module.in_features
         self.out_features = module.out_features
         self.activation = activation

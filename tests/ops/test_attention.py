@@ -1,0 +1,498 @@
+"""attention: against the float64 reference on every ISA, and the properties that hold without a tolerance."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_composite, assert_exact
+
+from lamina import _C
+from lamina.nn import attention as nn_attention
+from lamina.ops.attention import attention
+from lamina.reference.attention import attention as reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Around the vector widths (4, 8, 16), the row block (64) and the chunk of keys (256, at most 320).
+LENGTHS = [1, 2, 3, 7, 15, 16, 17, 50, 63, 64, 65, 100, 128, 130, 257]
+KEY_LENGTHS = [*LENGTHS, 24, 31, 256, 320, 321, 600]
+HEAD_SIZES = [1, 3, 8, 17, 32, 63, 64, 65, 72, 80, 96, 128, 192, 256]
+MASKS = ["none", "causal", "boolean", "additive", "boolean_keys", "additive_keys", "boolean_causal", "both"]
+
+
+@pytest.fixture(autouse=True)
+def on_its_isa(request, as_found):
+    if "isa" in request.fixturenames:
+        _C.force_isa(request.getfixturevalue("isa"))
+
+
+def inputs(batch, heads, kv_heads, queries, keys, size, value_size, dtype=torch.float32, generator=None):
+    """query [B, H, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv]."""
+    shapes = ((batch, heads, queries, size), (batch, kv_heads, keys, size), (batch, kv_heads, keys, value_size))
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def mask_options(kind, batch, heads, queries, keys, dtype=torch.float32, generator=None):
+    """The keyword arguments of a mask of this kind; some rows of the random ones keep nothing."""
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    match kind:
+        case "none":
+            return {}
+        case "causal":
+            return {"is_causal": True}
+        case "boolean":
+            return {"attn_mask": uniform(batch, 1, queries, keys) < 0.7}
+        case "boolean_keys":
+            return {"attn_mask": uniform(batch, 1, 1, keys) < 0.6}
+        case "boolean_causal":
+            return {"attn_mask": torch.ones(queries, keys, dtype=torch.bool).tril()}
+        case "both":
+            return {"attn_mask": uniform(batch, 1, queries, keys) < 0.7, "is_causal": True}
+        case "additive":
+            bias = torch.randn(1, heads, queries, keys, generator=generator)
+            return {"attn_mask": bias.masked_fill(uniform(1, heads, queries, keys) < 0.3, -math.inf)}
+        case "additive_keys":
+            bias = torch.randn(batch, 1, 1, keys, generator=generator)
+            return {"attn_mask": bias.masked_fill(uniform(batch, 1, 1, keys) < 0.3, -math.inf).to(dtype)}
+    raise AssertionError(kind)
+
+
+def assert_as_good_as_sdpa(query, key, value, **options):
+    options = {"enable_gqa": query.shape[-3] != key.shape[-3], **options}
+    actual = attention(query, key, value, **options)
+    assert actual.dtype == query.dtype
+    truth = reference(query.double(), key.double(), value.double(), **options)
+    group = query.shape[-3] // key.shape[-3]
+    key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    eager_options = {**options, "enable_gqa": False}
+    if options.get("is_causal") and "attn_mask" in options:  # which torch takes on some of its paths only
+        causal = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        eager_options |= {"attn_mask": options["attn_mask"] & causal, "is_causal": False}
+    eager = F.scaled_dot_product_attention(query, key, value, **eager_options)
+    # The yardstick of a few outputs may be exact by luck. Four roundings are always fair, of the scaled query, the
+    # score, the weight and the sum, all in float32; and one to the output's dtype.
+    largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+    roundings = 4 * torch.finfo(torch.float32).eps + (query.dtype == torch.bfloat16) * torch.finfo(torch.bfloat16).eps
+    assert_composite(actual, eager, truth, floor=roundings * largest)
+
+
+# -- against the float64 reference
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 1, 3]),
+    queries=st.sampled_from(LENGTHS),
+    keys=st.sampled_from(KEY_LENGTHS),
+    size=st.sampled_from(HEAD_SIZES),
+    value_size=st.sampled_from([None, None, 1, 7, 16, 33, 64, 80, 256]),
+    dtype=st.sampled_from(DTYPES),
+    mask=st.sampled_from(MASKS),
+    layout=st.sampled_from(["heads first", "tokens first", "columns apart"]),
+    seed=st.integers(0, 2**16),
+)
+def test_attention_matches_the_reference(
+    isa, batch, kv_heads, group, queries, keys, size, value_size, dtype, mask, layout, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    heads = kv_heads * group
+    tensors = inputs(batch, heads, kv_heads, queries, keys, size, value_size or size, dtype, generator)
+    if layout == "tokens first":
+        tensors = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
+    if layout == "columns apart":
+        tensors = (t.mT.contiguous().mT for t in tensors)
+    options = mask_options(mask, batch, heads, queries, keys, dtype, generator)
+    _C.poison_workspace(True)  # a read of scratch memory that nobody wrote gives NaN
+    assert_as_good_as_sdpa(*tensors, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_runs_the_forced_isa(isa, dtype):
+    attention(*inputs(1, 1, 1, 5, 5, 8, 8, dtype))
+    assert _C.last_isa() == isa
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive_keys"])
+@pytest.mark.parametrize(("queries", "keys"), [(1000, 1000), (1, 2047), (3, 1023), (333, 1025), (1025, 64)])
+def test_attention_over_many_chunks(queries, keys, mask, dtype):
+    options = mask_options(mask, 1, 2, queries, keys, dtype)
+    assert_as_good_as_sdpa(*inputs(1, 2, 2, queries, keys, 64, 64, dtype), **options)
+
+
+def test_attention_of_large_scores_is_stable(isa):
+    query, key, value = inputs(1, 2, 2, 70, 300, 64, 64)
+    assert_as_good_as_sdpa(query * 30, key * 30, value)
+    assert_as_good_as_sdpa(query, key, value, scale=-2.5)
+    assert_as_good_as_sdpa(query, key, value, scale=0.0)
+
+
+# -- masks
+
+
+def mask_shapes():
+    for b in (1, 2):
+        for h in (1, 3):
+            for queries in (1, 70):
+                for keys in (1, 90):
+                    yield (b, h, queries, keys)
+    yield from ((70, 90), (1, 90), (70, 1), (1, 1), (3, 70, 90), (1, 1, 90))
+
+
+@pytest.mark.parametrize("shape", mask_shapes(), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_attention_takes_every_mask_that_broadcasts(shape, dtype):
+    q, k, v = inputs(2, 3, 3, 70, 90, 32, 32, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    mask = torch.rand(shape) < 0.7 if dtype == torch.bool else torch.randn(shape).to(dtype)
+    assert_as_good_as_sdpa(q, k, v, attn_mask=mask)
+    assert_as_good_as_sdpa(q[:, :, :2], k, v, attn_mask=mask[..., :2, :])
+
+
+def test_attention_takes_masks_with_any_strides(isa):
+    q, k, v = inputs(2, 3, 3, 70, 90, 32, 32)
+    for mask in (torch.rand(2, 3, 90, 70) < 0.7, torch.randn(2, 3, 90, 70), torch.randn(2, 3, 180, 70)[:, :, ::2]):
+        assert_as_good_as_sdpa(q, k, v, attn_mask=mask.mT)
+        assert_as_good_as_sdpa(q[:, :, :1], k, v, attn_mask=mask.mT[:, :, :1])
+    assert_as_good_as_sdpa(q, k, v, attn_mask=(torch.rand(2, 1, 70, 1) < 0.7).expand(2, 3, 70, 90))
+
+
+@pytest.mark.parametrize("queries", [1, 3, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_query_without_keys_is_zero(isa, dtype, queries):
+    q, k, v = inputs(1, 2, 2, queries, 600, 32, 32, dtype)
+    keep = torch.rand(1, 1, queries, 600) < 0.5
+    keep[..., 0, :] = False
+    keep[..., 300:] = False  # the last chunk is empty for all
+    for mask in (keep, torch.zeros(keep.shape).masked_fill(~keep, -math.inf)):
+        out = attention(q, k, v, attn_mask=mask)
+        assert_exact(out[:, :, 0], torch.zeros_like(out[:, :, 0]))
+        assert out[:, :, 1:].isfinite().all()
+        assert_as_good_as_sdpa(q, k, v, attn_mask=mask)
+    nothing = torch.zeros(600, dtype=torch.bool).expand(1, 600)
+    assert_exact(attention(q, k, v, attn_mask=nothing), torch.zeros_like(out))
+
+
+def test_attention_with_the_lowest_finite_mask_is_the_mean(isa):
+    """finfo.min is no -inf: a row full of it weighs all keys alike, as softmax does."""
+    q, k, v = inputs(1, 2, 2, 20, 40, 16, 16)
+    mask = torch.full((20, 40), torch.finfo(torch.float32).min)
+    torch.testing.assert_close(attention(q, k, v, attn_mask=mask), v.mean(2, keepdim=True).expand_as(q))
+    mask[:, :10] = 0
+    torch.testing.assert_close(attention(q, k, v, attn_mask=mask), attention(q, k[:, :, :10], v[:, :, :10]))
+
+
+@pytest.mark.parametrize("queries", [2, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_attention_does_not_leak_excluded_keys(isa, bad, dtype, queries):
+    q, k, v = inputs(1, 2, 2, queries, 100, 32, 32, dtype)
+    keep = torch.rand(1, 1, queries, 100) < 0.5
+    keep[..., 60:] = False
+    keep[..., 0] = True
+    clean = attention(q, k, v, attn_mask=keep)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[:, :, 60:], bad_v[:, :, 60:] = bad, bad
+    assert_exact(attention(q, bad_k, bad_v, attn_mask=keep), clean)
+    assert_exact(
+        attention(q, bad_k, bad_v, attn_mask=keep.new_ones(100).index_fill(0, torch.arange(60, 100), False)),
+        attention(q, k[:, :, :60], v[:, :, :60]),
+    )
+    # A key that some rows keep and others do not: exactly the first are touched.
+    bad_v = v.clone()
+    bad_v[:, :, 5] = bad
+    out = attention(q, k, bad_v, attn_mask=keep)
+    touched = keep[0, 0, :, 5]
+    assert not out[:, :, touched].isfinite().any()
+    torch.testing.assert_close(out[:, :, ~touched], clean[:, :, ~touched])
+
+
+@pytest.mark.parametrize("queries", [2, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_spreads_nan_only_where_it_must(isa, dtype, queries):
+    q, k, v = inputs(1, 1, 1, queries, 100, 24, 24, dtype)
+    bad = q.clone()
+    bad[0, 0, 1, 3] = math.nan
+    out = attention(bad, k, v)
+    assert out[0, 0, 1].isnan().all()
+    assert out[0, 0, 0].isfinite().all()
+    assert out[0, 0, 2:].isfinite().all()
+    mask = torch.zeros(queries, 100)
+    mask[1, 99] = math.nan
+    out = attention(q, k, v, attn_mask=mask)
+    assert out[0, 0, 1].isnan().all()
+    assert out[0, 0, [0, *range(2, queries)]].isfinite().all()
+    bad = k.clone()
+    bad[0, 0, 1] = math.nan
+    out = attention(q, bad, v, is_causal=True)
+    assert out[0, 0, 0].isfinite().all()
+    assert out[0, 0, 1:].isnan().all()
+
+
+# -- properties
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_ones_is_one(isa, dtype, mask):
+    q, k, v = inputs(2, 2, 2, 70, 330, 40, 24, dtype)
+    options = mask_options(mask, 2, 2, 70, 330)
+    out = attention(q, k, torch.ones_like(v), **options)
+    has_keys = reference(q.double(), k.double(), torch.ones_like(v).double(), **options) > 0
+    # A weighted mean of ones: the weights' rounding (bfloat16) and the division are all that is left.
+    tolerance = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (out.double() - has_keys.double()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_causal_does_not_look_ahead(isa, dtype):
+    q, k, v = inputs(1, 2, 2, 150, 150, 32, 32, dtype)
+    out = attention(q, k, v, is_causal=True)
+    for i in (0, 1, 15, 16, 63, 64, 100):
+        later_k, later_v = k.clone(), v.clone()
+        later_k[:, :, i + 1 :], later_v[:, :, i + 1 :] = 7, math.nan
+        assert_exact(attention(q, later_k, later_v, is_causal=True)[:, :, : i + 1], out[:, :, : i + 1])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(30, 100), (100, 30), (1, 40)])
+def test_attention_causal_is_aligned_top_left(isa, queries, keys):
+    assert_as_good_as_sdpa(*inputs(1, 2, 2, queries, keys, 32, 32), is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_the_order_of_keys(isa, dtype):
+    q, k, v = inputs(1, 2, 2, 70, 400, 64, 64, dtype)
+    order = torch.randperm(400)
+    truth = reference(q.double(), k.double(), v.double())
+    assert_composite(attention(q, k[:, :, order], v[:, :, order]), attention(q, k, v), truth, factor=4.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_gives_the_same_bits_for_every_number_of_threads(mask, dtype):
+    q, k, v = inputs(2, 3, 3, 200, 300, 64, 64, dtype)
+    options = mask_options(mask, 2, 3, 200, 300)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = attention(q, k, v, **options)
+        torch.set_num_threads(2)
+        for _ in range(3):
+            assert_exact(attention(q, k, v, **options), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize("queries", [1, 5, 33, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_groups_of_heads_share_keys(isa, dtype, queries, heads, kv_heads):
+    q, k, v = inputs(2, heads, kv_heads, queries, 70, 32, 32, dtype)
+    for mask in ("none", "causal", "boolean", "additive"):
+        options = mask_options(mask, 2, heads, queries, 70)
+        assert_as_good_as_sdpa(q, k, v, enable_gqa=True, **options)
+
+
+# -- strides, sizes, layouts
+
+
+def test_attention_takes_any_strides(isa):
+    q, k, v = inputs(2, 4, 4, 70, 90, 32, 32)
+    expected = attention(q, k, v)
+
+    def padded(t):
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), math.nan, dtype=t.dtype)
+        wide[..., 1:-2] = t  # the base is off by one element
+        return wide[..., 1:-2]
+
+    assert_exact(attention(padded(q), padded(k), padded(v)), expected)
+    assert_exact(attention(*(t.mT.contiguous().mT for t in (q, k, v))), expected)
+    assert_exact(attention(*(t.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1) for t in (q, k, v))), expected)
+    shared = attention(q, k[:1, :1].expand_as(k), v[:1, :1].expand_as(v))
+    assert_exact(shared, attention(q, k[:1, :1].repeat(2, 4, 1, 1), v[:1, :1].repeat(2, 4, 1, 1)))
+    one_key = attention(q, k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v))
+    torch.testing.assert_close(one_key, v[:, :, :1].expand_as(q))
+    packed = torch.randn(2, 70, 3, 4, 32)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    assert_as_good_as_sdpa(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [1, 3])
+def test_attention_takes_misaligned_bfloat16_pairs(dtype, shift):
+    q, k, v = inputs(1, 2, 2, 20, 40, 32, 32, dtype)
+    wide = (torch.empty(*t.shape[:-1], 33 + shift, dtype=dtype) for t in (q, k, v))
+    moved = [w[..., shift : shift + 32].copy_(t) for w, t in zip(wide, (q, k, v), strict=True)]
+    assert_exact(attention(*moved), attention(q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
+def test_attention_of_nothing(isa, shape):
+    batch, heads, queries, keys = shape
+    q, k, v = inputs(batch, heads, heads, queries, keys, 8, 6)
+    out = attention(q, k, v)
+    assert_exact(out, torch.zeros(batch, heads, queries, 6))
+    assert_exact(attention(q, k, v, is_causal=True), out)
+    assert_exact(attention(q, k, v, attn_mask=torch.ones(queries, keys, dtype=torch.bool)), out)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "enable_gqa"),
+    [
+        ((5, 8), (7, 8), False),
+        ((3, 5, 8), (3, 7, 8), False),
+        ((6, 5, 8), (3, 7, 8), True),
+        ((2, 3, 4, 5, 8), (2, 3, 4, 6, 8), False),
+        ((2, 2, 3, 5, 8), (2, 1, 3, 7, 8), False),
+        ((1, 2, 5, 8), (3, 2, 7, 8), False),
+        ((2, 1, 5, 8), (2, 4, 7, 8), False),
+        ((5, 8), (3, 2, 7, 8), False),
+    ],
+    ids=str,
+)
+def test_attention_has_torchs_shape_rules(query, key, enable_gqa):
+    q, k, v = torch.randn(query), torch.randn(key), torch.randn(key)
+    for mask in (None, torch.rand(query[-2], key[-2]) < 0.8):
+        out = attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+        eager = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+        torch.testing.assert_close(out, eager.nan_to_num(0))
+
+
+@pytest.mark.parametrize("value_size", [8, 6])
+def test_attention_keeps_the_querys_memory_order(value_size):
+    q, k, v = inputs(2, 3, 3, 5, 7, 8, value_size)
+    assert attention(q, k, v).is_contiguous()
+    projected = torch.randn(2, 5, 3 * 8).unflatten(-1, (3, 8)).transpose(1, 2)
+    assert attention(projected, k, v).transpose(1, 2).is_contiguous()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(order=st.permutations([0, 1, 2, 3]), expand=st.lists(st.integers(0, 2), max_size=2), sizes=st.data())
+def test_attention_output_layout_suits_the_kernel(order, expand, sizes):
+    """Whatever the query's strides, the output's last dimension is contiguous and fake agrees with real."""
+    shape = [sizes.draw(st.integers(1, 4)) for _ in range(4)]
+    query = torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(4)])
+    for dim in expand:
+        query = query[(slice(None),) * dim + (slice(0, 1),)].expand(shape)
+    out = attention(query, query, query)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, query, query))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = attention(*[mode.from_tensor(query)] * 3)
+    # Strides of dimensions of size 1 say nothing, and torch.empty_like itself gives a fake tensor others there.
+    assert [n for n, size in zip(fake.stride(), shape, strict=True) if size > 1] == [
+        n for n, size in zip(out.stride(), shape, strict=True) if size > 1
+    ]
+
+
+@pytest.mark.slow
+def test_attention_addresses_past_two_to_the_31():
+    wide = torch.empty(2**31 + 3 * 64, dtype=torch.bfloat16)  # 4 GiB, touched only where the views are
+    key = wide.as_strided((1, 1, 3, 64), (1, 1, 2**30, 1)).copy_(torch.randn(1, 1, 3, 64))
+    q = torch.randn(1, 1, 5, 64, dtype=torch.bfloat16)
+    assert_exact(attention(q, key, key), attention(q, key.clone(), key.clone()))
+
+
+# -- the op in PyTorch's machinery
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_passes_opcheck(dtype, mask):
+    op = torch.ops.lamina.attention.default
+    options = mask_options(mask, 2, 3, 5, 7, dtype)
+    rest = (options.get("attn_mask"), options.get("is_causal", False))
+    for layout in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+        q, k, v = (layout(t) for t in inputs(2, 3, 3, 5, 7, 8, 6, dtype))
+        torch.library.opcheck(op, (q, k, v, *rest, None, False))
+    q, k, v = inputs(2, 6, 3, 5, 7, 8, 8, dtype)
+    torch.library.opcheck(op, (q, k, v, None, False, 0.3, True))
+    torch.library.opcheck(op, (q[0], k[0, :1], v[0, :1], None, False, 0.3, False))
+
+
+def test_attention_compiles_and_exports():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            q, k, v = x.unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            return attention(q * 2, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    x, model = torch.randn(2, 9, 96), Model()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},))
+    assert torch.ops.lamina.attention.default in {n.target for n in exported.graph.nodes}
+    longer = torch.randn(2, 30, 96)
+    torch.testing.assert_close(exported.module()(longer), model(longer))
+
+
+def test_attention_leaves_the_rest_to_torch():
+    q, k, v = inputs(1, 2, 2, 5, 7, 8, 8)
+    leaf = q.clone().requires_grad_()
+    attention(leaf, k, v).sum().backward()
+    expected = q.clone().requires_grad_()
+    F.scaled_dot_product_attention(expected, k, v).sum().backward()
+    assert_exact(leaf.grad, expected.grad)
+    with torch.no_grad():
+        assert_exact(attention(leaf, k, v), attention(q, k, v))
+    for dtype in (torch.float64, torch.float16):
+        args = [t.to(dtype) for t in (q, k, v)]
+        assert_exact(attention(*args), F.scaled_dot_product_attention(*args))
+    wide = inputs(1, 2, 2, 5, 7, 300, 300)
+    assert_exact(attention(*wide), F.scaled_dot_product_attention(*wide))
+    torch.manual_seed(1)
+    dropped = attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert_exact(dropped, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v)
+    assert_exact(out, attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+
+
+def test_attention_layer():
+    layer = nn_attention.ScaledDotProductAttention.from_float(torch.nn.Identity().eval())
+    assert not layer.training
+    assert not layer.state_dict()
+    q, k, v = inputs(1, 2, 2, 5, 7, 8, 8)
+    mask = torch.rand(5, 7) < 0.8
+    assert_exact(layer(q, k, v), attention(q, k, v))
+    assert_exact(layer(q, k, v, attn_mask=mask), attention(q, k, v, attn_mask=mask))
+    assert_exact(layer(q, k, v, is_causal=True), attention(q, k, v, is_causal=True))
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.randn(1, 2, 7, 9)}, r"attention: key has shape \[1, 2, 7, 9\], but must be \[1, \*, \*, 8\]"),
+        ({"key": torch.randn(1, 2, 7, 8).double()}, "attention: key is float64 and value is float32, but both"),
+        ({"value": torch.randn(1, 2, 6, 8)}, r"attention: value has shape \[1, 2, 6, 8\], but must be \[1, 2, 7, \*\]"),
+        ({"attn_mask": torch.ones(5, 7).int()}, "attention: attn_mask is int32, but must be bool or float32"),
+        ({"attn_mask": torch.ones(5, 7).double()}, "attention: attn_mask is float64, but must be bool or float32"),
+        (
+            {"attn_mask": torch.ones(4, 7)},
+            r"attention: attn_mask is float32\[4, 7\], but must broadcast to \[1, 4, 5, 7\]",
+        ),
+        ({"key": torch.randn(1, 3, 7, 8), "value": torch.randn(1, 3, 7, 8)}, "query has 4 heads and key has 3"),
+        ({"query": torch.randn(8)}, r"query, key and value are \[8\]"),
+    ],
+)
+def test_attention_refuses_in_one_sentence(change, message):
+    q, k, v = inputs(1, 4, 2, 5, 7, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        attention(**{"query": q, "key": k, "value": v, "enable_gqa": True, **change})
+
+
+def test_attention_op_refuses_other_dtypes():
+    q, k, v = (t.to(torch.int8) for t in inputs(1, 2, 2, 5, 7, 8, 8))
+    with pytest.raises(ValueError, match="attention: query is int8, but must be float32 or bfloat16"):
+        torch.ops.lamina.attention(q, k, v, None, False, None, False)
+    q, k, v = inputs(1, 2, 2, 5, 7, 300, 8)
+    with pytest.raises(ValueError, match="its head size must be 1 to 256"):
+        torch.ops.lamina.attention(q, k, v, None, False, None, False)

@@ -1,0 +1,628 @@
+"""accelerate: never slower, accurate enough, the original untouched, and every decision explained.
+
+Speed is given by a stand-in for the stopwatch: a test that depends on how fast this machine is could not be trusted.
+"""
+
+import copy
+import dataclasses
+import sys
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from tolerances import INT8_MODEL_SQNR_DB, assert_exact, assert_lossy
+from torch import nn
+
+import lamina
+from lamina import accelerate
+from lamina.models.attention import ScaledDotProductAttention as ReferenceAttention
+from lamina.nn import Int8Linear
+
+# The function of the same name hides the module from attribute access.
+module = sys.modules["lamina.accelerate"]
+
+LAYER, MODEL = "layer", "model"
+
+
+class Stopwatch:
+    """Takes the place of accelerate's timing. `ratio` says how much faster each replacement is."""
+
+    def __init__(self):
+        self.ratio = {LAYER: 2.0, MODEL: 2.0}
+        self.calls = []
+
+    def __call__(self, before, after, seconds):
+        kind = MODEL if seconds == module._MODEL_SECONDS else LAYER
+        before(), after()
+        self.calls.append(kind)
+        ratio = self.ratio[kind]
+        return (ratio(len(self.calls)) if callable(ratio) else ratio), 1.0
+
+
+@pytest.fixture(autouse=True)
+def stopwatch(monkeypatch):
+    watch = Stopwatch()
+    monkeypatch.setattr(module, "_interleaved", watch)
+    return watch
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 7)).eval()
+
+
+def decision(fast: lamina.Accelerated, fqn: str) -> lamina.LayerDecision:
+    return next(d for d in fast.report.decisions if d.fqn == fqn)
+
+
+def int8_layers(model: nn.Module) -> list[str]:
+    return [fqn for fqn, m in model.named_modules() if isinstance(m, Int8Linear)]
+
+
+# -- what it gives
+
+
+def test_replaces_what_is_faster_and_accurate():
+    model, x = mlp(), torch.randn(16, 20)
+    fast = accelerate(model, (x,))
+    assert int8_layers(fast.model) == ["0", "2", "4"]
+    assert_lossy(fast.model(x), model(x), min_sqnr_db=INT8_MODEL_SQNR_DB)
+    for d in fast.report.decisions:
+        assert d.speedup == 2.0
+        assert 0 < d.error < 0.02
+        assert d.now.startswith("Int8Linear")
+        assert d.reason == "faster and accurate enough"
+
+
+def test_report_of_the_model():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    x = torch.randn(4, 256)
+    report = accelerate(model, (x,)).report
+    assert report.speedup == 2.0
+    assert (report.seconds_before, report.seconds_after) == (2.0, 1.0)
+    assert 0 < report.error < 0.05
+    assert report.threads == torch.get_num_threads()
+    assert report.bytes_before == 4 * 2 * (256 * 256 + 256)
+    assert report.bytes_after < 0.3 * report.bytes_before
+    text = str(report)
+    for word in ("2 of 2 layers replaced", "2.00x as fast", "threads", "speedup", "error", "why", "2.00x"):
+        assert word in text
+
+
+def test_error_is_the_relative_error_of_the_outputs():
+    model, x = mlp(), torch.randn(16, 20)
+    fast = accelerate(model, (x,))
+    with torch.no_grad():
+        expected, actual = model(x).double(), fast.model(x).double()
+    assert fast.report.error == pytest.approx(((actual - expected).norm() / expected.norm()).item(), rel=1e-6)
+
+
+def test_decisions_are_in_the_order_of_the_model():
+    model = nn.Sequential(OrderedDict(b=nn.Linear(4, 4), a=nn.Sequential(nn.Linear(4, 4)), c=nn.Linear(4, 4).double()))
+    model.c.forward = lambda x: x
+    report = accelerate(model, (torch.randn(2, 4),)).report
+    assert [d.fqn for d in report.decisions] == ["b", "a.0", "c"]
+
+
+def test_every_layer_and_the_model_are_timed(stopwatch):
+    accelerate(mlp(), (torch.randn(2, 20),))
+    assert stopwatch.calls == [LAYER] * 3 + [MODEL]
+
+
+def test_progress_is_told():
+    told = []
+    accelerate(mlp(), (torch.randn(2, 20),), progress=lambda *what: told.append(what))
+    assert [done for _, done, _ in told[1:]] == [0, 1, 2, 3]
+    assert all(0 <= done <= total for _, done, total in told)
+    assert all(isinstance(description, str) for description, _, _ in told)
+    assert told[1][0] == "measuring 0"
+
+
+def test_timing_calls_both_in_turn(monkeypatch):
+    monkeypatch.undo()
+    order = []
+    before, after = module._interleaved(lambda: order.append("before"), lambda: order.append("after"), 0.0)
+    assert order == ["before", "after"] * (module._MIN_ROUNDS + 1)  # one round to warm up
+    assert before > 0
+    assert after > 0
+
+
+def test_timing_takes_the_median(monkeypatch):
+    monkeypatch.undo()
+    clock = [0.0]
+    durations = {"before": iter([9, 1, 2, 3, 50, 4]), "after": iter([9, 5, 5, 5, 70, 5])}
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+
+    def run(name):
+        clock[0] += next(durations[name])
+
+    assert module._interleaved(lambda: run("before"), lambda: run("after"), 0.0) == (3.0, 5.0)
+
+
+# -- the original
+
+
+class Everything(nn.Module):
+    """Parameters, buffers, hooks, modes and a cache that is filled on the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.hooked = nn.Linear(12, 12)
+        self.hooked.register_forward_hook(lambda m, args, out: out * 2)
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.table = None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(12.0)
+        return self.frozen(self.hooked(self.norm(self.fc(x))) + self.table)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_original_is_untouched(training):
+    model = Everything().train(training)
+    model.hooked.train(not training)
+    x = torch.randn(5, 12)
+    state = copy.deepcopy(model.state_dict())
+    modules = [
+        (fqn, m, m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for fqn, m in model.named_modules()
+    ]
+    needs_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    fast = accelerate(model, (x,))
+    assert int8_layers(fast.model) == ["fc", "frozen"]
+    after = [
+        (fqn, m, m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for fqn, m in model.named_modules()
+    ]
+    assert after == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == needs_grad
+    for name, tensor in model.state_dict().items():
+        assert_exact(tensor, state[name], name)
+    theirs = {id(t) for t in [*fast.model.parameters(), *fast.model.buffers()]}
+    assert not theirs & {id(t) for t in [*model.parameters(), *model.buffers()]}
+
+
+def test_the_original_can_still_be_trained():
+    """What a model caches during the measurement must not be an inference tensor, which autograd refuses."""
+    model = Everything().eval()
+    x = torch.randn(5, 12)
+    accelerate(model, (x,))
+    model.train()(x).square().sum().backward()
+    assert model.fc.weight.grad is not None
+
+
+def test_the_copy_is_an_ordinary_model():
+    """It can be loaded into, moved, copied and trained through."""
+    model, x = mlp(), torch.randn(4, 20)
+    fast = accelerate(model, (x,)).model
+    assert not any(t.is_inference() for t in [*fast.parameters(), *fast.buffers()])
+    y = fast(x)
+    fast.load_state_dict(model.state_dict())
+    assert_exact(copy.deepcopy(fast)(x), y)
+    x.requires_grad_()
+    fast(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    fast.bfloat16()(x.detach().bfloat16())
+
+
+def test_the_copy_is_in_eval_mode():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train()
+    fast = accelerate(model, (torch.randn(4, 8),))
+    assert not any(m.training for m in fast.model.modules())
+    assert model.training
+    assert model[1].training
+
+
+def test_example_inputs_are_untouched():
+    x = torch.randn(4, 20)
+    before = x.clone()
+    accelerate(mlp(), (x,))
+    assert_exact(x, before)
+
+
+def test_a_model_that_writes_into_its_inputs():
+    """Each run must see the inputs as given, or the outputs of two runs could not be compared."""
+
+    class AddsInPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x):
+            x += 1
+            return self.fc(x)
+
+    x = torch.randn(4, 16)
+    before = x.clone()
+    fast = accelerate(AddsInPlace(), (x,))
+    assert int8_layers(fast.model) == ["fc"]
+    assert_exact(x, before)
+
+
+def test_random_state_is_untouched():
+    model = mlp()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    accelerate(model, (torch.ones(2, 20),))
+    assert_exact(torch.rand(2), expected)
+
+
+def test_threads_and_isa_are_untouched():
+    torch.set_num_threads(1)
+    with lamina.force_isa("generic"):
+        accelerate(mlp(), (torch.ones(2, 20),))
+        assert lamina.info()["isa"] == "generic"
+    assert torch.get_num_threads() == 1
+
+
+# -- what it leaves
+
+
+def unchanged(fast: lamina.Accelerated, model: nn.Module, *inputs) -> None:
+    assert int8_layers(fast.model) == []
+    assert fast.report.swapped == ()
+    with torch.no_grad():
+        assert_exact(fast.model(*inputs), model(*inputs))
+
+
+def test_max_error_zero_leaves_everything():
+    model, x = mlp(), torch.randn(4, 20)
+    fast = accelerate(model, (x,), max_error=0)
+    unchanged(fast, model, x)
+    for d in fast.report.left:
+        assert "is above max_error 0" in d.reason
+        assert d.error > 0
+    assert fast.report.error == 0.0
+
+
+def test_min_speedup_leaves_everything():
+    model, x = mlp(), torch.randn(4, 20)
+    fast = accelerate(model, (x,), min_speedup=1000)
+    unchanged(fast, model, x)
+    assert [d.reason for d in fast.report.left] == ["2.00x on its inputs is below min_speedup 1000"] * 3
+    assert [d.speedup for d in fast.report.left] == [2.0] * 3
+
+
+def test_slower_layers_are_left(stopwatch):
+    stopwatch.ratio[LAYER] = lambda call: 0.5 if call == 2 else 1.5
+    fast = accelerate(mlp(), (torch.randn(4, 20),))
+    assert len(int8_layers(fast.model)) == 2
+    (left,) = fast.report.left
+    assert left.reason == "0.50x on its inputs is below min_speedup 1"
+
+
+def test_equal_speed_is_not_slower(stopwatch):
+    stopwatch.ratio = {LAYER: 1.0, MODEL: 1.0}
+    assert len(accelerate(mlp(), (torch.randn(4, 20),)).report.swapped) == 3
+
+
+def test_a_slower_model_is_not_kept(stopwatch):
+    """Every layer faster by itself, but the whole not: all go back."""
+    stopwatch.ratio[MODEL] = 0.9
+    model, x = mlp(), torch.randn(4, 20)
+    fast = accelerate(model, (x,))
+    unchanged(fast, model, x)
+    for d in fast.report.left:
+        assert d.reason == "faster by itself, but the whole model came out at 0.90x"
+        assert d.speedup == 2.0
+    assert fast.report.speedup == 1.0
+    assert fast.report.error == 0.0
+    assert fast.report.bytes_after == fast.report.bytes_before
+
+
+class Cancels(nn.Module):
+    """Two large numbers whose difference is small: a small error of a layer is a large one of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.b.weight.copy_(self.a.weight * (1 + 1e-4))
+            self.b.bias.copy_(self.a.bias)
+
+    def forward(self, x):
+        return self.a(x) - self.b(x + 1e-3)
+
+
+def test_an_inaccurate_model_is_not_kept():
+    model, x = Cancels(), torch.randn(4, 16)
+    fast = accelerate(model, (x,))
+    unchanged(fast, model, x)
+    for d in fast.report.left:
+        assert "taken back: the model's error was" in d.reason
+        assert "above max_model_error 0.1" in d.reason
+    assert fast.report.error == 0.0
+
+
+def test_only_the_worst_layers_are_taken_back():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.good = nn.ModuleList(nn.Linear(16, 16) for _ in range(7))
+            self.bad = nn.Linear(16, 16)
+            with torch.no_grad():
+                self.bad.weight[:, 0] = 100.0  # one large weight takes the range of all others
+
+        def forward(self, x):
+            x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], dim=1)
+            return sum(layer(x) for layer in self.good) / 20 + self.bad(x)
+
+    fast = accelerate(Both(), (torch.randn(8, 16),), max_error=10.0, max_model_error=0.02)
+    assert decision(fast, "bad").now is None
+    assert len(fast.report.swapped) >= 5
+    assert 0 < fast.report.error <= 0.02
+
+
+def test_a_model_error_can_be_asked_for():
+    model, x = mlp(), torch.randn(4, 20)
+    fast = accelerate(model, (x,), max_model_error=0.0)
+    unchanged(fast, model, x)
+    assert "above max_model_error 0" in fast.report.left[0].reason
+
+
+def test_layers_that_are_not_called():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    fast = accelerate(Unused(), (torch.randn(2, 4),))
+    assert decision(fast, "unused") == lamina.LayerDecision(
+        "unused", "Linear(4, 4)", None, "not called by the example inputs"
+    )
+    assert int8_layers(fast.model) == ["used"]
+
+
+def test_weights_that_are_read_and_not_called():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+    model, x = Reads(), torch.randn(2, 4)
+    fast = accelerate(model, (x,))
+    unchanged(fast, model, x)
+    assert "not called" in decision(fast, "fc").reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_other_dtypes_are_left(dtype):
+    model, x = mlp().to(dtype), torch.randn(2, 20, dtype=dtype)
+    fast = accelerate(model, (x,))
+    unchanged(fast, model, x)
+    assert all("int8 kernels take float32 and bfloat16" in d.reason for d in fast.report.left)
+
+
+def test_bfloat16_models():
+    model, x = mlp().bfloat16(), torch.randn(8, 20, dtype=torch.bfloat16)
+    fast = accelerate(model, (x,), max_error=0.05)
+    assert int8_layers(fast.model) == ["0", "2", "4"]
+    assert fast.model(x).dtype == torch.bfloat16
+
+
+def test_inputs_the_replacement_does_not_take():
+    """A float32 layer that autocast or a caller feeds with float64 fails before and after; the rest goes on."""
+
+    class Guarded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            try:
+                x = self.fc(x.half())
+            except RuntimeError:
+                x = x + 1
+            return self.other(x)
+
+    fast = accelerate(Guarded(), (torch.randn(2, 4),))
+    assert decision(fast, "fc").reason.startswith("the replacement does not take these inputs: ")
+    assert int8_layers(fast.model) == ["other"]
+
+
+def test_nan_weights_are_left():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    fast = accelerate(model, (torch.randn(2, 20),))
+    assert "NaN or infinite weight" in decision(fast, "2").reason
+
+
+def test_a_model_that_is_a_linear():
+    model, x = nn.Linear(6, 5), torch.randn(3, 6)
+    fast = accelerate(model, (x,))
+    unchanged(fast, model, x)
+    assert "it is the model itself" in fast.report.left[0].reason
+
+
+def test_filter_fn_and_policies():
+    x = torch.randn(4, 20)
+    fast = accelerate(mlp(), (x,), filter_fn=lambda m, fqn: fqn != "2")
+    assert int8_layers(fast.model) == ["0", "4"]
+    assert decision(fast, "2").reason == "excluded by filter_fn"
+    assert int8_layers(accelerate(mlp(), (x,), config={"re:[24]": lamina.Int8Dynamic()}).model) == ["2", "4"]
+    assert accelerate(mlp(), (x,), config=lamina.FusedAttention()).report.decisions == ()
+
+
+def test_accelerating_twice():
+    model, x = mlp(), torch.randn(4, 20)
+    once = accelerate(model, (x,)).model
+    twice = accelerate(once, (x,))
+    assert twice.report.decisions == ()
+    assert_exact(twice.model(x), once(x))
+
+
+# -- models of many kinds
+
+
+def test_a_layer_used_twice_with_different_shapes():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.alias = self.fc
+
+        def forward(self, x):
+            return self.alias(self.fc(x)[:2])
+
+    fast = accelerate(Twice(), (torch.randn(6, 8),))
+    assert isinstance(fast.model.fc, Int8Linear)
+    assert fast.model.fc is fast.model.alias
+    assert len(fast.report.decisions) == 1
+
+
+def test_in_place_relu_after_a_layer():
+    model = nn.Sequential(nn.Linear(10, 12), nn.ReLU(inplace=True), nn.Linear(12, 4), nn.ReLU(inplace=True)).eval()
+    x = torch.randn(5, 10)
+    fast = accelerate(model, (x,))
+    assert int8_layers(fast.model) == ["0", "2"]
+    assert_lossy(fast.model(x), model(x), min_sqnr_db=INT8_MODEL_SQNR_DB)
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    aux: dict
+
+
+Pair = namedtuple("Pair", "first second")
+
+OUTPUTS = {
+    "tuple": lambda y: (y, y * 2),
+    "list": lambda y: [y, [y]],
+    "dict": lambda y: {"logits": y, "ids": y.argmax(1)},
+    "ordered": lambda y: OrderedDict(logits=y),
+    "namedtuple": lambda y: Pair(y, None),
+    "dataclass": lambda y: Answer(y, {"again": y}),
+    "nested": lambda y: ({"a": [y]}, 3, None, "text", y.long()),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.fc, self.wrap = nn.Linear(16, 16), wrap
+
+    def forward(self, x):
+        return self.wrap(self.fc(x))
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_every_kind(kind):
+    fast = accelerate(Wrapped(OUTPUTS[kind]), (torch.randn(4, 16),))
+    assert int8_layers(fast.model) == ["fc"]
+    assert 0 < fast.report.error < 0.02
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "dataclass"])
+def test_outputs_of_every_kind_are_checked(kind):
+    fast = accelerate(Wrapped(OUTPUTS[kind]), (torch.randn(4, 16),), max_model_error=1e-9)
+    assert int8_layers(fast.model) == []
+
+
+def test_outputs_with_nan_and_infinity_in_the_same_places():
+    model = Wrapped(
+        lambda y: torch.where(torch.arange(16) == 3, float("-inf"), y).masked_fill(torch.arange(16) == 5, float("nan"))
+    )
+    fast = accelerate(model, (torch.randn(4, 16),))
+    assert int8_layers(fast.model) == ["fc"]
+    assert 0 < fast.report.error < 0.02
+
+
+def test_randomness_in_the_model():
+    """Both runs are seeded alike, so noise is no error."""
+    fast = accelerate(Wrapped(lambda y: y + torch.rand_like(y)), (torch.randn(4, 16),))
+    assert int8_layers(fast.model) == ["fc"]
+    assert fast.report.error < 0.02
+
+
+def test_dict_example_inputs():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, *, left, right=None):
+            return self.fc(left) + right
+
+    fast = accelerate(Named(), {"left": torch.randn(2, 8), "right": torch.randn(2, 8)})
+    assert int8_layers(fast.model) == ["fc"]
+
+
+def test_layers_called_with_keywords():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    assert int8_layers(accelerate(Keywords(), (torch.randn(2, 8),)).model) == ["fc"]
+
+
+def test_reference_attention_joins_in():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.attention = nn.Linear(32, 96), ReferenceAttention()
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.attention(q, k, v).transpose(1, 2).flatten(2)
+
+    fast = accelerate(Block(), (torch.randn(2, 9, 32),))
+    assert {d.fqn: d.now for d in fast.report.swapped} == {
+        "qkv": "Int8Linear(32, 96)",
+        "attention": "ScaledDotProductAttention",
+    }
+    assert decision(fast, "attention").error < 1e-5
+
+
+def test_inside_the_users_own_inference_mode():
+    model, x = mlp(), torch.randn(4, 20)
+    with torch.inference_mode():
+        fast = accelerate(model, (x,))
+        assert int8_layers(fast.model) == ["0", "2", "4"]
+
+
+# -- what bad input gets
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.randn(4, 20), [torch.randn(4, 20)], None, 3, iter([])], ids=lambda i: type(i).__name__
+)
+def test_example_inputs_must_be_a_tuple_or_a_dict(inputs):
+    with pytest.raises(
+        TypeError, match="example_inputs must be a tuple of positional or a dict of keyword arguments"
+    ) as error:
+        accelerate(mlp(), inputs)
+    assert f"got {type(inputs).__name__}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_floating_point_outputs():
+    with pytest.raises(ValueError, match="the model gives no floating-point output for the example inputs"):
+        accelerate(Wrapped(lambda y: y.argmax()), (torch.randn(4, 16),))
+
+
+def test_errors_of_the_model_pass_through():
+    model = mlp()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        accelerate(model, (torch.randn(4, 21),))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        accelerate(model, {"nonsense": 1})
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("config", ["fast", 3, [None]])
+def test_a_wrong_config_is_refused(config):
+    with pytest.raises((TypeError, ValueError), match="config"):
+        accelerate(mlp(), (torch.randn(4, 20),), config=config)

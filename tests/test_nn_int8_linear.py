@@ -1,0 +1,338 @@
+"""lamina.nn.Int8Linear: a Linear in everything but its bytes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from tolerances import INT8_LAYER_SQNR_DB, assert_exact, assert_lossy
+from torch import nn
+
+import lamina
+from lamina.nn import Int8Linear
+from lamina.quant import dequantize_weight, quantize_weight
+
+ACTIVATIONS = {
+    None: nn.Identity(),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU(),
+}
+
+
+@pytest.fixture
+def linear():
+    return nn.Linear(20, 30)
+
+
+@pytest.fixture
+def layer(linear):
+    return Int8Linear.from_float(linear)
+
+
+def same_layer(a: Int8Linear, b: Int8Linear) -> None:
+    for name in ("_packed", "_scale", "_compensation"):
+        assert_exact(getattr(a, name), getattr(b, name), name)
+    assert (a.bias is None) == (b.bias is None)
+    if a.bias is not None:
+        assert_exact(a.bias.detach(), b.bias.detach())
+    assert (a.activation, a.in_features, a.out_features) == (b.activation, b.in_features, b.out_features)
+
+
+def test_is_a_linear(layer, linear):
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (20, 30)
+    x = torch.randn(7, 20)
+    assert_lossy(layer(x), linear(x), min_sqnr_db=INT8_LAYER_SQNR_DB)
+    assert_lossy(layer(x), nn.functional.linear(x, layer.weight, layer.bias), min_sqnr_db=INT8_LAYER_SQNR_DB)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(linear, activation):
+    layer, x = Int8Linear.from_float(linear, activation), torch.randn(7, 20)
+    assert_lossy(layer(x), ACTIVATIONS[activation](linear(x)), min_sqnr_db=INT8_LAYER_SQNR_DB - 3)
+    assert_lossy(layer(x), ACTIVATIONS[activation](Int8Linear.from_float(linear)(x)), min_sqnr_db=90)
+
+
+def test_constructor_arguments():
+    layer = Int8Linear(6, 5, bias=False, dtype=torch.bfloat16, activation="silu")
+    assert layer.bias is None
+    assert layer.activation == "silu"
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert Int8Linear(6, 5, dtype=torch.bfloat16).bias.dtype == torch.bfloat16
+    assert Int8Linear(6, 5, True, "cpu", torch.float32).bias.dtype == torch.float32
+    torch.manual_seed(4)
+    fresh = Int8Linear(6, 5)
+    torch.manual_seed(4)
+    same_layer(fresh, Int8Linear.from_float(nn.Linear(6, 5)))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "GELU", "", 3])
+def test_refuses_unknown_activations(activation, linear):
+    with pytest.raises(ValueError, match=f"Int8Linear: activation '{activation}' is unknown; use one of none, relu"):
+        Int8Linear(4, 4, activation=activation)
+    with pytest.raises(ValueError, match=f"activation '{activation}' is unknown"):
+        Int8Linear.from_float(linear, activation)
+
+
+def test_repr(linear):
+    assert repr(Int8Linear.from_float(linear)) == "Int8Linear(in_features=20, out_features=30, bias=True)"
+    text = repr(Int8Linear.from_float(linear, "gelu"))
+    assert text == "Int8Linear(in_features=20, out_features=30, bias=True, activation=gelu)"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_from_float_keeps_the_mode(linear, training):
+    assert Int8Linear.from_float(linear.train(training)).training == training
+
+
+def test_from_float_copies(linear):
+    layer = Int8Linear.from_float(linear)
+    weight, bias, scale = linear.weight.detach().clone(), linear.bias.detach().clone(), layer.weight.clone()
+    with torch.no_grad():
+        layer.bias.zero_()
+    assert_exact(linear.bias.detach(), bias)
+    with torch.no_grad():
+        linear.weight.zero_()
+    assert_exact(layer.weight, scale)
+    assert weight.abs().sum() > 0
+
+
+def test_from_float_of_a_layer_that_needs_gradients(linear):
+    layer = Int8Linear.from_float(linear)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_from_float_refuses_weights_that_are_not_finite(linear, bad):
+    with torch.no_grad():
+        linear.weight[11, 2] = bad
+    with pytest.raises(ValueError, match="output channel 11 has a NaN or infinite weight"):
+        Int8Linear.from_float(linear)
+
+
+@pytest.mark.parametrize("shape", [(20,), (0, 20), (1, 20), (2, 3, 20), (2, 1, 4, 20)])
+def test_input_shapes(layer, linear, shape):
+    x = torch.randn(shape)
+    y = layer(x)
+    assert y.shape == linear(x).shape
+    assert y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("features", [0, 1, 17, 18, 19, 21, 24])
+def test_refuses_other_numbers_of_features(layer, features):
+    """Like nn.Linear; also the sizes that share their padding to a multiple of four with 18 or 20."""
+    for made in (layer, Int8Linear(18, 3)):
+        if made.in_features != features:
+            with pytest.raises(ValueError, match="features"):
+                made(torch.randn(2, features))
+
+
+def test_weight_is_the_dequantized_one(layer, linear):
+    assert layer.weight.dtype == torch.float32
+    assert_exact(layer.weight, dequantize_weight(*quantize_weight(linear.weight)))
+    assert_lossy(layer.weight, linear.weight, min_sqnr_db=INT8_LAYER_SQNR_DB)
+
+
+# -- state_dict
+
+
+def test_state_dict_is_independent_of_the_packing(layer, linear):
+    state = layer.state_dict()
+    assert list(state) == ["bias", "weight", "weight_scale"]
+    codes, scale = quantize_weight(linear.weight)
+    assert_exact(state["weight"], codes)
+    assert_exact(state["weight_scale"], scale)
+    assert_exact(state["bias"], linear.bias.detach())
+
+
+def test_state_dict_round_trip(layer):
+    other = Int8Linear(20, 30)
+    assert other.load_state_dict(copy.deepcopy(layer.state_dict())) == nn.modules.module._IncompatibleKeys([], [])
+    same_layer(other, layer)
+
+
+def test_loading_a_float_state_dict(layer, linear):
+    """The checkpoint of the original model fits: it is quantized on the way in."""
+    other = Int8Linear(20, 30)
+    other.load_state_dict(linear.state_dict())
+    same_layer(other, layer)
+
+
+def test_state_dict_inside_a_model(linear):
+    model = nn.Sequential(linear, nn.ReLU(), nn.Linear(30, 4))
+    swapped = copy.deepcopy(model)
+    lamina.swap_(swapped, lamina.Int8Dynamic())
+    assert set(swapped.state_dict()) == {f"{i}.{n}" for i in (0, 2) for n in ("weight", "weight_scale", "bias")}
+    x = torch.randn(3, 20)
+    y = swapped(x)
+    fresh = nn.Sequential(Int8Linear(20, 30), nn.ReLU(), Int8Linear(30, 4))
+    fresh.load_state_dict(swapped.state_dict())
+    assert_exact(fresh(x), y)
+    fresh.load_state_dict(model.state_dict())
+    assert_exact(fresh(x), y)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_missing_and_surplus_keys(layer, strict):
+    state = layer.state_dict()
+    del state["weight"], state["weight_scale"]
+    state["extra"] = torch.zeros(1)
+    other = Int8Linear(20, 30)
+    if strict:
+        with pytest.raises(RuntimeError, match=r"Missing key.*weight.*\n.*Unexpected key.*extra"):
+            other.load_state_dict(state)
+    else:
+        keys = other.load_state_dict(state, strict=False)
+        assert (keys.missing_keys, keys.unexpected_keys) == (["weight"], ["extra"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(30, 21, dtype=torch.int8)}, r"size mismatch for weight: \[30, 21\] in the checkpoint"),
+        ({"weight": torch.zeros(20, 30)}, "size mismatch for weight"),
+        ({"weight_scale": torch.ones(29)}, r"scale has shape \[29\]"),
+        ({"weight_scale": torch.full((30,), float("nan"))}, "must be finite"),
+        ({"weight_scale": None}, "an int8 weight needs its scale"),
+        ({"weight": torch.full((30, 20), -128, dtype=torch.int8)}, "must lie in"),
+        ({"weight": torch.full((30, 20), float("nan"))}, "NaN or infinite weight"),
+        ({"weight": torch.zeros(30, 20, dtype=torch.int32)}, "must be int8"),
+        ({"bias": torch.zeros(29)}, "size mismatch for bias"),
+    ],
+)
+def test_a_damaged_state_dict_is_refused_and_the_weight_stays(layer, change, message):
+    state = {name: value for name, value in {**layer.state_dict(), **change}.items() if value is not None}
+    other = Int8Linear(20, 30)
+    before = copy.deepcopy(other)
+    with pytest.raises(RuntimeError, match=message):
+        other.load_state_dict(state)
+    for name in ("_packed", "_scale", "_compensation"):
+        if "bias" not in change:
+            assert_exact(getattr(other, name), getattr(before, name))
+
+
+def test_loading_does_not_alias_the_checkpoint(layer):
+    state = layer.state_dict()
+    other = Int8Linear(20, 30)
+    other.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    assert other.weight.abs().sum() > 0
+
+
+def test_torch_save_of_a_state_dict(layer):
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = Int8Linear(20, 30)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    same_layer(other, layer)
+
+
+# -- copies, devices, dtypes
+
+
+def test_deepcopy(layer):
+    other = copy.deepcopy(layer)
+    same_layer(other, layer)
+    assert other._packed.data_ptr() != layer._packed.data_ptr()
+    x = torch.randn(2, 20)
+    assert_exact(other(x), layer(x))
+
+
+def test_a_whole_module_survives_torch_save(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    same_layer(torch.load(file, weights_only=False), layer)
+
+
+def test_to_bfloat16_keeps_the_scales(layer):
+    """.to(dtype) is about activations: scales in bfloat16 would cost three digits."""
+    before, x = layer.weight.clone(), torch.randn(5, 20)
+    y = layer(x)
+    same = layer.to(torch.bfloat16)
+    assert same is layer
+    assert layer._scale.dtype == torch.float32
+    assert layer.bias.dtype == torch.bfloat16
+    assert_exact(layer.weight, before)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert_lossy(layer(x.bfloat16()), y, min_sqnr_db=INT8_LAYER_SQNR_DB)
+    layer.float()
+    assert layer._scale.dtype == torch.float32
+    assert layer.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("convert", ["half", "double", "bfloat16"])
+def test_conversions_leave_the_scales_float32(layer, convert):
+    before = layer._scale.clone()
+    getattr(layer, convert)()
+    assert_exact(layer._scale, before)
+    assert layer._packed.dtype == torch.int8
+
+
+def test_memory(linear):
+    big = Int8Linear(1024, 1024)
+    held = sum(t.nbytes for t in [*big.parameters(), *big.buffers()])
+    assert held <= 0.27 * 4 * 1024 * 1024
+    assert "_packed" not in big.state_dict()
+
+
+# -- compile, export, gradients
+
+
+def test_compile_in_one_graph(layer):
+    x = torch.randn(5, 20)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_exact(compiled(x), layer(x))
+    assert_exact(compiled(x[:3]), layer(x[:3]))
+
+
+def test_compile_with_gradients(layer):
+    x = torch.randn(5, 20, requires_grad=True)
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    compiled, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert_exact(compiled, x.grad)
+
+
+def test_export_with_any_batch(layer):
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(nn.Sequential(layer), (torch.randn(5, 20),), dynamic_shapes=[{0: batch}])
+    for rows in (1, 5, 13):
+        x = torch.randn(rows, 20)
+        assert_exact(exported.module()(x), layer(x))
+
+
+def test_gradient_reaches_the_layers_before(layer):
+    """A frozen int8 layer in the middle of a model that trains."""
+    before = nn.Linear(8, 20)
+    layer(before(torch.randn(3, 8))).square().sum().backward()
+    assert before.weight.grad.abs().sum() > 0
+
+
+def test_bias_trains_when_asked(layer):
+    layer.bias.requires_grad_()
+    layer(torch.randn(3, 20)).sum().backward()
+    assert_exact(layer.bias.grad, torch.full((30,), 3.0))
+
+
+def test_autocast_gives_its_dtype(layer, linear):
+    """nn.Linear gives bfloat16 under autocast; a drop-in must fit between layers that do."""
+    x = torch.randn(3, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = nn.Sequential(linear, nn.ReLU(), Int8Linear(30, 4), nn.Linear(4, 2))
+        assert mixed(x).dtype == torch.bfloat16
+        assert layer(x).dtype in (torch.float32, torch.bfloat16)
+
+
+def test_functional_call(layer):
+    x = torch.randn(3, 20)
+    y = torch.func.functional_call(layer, {"bias": torch.zeros(30)}, (x,))
+    assert_lossy(y, layer(x) - layer.bias, min_sqnr_db=100)

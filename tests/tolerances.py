@@ -1,0 +1,170 @@
+"""Every tolerance of the project, computed from what an op does and never guessed.
+
+Four kinds of op, one assertion each:
+
+    assert_exact       integers, packing, masks, repeats: the same bits
+    assert_sum         a sum of `terms` products: |actual - truth| <= magnitude (terms eps_acc + eps_out) + eps_out
+    assert_composite   attention, norms: no worse than `factor` times eager PyTorch of the same dtype
+    assert_lossy       a quantized layer or model: signal-to-quantization-noise ratio in dB
+
+and `assert_activation` for the fused activations, whose error bounds stand in csrc/cpu/vec/math.h.
+Truth is float64. NaN and infinities must be where the truth has them. Failures print the worst index and its values.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Sums and epilogues run in float32.
+EPS_ACC = torch.finfo(torch.float32).eps
+
+# Relative error of the vectorised 2^x in float32, csrc/cpu/vec/math.h.
+EXP2_ERROR = 2.4e-7
+
+# |actual - truth| <= absolute + relative * |x| of each fused activation, beside the rounding to the output's dtype.
+#
+# gelu: minimax polynomial, 5.4e-6 inside |x| <= 4.75; beyond, Phi is held at 0 and 1 to within 1e-7.
+# gelu_tanh, silu: x sigmoid(z). 2^-z has a relative error of 2.4e-7 (exp2) + 4 |z| eps (its argument is a rounded
+#   product). The sigmoid takes sigma (1 - sigma) of that, and |x| sigma (1 - sigma) < 0.23, |x z| sigma (1 - sigma) < 1
+#   for both; the quotient and the product add 4 eps of |y| <= |x|.
+#   Where z is clamped at 2^-126, x times it is what is left of zero: below eps |x|.
+ACTIVATION_ERROR = {
+    "none": (0.0, 0.0),
+    "relu": (0.0, 0.0),
+    "gelu": (6e-6, 1e-7),
+    "gelu_tanh": (0.23 * EXP2_ERROR + 4 * EPS_ACC, 4 * EPS_ACC),
+    "silu": (0.23 * EXP2_ERROR + 4 * EPS_ACC, 4 * EPS_ACC),
+}
+
+# The steepest slope of each, by which an error before the activation grows: gelu 1.129, silu 1.0999.
+ACTIVATION_SLOPE = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.10}
+
+# Signal-to-quantization-noise ratios that int8 must reach. A uniform quantizer of b bits over [-a, a] has noise
+# (2a / 2^b)^2 / 12. For normal data and a = max of a row of 64 to 4096 values, a is 2.5 to 3.9 standard deviations: 39
+# to 43 dB for one operand, 3 dB less for a product of two. One Linear keeps 35 dB; a model of a dozen layers in a row
+# whose noises add up keeps 10 log10(12) = 11 dB less.
+INT8_LAYER_SQNR_DB = 35.0
+INT8_MODEL_SQNR_DB = 24.0
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def assert_exact(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """The same dtype, shape and bits; a NaN equals any NaN."""
+    _same_form(actual, expected, what)
+    same = _bits(actual) == _bits(expected)
+    if actual.is_floating_point():
+        same |= actual.isnan() & expected.isnan()
+    if not bool(same.all()):
+        wrong = (~same).nonzero()
+        where = tuple(wrong[0].tolist())
+        raise AssertionError(
+            f"{what or 'tensors'}: {len(wrong)} of {actual.numel()} elements differ, the first at {where}: "
+            f"{_show(actual, where)}, expected {_show(expected, where)}"
+        )
+
+
+def assert_sum(
+    actual: Tensor,
+    truth64: Tensor,
+    *,
+    terms: int,
+    magnitude: Tensor | float,
+    extra: Tensor | float = 0.0,
+    what: str = "",
+) -> None:
+    """For sums of `terms` products that are at most `magnitude` in total (a number, or a tensor like the truth).
+
+    `extra` is the error of what follows the sum (an activation). The tolerance must be below the signal, the largest
+    value of the truth: else the test could not fail. A truth of zeros must be met exactly.
+    """
+    out = eps(actual.dtype)
+    finite = truth64[truth64.isfinite()].abs()
+    signal = finite.max().item() if finite.numel() else 0.0
+    tolerance = torch.as_tensor(magnitude, dtype=torch.float64) * (terms * EPS_ACC + out) + out + extra
+    tolerance = tolerance.expand_as(truth64)
+    if signal == 0.0:
+        tolerance = torch.zeros_like(truth64)
+    else:
+        widest = tolerance[truth64.isfinite()].max().item()
+        assert widest < signal, f"{what}: the tolerance {widest:.1e} is not below the signal {signal:.1e}"
+    _assert_within(actual, truth64, tolerance, what or "sum")
+
+
+def assert_composite(
+    actual: Tensor, eager: Tensor, truth64: Tensor, *, factor: float = 2.0, floor: float | None = None, what: str = ""
+) -> None:
+    """err(actual) <= factor * err(eager of the same dtype) + floor, with err the largest absolute error.
+
+    The floor defaults to one rounding of the largest value: where eager happens to be exact, that much is still fair.
+    """
+    assert eager.dtype == actual.dtype, f"{what}: the yardstick is {eager.dtype}, the result {actual.dtype}"
+    finite = truth64[truth64.isfinite()].abs()
+    if floor is None:
+        floor = eps(actual.dtype) * (finite.max().item() if finite.numel() else 0.0)
+    # Where eager has no finite answer (a row without keys) it cannot be the yardstick.
+    judged = truth64.isfinite() & eager.isfinite()
+    yardstick = (eager.double() - truth64)[judged].abs()
+    limit = factor * (yardstick.max().item() if yardstick.numel() else 0.0) + floor
+    _assert_within(actual, truth64, torch.full_like(truth64, limit), what or "composite")
+
+
+def assert_lossy(actual: Tensor, truth: Tensor, *, min_sqnr_db: float, what: str = "") -> None:
+    """10 log10(|truth|^2 / |actual - truth|^2) is at least `min_sqnr_db`."""
+    assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+    ratio = sqnr_db(actual, truth)
+    assert ratio >= min_sqnr_db, f"{what or 'lossy'}: SQNR is {ratio:.1f} dB, below {min_sqnr_db:.1f} dB"
+
+
+def sqnr_db(actual: Tensor, truth: Tensor) -> float:
+    noise = (actual.double() - truth.double()).square().sum().item()
+    signal = truth.double().square().sum().item()
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
+
+
+def assert_activation(actual: Tensor, x64: Tensor, truth64: Tensor, name: str) -> None:
+    """`actual` = activation `name` of exactly `x64`, within the documented bound and one rounding."""
+    tolerance = activation_error(name, x64) + eps(actual.dtype) * truth64.abs().nan_to_num(0.0, 0.0, 0.0)
+    _assert_within(actual, truth64, tolerance, name)
+
+
+def activation_error(name: str, x64: Tensor) -> Tensor:
+    """The documented bound of a fused activation at `x64`; 0 where x is not finite, since there is nothing to round."""
+    absolute, relative = ACTIVATION_ERROR[name]
+    return torch.where(x64.isfinite(), absolute + relative * x64.abs(), 0.0)
+
+
+def _assert_within(actual: Tensor, truth64: Tensor, tolerance: Tensor, what: str) -> None:
+    assert actual.shape == truth64.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth64.shape)}"
+    got = actual.double()
+    same = (got == truth64) | (got.isnan() & truth64.isnan())
+    excess = torch.where(same, 0.0, (got - truth64).abs() - tolerance)
+    excess = excess.nan_to_num(math.inf)  # NaN or infinity on one side only
+    if actual.numel() and excess.max().item() > 0:
+        where = tuple(int(i) for i in torch.unravel_index(excess.argmax(), truth64.shape))
+        raise AssertionError(
+            f"{what}: {int((excess > 0).sum())} of {actual.numel()} elements are off, the worst at {where}: "
+            f"{_show(actual, where)}, expected {_show(truth64, where)} within {tolerance[where].item():.3e}"
+        )
+
+
+def _same_form(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _show(tensor: Tensor, where: tuple) -> str:
+    return f"{tensor[where].item():.9g}" if tensor.is_floating_point() else str(tensor[where].item())
