@@ -31,7 +31,7 @@ inline constexpr int kAttentionMaxChunk = kAttentionChunk + 64;
 // Query rows of one task: four 512-bit vectors, the wide side of the score tile. Narrower ISAs take several blocks.
 inline constexpr int kAttentionTaskRows = 64;
 
-// Sizes the scratch memory; models in use stop at 256.
+// Models in use stop at 256, where Q, K, V and scores of a chunk still fit L2 together. Larger heads go to torch.
 inline constexpr int kAttentionMaxHeadSize = 256;
 
 // Fewer multiply-adds than this are not worth waking a second thread for (about 5 us at the FMA peak of one core).

@@ -36,10 +36,10 @@ struct PairMath {
   static LAMINA_INLINE void join_adjacent(const F32 (&w)[2], float* to) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(w[1].r, w[0].r));
   }
-  static LAMINA_INLINE float element(float word, int i) {
+  static LAMINA_INLINE uint32_t nonzero_bits(float word) {
     uint32_t bits;
     memcpy(&bits, &word, 4);
-    return bf16_to_float({uint16_t(i ? bits >> 16 : bits & 0xffff)});
+    return (bits & 0x7fff0000 ? 0xffff0000 : 0) | (bits & 0x7fff ? 0xffff : 0);
   }
 
   // Rows v[j], v[j + 1] -> one row of pairs; behind the last row zeros.

@@ -27,7 +27,7 @@ struct FloatMath {
   static LAMINA_INLINE F32 exp2(F32 x) { return LAMINA_ISA::exp2(x); }
   static LAMINA_INLINE F32 join(const F32 (&w)[1]) { return w[0]; }
   static LAMINA_INLINE void join_adjacent(const F32 (&w)[1], float* to) { store(to, w[0]); }
-  static LAMINA_INLINE float element(float word, int) { return word; }
+  static LAMINA_INLINE uint32_t nonzero_bits(float word) { return word == 0.0f ? 0 : ~uint32_t{0}; }
 };
 
 REGISTER_KERNEL(attention_f32_table, attention<FloatMath<float>>);

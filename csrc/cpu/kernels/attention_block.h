@@ -22,16 +22,18 @@
 // out weights of 0.
 //
 // Math, the arithmetic of a variant, offers:
-//   Storage                     element type of q, k, v and out
-//   per_word                    elements in one 32-bit word, the unit that is broadcast and multiplied
-//   multiply_add(a, b, c)       c + a * b, lane by lane over words
-//   scales_query                whether packed Q carries the scale; otherwise scores are multiplied by it
-//   reads_in_place              whether words are the storage itself, so that K and V need no conversion
-//   load_words(p, n)            n elements from p (adjacent) as words, zero-filled; n <= lanes * per_word
-//   gather_words(p, stride, n)  the same, elements apart
-//   exp2(x), join(w)            weights of per_word keys -> one word per lane
-//   join_adjacent(w, p)         weights of per_word * lanes adjacent keys -> lanes words at p
-//   weight(word, i), value(word, i)   element i of a word, as float
+//   Storage                           element type of q, k, v and out
+//   per_word                          elements in a 32-bit word, the unit that is broadcast and multiplied
+//   scales_query                      whether packed Q carries the scale; otherwise scores are multiplied by it
+//   reads_in_place                    whether words are the storage itself, so that K needs no conversion
+//   multiply_add(a, b, c)             c + a * b, word by word
+//   load_words(p, n)                  n <= lanes * per_word adjacent elements as words, zero behind them
+//   gather_words(p, stride, n)        the same, elements apart
+//   exp2(x)                           as exact as the weights need
+//   join(w)                           weights of per_word keys, a register each -> one register of words
+//   join_adjacent(w, to)              per_word registers of adjacent keys' weights -> words in memory
+//   nonzero_bits(word)                all ones in the elements of a word that are not 0
+//   pack_pairs(v, ..., to, stride)    where per_word is 2: V as pairs of keys
 #pragma once
 
 #include "cpu/kernels/attention.h"
@@ -245,7 +247,8 @@ struct ValueTiles {
 };
 
 // R rows from `row` on times C vectors of value columns from `column` on, over `steps` words of keys.
-template <class Math, int R, int C, int kRowStride, int kKeyStride>
+// kCareful: the same sums bit for bit, but values of weight 0 count as 0 (for a single row).
+template <class Math, int R, int C, int kRowStride, int kKeyStride, bool kCareful = false>
 __attribute__((noinline)) void value_tile(const ValueTiles<typename Math::Storage>& t, int row, int column, int steps) {
   F32 acc[R][C];
   LAMINA_UNROLL
@@ -263,6 +266,11 @@ __attribute__((noinline)) void value_tile(const ValueTiles<typename Math::Storag
     for (int c = 0; c < C; ++c) x[c] = load(v + c * kLanes);
     LAMINA_UNROLL
     for (int r = 0; r < R; ++r) {
+      if constexpr (kCareful) {
+        static_assert(R == 1);
+        LAMINA_UNROLL
+        for (int c = 0; c < C; ++c) x[c] = and_bits(x[c], Math::nonzero_bits(p[0]));
+      }
       const F32 b = set1(p[r * kRowStride]);
       LAMINA_UNROLL
       for (int c = 0; c < C; ++c) acc[r][c] = Math::multiply_add(x[c], b, acc[r][c]);
@@ -865,16 +873,10 @@ class Block {
   template <bool kShort>
   void careful_values(const ValueTiles<T>& t, int n) const {
     for (int r = 0; r < rows_; ++r) {
-      float* sums = t.sums + r * t.sum_stride;
-      for (int c = 0; c < a_.value_size; ++c) sums[c] = t.rescale ? sums[c] * t.rescale[r] : 0.0f;
-      for (int j = 0; j < n; ++j) {
-        const float word = t.weights[r * row_stride<kShort>() + j / kPerWord * key_stride<kShort>()];
-        const float weight = Math::element(word, j % kPerWord);
-        if (weight == 0.0f) continue;
-        const float* v = t.v + j / kPerWord * t.v_stride;
-        for (int c = 0; c < a_.value_size; ++c) sums[c] += weight * Math::element(v[c], j % kPerWord);
+      for (int c = 0; c < columns_; c += kLanes) {
+        value_tile<Math, 1, 1, row_stride<kShort>(), key_stride<kShort>(), true>(t, r, c,
+                                                                                 (n + kPerWord - 1) / kPerWord);
       }
-      if (t.inverse) store_row(r, t.inverse[r]);
     }
   }
 

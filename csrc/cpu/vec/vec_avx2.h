@@ -90,6 +90,11 @@ LAMINA_INLINE Mask lanes_of_bits(uint32_t bits) {
 }
 LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.r, a.r, m.r)}; }
 
+// The same bits of every lane.
+LAMINA_INLINE F32 and_bits(F32 x, uint32_t bits) {
+  return {_mm256_and_ps(x.r, _mm256_castsi256_ps(_mm256_set1_epi32(int32_t(bits))))};
+}
+
 LAMINA_INLINE F32 round_even(F32 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 // p * 2^n for integer-valued n; n below -126 gives 0.

@@ -67,6 +67,11 @@ LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
 LAMINA_INLINE Mask lanes_of_bits(uint32_t bits) { return {__mmask16(bits)}; }
 LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_blend_ps(m.r, b.r, a.r)}; }
 
+// The same bits of every lane.
+LAMINA_INLINE F32 and_bits(F32 x, uint32_t bits) {
+  return {_mm512_and_ps(x.r, _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(bits))))};
+}
+
 LAMINA_INLINE F32 round_even(F32 x) {
   return {_mm512_roundscale_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -82,6 +82,9 @@ LAMINA_INLINE Mask lanes_of_bits(uint32_t bits) {
 }
 LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {m.r ? a.r : b.r}; }
 
+// The same bits of every lane.
+LAMINA_INLINE F32 and_bits(F32 x, uint32_t bits) { return {(f32x4)((i32x4)x.r & int32_t(bits))}; }
+
 // Exact for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for the fraction, and the addition rounds to even.
 LAMINA_INLINE F32 round_even(F32 x) {
   const F32 magic = set1(12582912.0f);

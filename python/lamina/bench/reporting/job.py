@@ -169,7 +169,7 @@ class _Job:
             raise FormatError(f"{error}; remove the file from {checkpoints} to train {digits.title} again") from error
         x, y = data.mnist().test
         with self._progress(digits.title) as progress:
-            prepared, seconds = _timed(lambda: suite.prepare(model, (x[:64],), progress))
+            prepared, seconds = _timed(lambda: suite.prepare(digits.name, model, (x[:64],), progress))
             one = _other_inputs(prepared, (x[:1],))
             main, *others = self._measure(digits.name, {64: prepared, 1: one}, progress)
             progress("accuracy on the test images", 1, 1)
@@ -198,7 +198,7 @@ class _Job:
             encoder = minilm.load()
             sentences, queries = data.sentences(), data.queries()
             batch = sentences[:16]
-            prepared, seconds = _timed(lambda: suite.prepare(encoder.model, encoder.tokens(batch), progress))
+            prepared, seconds = _timed(lambda: suite.prepare("minilm", encoder.model, encoder.tokens(batch), progress))
             one = _other_inputs(prepared, encoder.tokens(batch[:1]))
             main, *others = self._measure("minilm", {16: prepared, 1: one}, progress)
             progress("ranking the sentences", 1, 1)
@@ -221,7 +221,7 @@ class _Job:
         subject = BERT
         with self._progress(subject.title) as progress:
             progress("building 12 layers", 0, 1)
-            prepared, seconds = _timed(lambda: suite.prepare(*suite.build("bert_base", 1), progress))
+            prepared, seconds = _timed(lambda: suite.prepare("bert_base", *suite.build("bert_base", 1), progress))
             main, *others = self._measure("bert_base", {1: prepared}, progress)
             cosine, torch_int8 = (
                 _min_cosine(prepared, variant)

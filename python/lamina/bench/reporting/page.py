@@ -321,7 +321,7 @@ def _kind(item: Measurement) -> str:
     ratio = item.speedup("eager")
     if ratio is None or not item.steady("eager"):
         return "open"
-    return "even" if abs(ratio - 1) <= text.SAME else "win" if ratio > 1 else "loss"
+    return "even" if abs(ratio - 1) <= max(text.SAME, item.noise("eager")) else "win" if ratio > 1 else "loss"
 
 
 def _batch_label(workload: str, unit: str) -> str:

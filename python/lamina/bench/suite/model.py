@@ -15,6 +15,9 @@ from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
 MAX_ERROR = 0.02
 MAX_MODEL_ERROR = 5 * MAX_ERROR
+# Activations of trained models hold outliers, and int8 errs by 2 to 3% in some layers of MiniLM. What counts there is the
+# cosine similarity of the sentence embeddings, which the report checks (0.99 at least), so single layers may err more.
+MINILM_MAX_ERROR = 0.04
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class BERTEncoder(torch.nn.Module):
 def workloads() -> Iterator[Workload]:
     """Every line of shapes/model.txt."""
     for name, batch in read_shapes("model", columns=2):
-        yield workload(name, int(batch), lambda name=name, batch=int(batch): prepare(*build(name, batch)))
+        yield workload(name, int(batch), lambda name=name, batch=int(batch): prepare(name, *build(name, batch)))
 
 
 def build(name: str, batch: int) -> tuple[torch.nn.Module, tuple | dict]:
@@ -60,13 +63,15 @@ def build(name: str, batch: int) -> tuple[torch.nn.Module, tuple | dict]:
 
 
 def prepare(
+    name: str,
     model: torch.nn.Module,
     example_inputs: tuple | dict,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Inputs:
     """Accelerate a model for its inputs (seconds for a large one) and count its operations."""
+    max_error = MINILM_MAX_ERROR if name == "minilm" else MAX_ERROR
     accelerated = lamina.accelerate(
-        model, example_inputs, max_error=MAX_ERROR, max_model_error=MAX_MODEL_ERROR, progress=progress
+        model, example_inputs, max_error=max_error, max_model_error=MAX_MODEL_ERROR, progress=progress
     )
     return Inputs(model, example_inputs, accelerated, count_flops(model, example_inputs))
 
