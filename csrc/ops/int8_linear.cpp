@@ -35,9 +35,23 @@ struct PackedShape {
 
   int width(int64_t panel) const { return int(std::min(kPanel, n_padded - panel * kPanel)); }
   int channels(int64_t panel) const { return int(std::min(kPanel, n - panel * kPanel)); }
-  int64_t offset(int64_t panel) const { return panel * kPanel * k_padded; }
-  int64_t bytes() const { return n_padded * k_padded; }
+  int64_t offset(int64_t panel) const { return std::min(panel * kPanel, n_padded) * k_padded; }
+  // As many zero bytes lie behind the panels as k has padding, so that the size tells k: a weight packed for 5 features
+  // must refuse 6, although both are padded to 8.
+  int64_t marker() const { return k_padded - k; }
+  int64_t bytes() const { return n_padded * k_padded + marker(); }
 };
+
+// Says why x [*, k] and the packed bytes of n channels do not go together.
+[[noreturn]] void fail_on_packed_size(const PackedShape& shape, int64_t bytes) {
+  // The inverse of PackedShape::bytes, where there is one.
+  const int64_t packed_k = shape.n_padded ? bytes / shape.n_padded - bytes % shape.n_padded : 0;
+  if (packed_k > 0 && PackedShape{shape.n, packed_k}.bytes() == bytes) {
+    fail(kOp, "x has ", shape.k, " features, but packed_weight was packed for ", packed_k);
+  }
+  fail(kOp, "packed_weight.data has ", bytes, " bytes, but a weight [", shape.n, ", ", shape.k, "] takes ",
+       shape.bytes());
+}
 
 Activation parse_activation(const std::string& name) {
   if (name == "none") return Activation::none;
@@ -169,6 +183,8 @@ void int8_linear_pack(const TensorView& weight, const TensorView& scale, const T
   check_shape(op, "data", data, {shape.bytes()});
   check_dtype(op, "compensation", compensation, {DType::int32});
   check_shape(op, "compensation", compensation, {shape.n_padded});
+  check_contiguous(op, "compensation", compensation);
+  check_contiguous(op, "data", data);
   for (int64_t i = 0; i < shape.n; ++i) {
     const float s = scale.as<float>()[i];
     check(std::isfinite(s) && s >= 0, op, "scale[", i, "] is ", s, ", but must be finite and not negative");
@@ -177,6 +193,7 @@ void int8_linear_pack(const TensorView& weight, const TensorView& scale, const T
   for (int64_t i = 0; i < shape.n * shape.k; ++i) {
     check(w[i] != -128, op, "weight[", i / shape.k, ", ", i % shape.k, "] is -128, but codes must lie in [-127, 127]");
   }
+  std::memset(data.as<int8_t>() + shape.offset(shape.panels), 0, shape.marker());
   parallel_ranges(shape.panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int width = shape.width(panel);
@@ -189,7 +206,7 @@ void int8_linear_pack(const TensorView& weight, const TensorView& scale, const T
           to[k / 4 * 4 * width + 4 * c + k % 4] = code;
           sum += code;
         }
-        compensation.as<int32_t>()[n] = 128 * sum;
+        compensation.as<int32_t>()[n] = int32_t(128u * uint32_t(sum));  // wraps around like the sums it corrects
       }
     }
   });
@@ -221,9 +238,9 @@ void int8_linear(const TensorView& x, const TensorView& data, const TensorView& 
   check_contiguous(kOp, "packed_weight.scale", scale);
   const PackedShape shape{scale.size(0), x.size(1)};
   check_dtype(kOp, "packed_weight.data", data, {DType::int8});
-  check(data.ndim == 1 && data.size(0) == shape.bytes(), kOp, "x has ", shape.k,
-        " features, which does not fit packed_weight of ", shape.n, " channels and ", data.numel(), " packed bytes");
+  check_shape(kOp, "packed_weight.data", data, {-1});
   check_contiguous(kOp, "packed_weight.data", data);
+  if (data.size(0) != shape.bytes()) fail_on_packed_size(shape, data.size(0));
   check_dtype(kOp, "packed_weight.compensation", compensation, {DType::int32});
   check_shape(kOp, "packed_weight.compensation", compensation, {shape.n_padded});
   check_contiguous(kOp, "packed_weight.compensation", compensation);

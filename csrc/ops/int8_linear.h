@@ -10,7 +10,7 @@
 namespace lamina {
 
 // Bytes of the packed form of an int8 weight [n, k]: panels of 64 channels, [k / 4][channels][4], the last panel
-// narrower (a multiple of 16), k padded to a multiple of 4.
+// narrower (a multiple of 16), k padded to a multiple of 4, and one zero byte behind them for each padded k.
 int64_t int8_linear_packed_size(int64_t n, int64_t k);
 
 // weight [n, k] int8 in [-127, 127], scale [n] float32 -> data [packed_size] int8, compensation [n rounded up to 16]

@@ -53,7 +53,7 @@ def test_pack_and_unpack_are_inverse(n, k, seed):
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 4), (17, 5), (64, 8), (65, 7), (150, 30), (128, 64)])
 def test_packed_layout(n, k, isa, generator):
-    """Panels of 64 channels, [k / 4][channels][4], the same bytes whatever packed them."""
+    """Panels of 64 channels, [k / 4][channels][4], the same bytes whatever packed them; their number tells k."""
     codes = codes_of(n, k, generator)
     with lamina.force_isa(isa):
         packed = pack_int8_weight(codes, torch.rand(n, generator=generator))
@@ -61,9 +61,9 @@ def test_packed_layout(n, k, isa, generator):
     padded = torch.zeros(n_padded, k_padded, dtype=torch.int8)
     padded[:n, :k] = codes
     panels = [panel.reshape(len(panel), -1, 4).transpose(0, 1).flatten() for panel in padded.split(64)]
-    assert_exact(packed.data, torch.cat(panels))
+    assert_exact(packed.data, torch.cat([*panels, torch.zeros(k_padded - k, dtype=torch.int8)]))
     # What the offset of 128, which unsigned codes carry, adds to each sum.
-    assert_exact(packed.compensation[:n_padded], (128 * padded.long().sum(1)).int())
+    assert_exact(packed.compensation, (128 * padded.long().sum(1)).int())
 
 
 def test_packing_takes_any_strides(generator):
@@ -499,8 +499,8 @@ def test_refuses_an_unknown_activation(activation, packed):
         ("scale", torch.ones(6, 1), r"packed_weight.scale has shape \[6, 1\]"),
         ("scale", torch.ones(12)[::2], "packed_weight.scale must be contiguous"),
         ("data", torch.zeros(128, dtype=torch.uint8), "packed_weight.data is uint8, but must be int8"),
-        ("data", torch.zeros(127, dtype=torch.int8), "does not fit packed_weight"),
-        ("data", torch.zeros(16, 8, dtype=torch.int8), "does not fit packed_weight"),
+        ("data", torch.zeros(127, dtype=torch.int8), r"packed_weight.data has 127 bytes, but a weight \[6, 5\] takes 131"),
+        ("data", torch.zeros(16, 8, dtype=torch.int8), r"packed_weight.data has shape \[16, 8\]"),
         ("data", torch.zeros(256, dtype=torch.int8)[::2], "packed_weight.data must be contiguous"),
         ("compensation", torch.zeros(17), "packed_weight.compensation is float32, but must be int32"),
         ("compensation", torch.zeros(6, dtype=torch.int32), r"packed_weight.compensation has shape \[6\]"),

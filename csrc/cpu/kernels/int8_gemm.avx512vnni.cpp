@@ -45,7 +45,7 @@ __attribute__((noinline)) void tile(const uint8_t* x, int64_t ldx, const int8_t*
     for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_setzero_si512();
   }
   int64_t k = 0;
-  const int64_t per_step = (16 * lines + k_padded - 1) / k_padded;
+  const int64_t per_step = k_padded ? (16 * lines + k_padded - 1) / k_padded : 0;
   for (; k + 16 <= k_padded; k += 16) {
     for (int64_t line = 0; line < per_step; ++line, ahead += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);

@@ -13,7 +13,8 @@ void int8_gemm(const Int8GemmArgs<Out>& a) {
       const uint8_t* x = a.codes + row * a.ld_codes + k;
       const int8_t* w = a.panel + k * a.width;
       for (int n = 0; n < a.width; ++n) {
-        sums[n] += x[0] * w[4 * n] + x[1] * w[4 * n + 1] + x[2] * w[4 * n + 2] + x[3] * w[4 * n + 3];
+        const int32_t four = x[0] * w[4 * n] + x[1] * w[4 * n + 1] + x[2] * w[4 * n + 2] + x[3] * w[4 * n + 3];
+        sums[n] = int32_t(uint32_t(sums[n]) + uint32_t(four));  // wraps around, see [NOTE] s8s8 compensation
       }
     }
     finish_tile(a, sums, row, 1);

@@ -36,7 +36,8 @@ void quantize_rows(const QuantizeRowsArgs<T>& a) {
     const float largest = row_abs_max(x, a.k);
     // Below 1e-36 the inverse would overflow; such a row counts as zero, an error of 1e-36.
     const bool tiny = largest < 1e-36f;
-    a.scales[row] = tiny ? 0.0f : largest / 127.0f;
+    // largest - largest is NaN for infinity: a row that holds one must not come out as numbers of some sign.
+    a.scales[row] = tiny ? 0.0f : largest / 127.0f + (largest - largest);
     const F32 inverse = set1(tiny ? 0.0f : 127.0f / largest);
     int64_t i = 0;
     for (; i + kLanes <= a.k; i += kLanes) store_codes(codes + i, load(x + i) * inverse, kLanes);

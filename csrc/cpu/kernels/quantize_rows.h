@@ -16,7 +16,7 @@ struct QuantizeRowsArgs {
   uint8_t* codes;  // [rows, k] with row stride ld_codes: round(x / scale) + 128
   int64_t ld_codes;
   int64_t k_padded;  // codes[k, k_padded) are written as 128, the code of zero
-  float* scales;     // [rows]: max |x| of the row / 127; NaN or infinity if the row holds one
+  float* scales;     // [rows]: max |x| of the row / 127; NaN if the row holds NaN or infinity
 };
 
 extern const KernelTable<void(const QuantizeRowsArgs<float>&)> quantize_rows_f32_table;

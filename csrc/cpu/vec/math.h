@@ -34,10 +34,11 @@ LAMINA_INLINE F32 exp2_bf16(F32 x) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// x * sigmoid(z) with z already times log2(e); z is clamped so that 2^-z stays finite.
+// x * sigmoid(z) with z already times log2(e); z is clamped to where the sigmoid is 0 and 1: 2^128 is infinity, its
+// reciprocal 0.
 LAMINA_INLINE F32 times_sigmoid_log2(F32 x, F32 z) {
   // max and min return the second operand on NaN: z NaN comes only from x NaN, and x * anything keeps it.
-  const F32 clamped = min(max(z, set1(-126.0f)), set1(126.0f));
+  const F32 clamped = min(max(z, set1(-128.0f)), set1(126.0f));
   return x * reciprocal(set1(1.0f) + exp2(set1(0.0f) - clamped));
 }
 
@@ -67,7 +68,8 @@ LAMINA_INLINE F32 gelu_erf(F32 x) {
   p = fmadd(p, u, set1(0.053226985f));
   p = fmadd(p, u, set1(-0.07366756f));
   p = fmadd(p, u, set1(0.14874844f));
-  return x * fmadd(c, p, set1(0.5f));
+  // Left of the clamp x is held too: -inf times a tail that is not exactly 0 would be -inf. A NaN stays.
+  return max(set1(-4.75f), x) * fmadd(c, p, set1(0.5f));
 }
 
 }  // namespace

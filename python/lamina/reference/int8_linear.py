@@ -25,14 +25,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     # One correctly rounded division: torch computes 127.0 / tensor as a reciprocal and a product, which rounds twice.
     inverse = torch.where(tiny, torch.zeros_like(largest), torch.full_like(largest, 127.0) / largest)
     codes = torch.round(x * inverse[:, None]).clamp(-128, 127)
-    return codes.nan_to_num(-128).to(torch.int8), torch.where(tiny, torch.zeros_like(largest), largest / 127.0)
+    # largest - largest: a row that holds infinity is NaN, like one that holds NaN.
+    scale = torch.where(tiny, torch.zeros_like(largest), largest / 127.0 + (largest - largest))
+    return codes.nan_to_num(-128).to(torch.int8), scale
 
 
 def int8_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """x [..., K], codes int8 [N, K], scale [N], bias [N] -> [..., N] in float64, with exact integer sums."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     x_codes, x_scale = quantize_rows(rows)
     sums = x_codes.double() @ codes.double().T  # exact: below 2^53
     y = sums * scale.double() * x_scale.double()[:, None]

@@ -15,9 +15,10 @@ from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
 MAX_ERROR = 0.02
 MAX_MODEL_ERROR = 5 * MAX_ERROR
-# Activations of trained models hold outliers, and int8 errs by 2 to 3% in some layers of MiniLM. What counts there is the
-# cosine similarity of the sentence embeddings, which the report checks (0.99 at least), so single layers may err more.
-MINILM_MAX_ERROR = 0.04
+# Activations of trained models hold outliers, and int8 errs by 2 to 3% in some layers of MiniLM. What counts there is
+# the embeddings' cosine similarity and ranking, which the report checks, so single layers may err a little more: with
+# 2.5% two of them stay float and every question keeps its best four sentences; from 3% on one question loses one.
+MINILM_MAX_ERROR = 0.025
 
 
 @dataclass(frozen=True)
