@@ -499,7 +499,11 @@ def test_refuses_an_unknown_activation(activation, packed):
         ("scale", torch.ones(6, 1), r"packed_weight.scale has shape \[6, 1\]"),
         ("scale", torch.ones(12)[::2], "packed_weight.scale must be contiguous"),
         ("data", torch.zeros(128, dtype=torch.uint8), "packed_weight.data is uint8, but must be int8"),
-        ("data", torch.zeros(127, dtype=torch.int8), r"packed_weight.data has 127 bytes, but a weight \[6, 5\] takes 131"),
+        (
+            "data",
+            torch.zeros(127, dtype=torch.int8),
+            r"packed_weight.data has 127 bytes, but a weight \[6, 5\] takes 131",
+        ),
         ("data", torch.zeros(16, 8, dtype=torch.int8), r"packed_weight.data has shape \[16, 8\]"),
         ("data", torch.zeros(256, dtype=torch.int8)[::2], "packed_weight.data must be contiguous"),
         ("compensation", torch.zeros(17), "packed_weight.compensation is float32, but must be int32"),
