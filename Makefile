@@ -35,14 +35,14 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
-# The sanitized module goes to a folder of its own, which comes first on the path.
+# The sanitized module goes to a folder of its own, which comes first on the path. --capture=sys lets its messages through.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps --upgrade --target $(SANITIZED)/site . \
 	  -C build-dir=$(SANITIZED)/cmake -C cmake.define.LAMINA_SANITIZE=ON -C cmake.define.LAMINA_CUDA=OFF
 	PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest tests/ops tests/test_every_isa.py -q -k "not compile and not export and not subprocess"
+	  $(BIN)/python -m pytest tests/ops tests/test_every_isa.py -q --capture=sys -k "not compile and not export and not subprocess"
 
 clean:
 	rm -rf build report $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -11,12 +11,12 @@ from lamina import _C
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, default=None, help="seed of random inputs; drawn and printed when not given")
+    parser.addoption("--seed", default="0", help="seed of random inputs, a number, or 'random' for one that is drawn")
 
 
 def pytest_configure(config):
-    if config.getoption("seed", None) is None:
-        config.option.seed = random.SystemRandom().randrange(2**31)
+    drawn = random.SystemRandom().randrange(2**31)
+    config.option.seed = drawn if config.option.seed == "random" else int(config.option.seed)
 
 
 def pytest_report_header(config):

@@ -193,7 +193,7 @@ void int8_linear_pack(const TensorView& weight, const TensorView& scale, const T
   for (int64_t i = 0; i < shape.n * shape.k; ++i) {
     check(w[i] != -128, op, "weight[", i / shape.k, ", ", i % shape.k, "] is -128, but codes must lie in [-127, 127]");
   }
-  std::memset(data.as<int8_t>() + shape.offset(shape.panels), 0, shape.marker());
+  std::fill_n(data.as<int8_t>() + shape.offset(shape.panels), shape.marker(), int8_t{0});
   parallel_ranges(shape.panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int width = shape.width(panel);
