@@ -32,7 +32,7 @@ class Stopwatch:
         self.calls = []
 
     def __call__(self, before, after, seconds):
-        kind = MODEL if seconds == module._MODEL_SECONDS else LAYER
+        kind = LAYER if seconds == module._LAYER_SECONDS else MODEL
         before(), after()
         self.calls.append(kind)
         ratio = self.ratio[kind]
@@ -309,6 +309,15 @@ def test_a_slower_model_is_not_kept(stopwatch):
     assert fast.report.speedup == 1.0
     assert fast.report.error == 0.0
     assert fast.report.bytes_after == fast.report.bytes_before
+
+
+def test_one_slow_moment_takes_nothing_back(stopwatch):
+    """The whole model is timed again before everything goes back, and the second time counts."""
+    looks = iter([0.9, 2.0])
+    stopwatch.ratio[MODEL] = lambda calls: next(looks)
+    fast = accelerate(mlp(), (torch.randn(4, 20),))
+    assert int8_layers(fast.model) == ["0", "2", "4"]
+    assert fast.report.speedup == 2.0
 
 
 class Cancels(nn.Module):

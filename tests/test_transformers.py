@@ -308,7 +308,7 @@ def test_accelerate_takes_attention_back(monkeypatch):
     """When the whole model is slower, the copy has its own attention again."""
     module = sys.modules["lamina.accelerate"]
     monkeypatch.setattr(
-        module, "_interleaved", lambda before, after, seconds: (0.5 if seconds == module._MODEL_SECONDS else 2.0, 1.0)
+        module, "_interleaved", lambda before, after, seconds: (2.0 if seconds == module._LAYER_SECONDS else 0.5, 1.0)
     )
     model = make("bert", "sdpa")
     fast = lamina.accelerate(model, {"input_ids": tokens()})
