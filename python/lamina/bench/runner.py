@@ -113,12 +113,7 @@ def _run_once(
         if _noise(times) > RETRY_NOISE and time.perf_counter() - start < RETRY_BUDGETS * budget:
             times = min(times, measure(contenders, budget=budget, flush=flush), key=_noise)
     return Measurement(
-        workload=workload.id,
-        op=workload.op,
-        shape=workload.shape,
-        dims=dict(workload.dims),
-        threads=count,
-        cache=cache,
+        **_what(workload, count, cache),
         isa=isa,
         precision=workload.precision(inputs),
         flops=workload.flops(inputs),
@@ -129,6 +124,18 @@ def _run_once(
     )
 
 
+def _what(workload: Workload, count: int, cache: str) -> dict[str, object]:
+    """The fields that say what was measured, with or without success."""
+    return {
+        "workload": workload.id,
+        "op": workload.op,
+        "shape": workload.shape,
+        "dims": dict(workload.dims),
+        "threads": count,
+        "cache": cache,
+    }
+
+
 def _noise(times: Mapping[str, Timing]) -> float:
     return max(timing.noise for timing in times.values())
 
@@ -137,12 +144,7 @@ def _red(workload: Workload, count: int, cache: str, trouble: Gate | str) -> Mea
     """A measurement without any number: the answer was wrong, or there was none."""
     gate = trouble if isinstance(trouble, Gate) else Gate(False, None, None, trouble)
     return Measurement(
-        workload=workload.id,
-        op=workload.op,
-        shape=workload.shape,
-        dims=dict(workload.dims),
-        threads=count,
-        cache=cache,
+        **_what(workload, count, cache),
         isa="",
         precision="",
         flops=0,
