@@ -461,3 +461,39 @@ def test_attention_with_hooks_is_left():
     model = nn.Sequential(ReferenceAttention())
     with_forward_hook(model[0])
     left_because(swap_(model, lamina.FusedAttention()), "0", "hooks")
+
+
+# -- configs that see the whole model first
+
+
+def test_a_preparer_is_asked_once_with_all_configs_of_its_type(monkeypatch):
+    import dataclasses
+
+    from lamina import swap
+
+    @dataclasses.dataclass(frozen=True)
+    class Looks(lamina.configs.Config):
+        name: str
+
+    @dataclasses.dataclass(frozen=True)
+    class Looked(lamina.configs.Config):
+        name: str
+
+    calls = []
+
+    def look(model, asked):
+        calls.append((model, {item.name: [site.fqn for site in sites if site.fqn] for item, sites in asked.items()}))
+        return {item: Looked(item.name) for item in asked}
+
+    def judge(site, config):
+        return f"seen by {config.name}" if isinstance(site.module, nn.Linear) else None
+
+    monkeypatch.setitem(swap._PREPARERS, Looks, look)
+    monkeypatch.setitem(swap._HANDLERS, Looked, judge)
+    model = mlp()
+    report = swap_(model, {"0": Looks("a"), "re:[234]": Looks("b")})
+    assert calls == [(model, {"a": ["0"], "b": ["2", "3", "4"]})]
+    left_because(report, "0", "seen by a")
+    left_because(report, "4", "seen by b")
+    swap_(model, INT8)
+    assert len(calls) == 1

@@ -7,18 +7,17 @@ that layer sees in the example run, and the finished model is timed and checked 
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from lamina.configs import ConfigLike
+from lamina.running import ExampleInputs, caller, copied, floats, outputs, relative_error
 from lamina.swap import Candidate, FilterFn, LayerDecision, SwapReport, candidates, ordered
 
-ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
 # A layer is timed for this long in all, but for at least this many rounds: enough for a median that repeats to a few
@@ -26,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 _LAYER_SECONDS = 0.06
 _MODEL_SECONDS = 1.0
 _MIN_ROUNDS = 5
+
+_INPUTS = "accelerate: example_inputs"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def accelerate(
     >>> fast = lamina.accelerate(model, (x,))
     >>> fast.model(x); print(fast.report)
     """
-    call = _caller(example_inputs)
+    call = caller(example_inputs, _INPUTS)
     if max_model_error is None:
         max_model_error = 5 * max_error
     work = copy.deepcopy(model).eval()
@@ -108,12 +109,12 @@ def accelerate(
     # through again.
     with torch.inference_mode(False), torch.no_grad():
         report_progress("running the original", 0, 1)
-        expected = _outputs(_caller(example_inputs), original)
+        expected = outputs(caller(example_inputs, _INPUTS), original)
         if not expected:
             raise ValueError("accelerate: the model gives no floating-point output for the example inputs")
         found = list(candidates(work, config, filter_fn))
         tried = ordered([c for c in found if isinstance(c, Candidate)])
-        inputs = _captured_inputs(work, _caller(example_inputs), tried)
+        inputs = _captured_inputs(work, caller(example_inputs, _INPUTS), tried)
         decided = {c.fqn: c for c in found if isinstance(c, LayerDecision)}
         kept: list[Candidate] = []
         for done, candidate in enumerate(tried):
@@ -129,7 +130,7 @@ def accelerate(
         report_progress("checking the whole model", len(tried), len(tried))
 
         def error_now() -> float:
-            return _error(_outputs(_caller(example_inputs), work), expected)
+            return relative_error(outputs(caller(example_inputs, _INPUTS), work), expected)
 
         error = _reduce_error(kept, decided, error_now, max_model_error)
         before, after = _interleaved(lambda: call(original), lambda: call(work), _MODEL_SECONDS)
@@ -172,59 +173,6 @@ def model_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _caller(example_inputs: ExampleInputs) -> Callable[[nn.Module], Any]:
-    """Calls a model on a copy of the inputs, which the model may overwrite."""
-    if isinstance(example_inputs, Mapping):
-        kwargs = _copied(dict(example_inputs))
-        return lambda model: model(**kwargs)
-    if isinstance(example_inputs, tuple):
-        args = _copied(tuple(example_inputs))
-        return lambda model: model(*args)
-    raise TypeError(
-        "accelerate: example_inputs must be a tuple of positional or a dict of keyword arguments, got "
-        f"{type(example_inputs).__name__}; wrap a single tensor as (x,)"
-    )
-
-
-def _copied(inputs: Any) -> Any:
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
-
-
-def _outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]:
-    """The floating-point tensors among the outputs, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _floats(call(model))
-
-
-def _floats(output: Any) -> list[Tensor]:
-    found = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found += [leaf] if leaf.is_floating_point() else []
-        elif is_dataclass(leaf) and not isinstance(leaf, type):  # pytrees take the plain containers only
-            found += _floats([getattr(leaf, field.name) for field in fields(leaf)])
-    return found
-
-
-def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """|actual - expected| / |expected| over all tensors; infinite if a shape or a NaN differs."""
-    if [t.shape for t in actual] != [t.shape for t in expected]:
-        return float("inf")
-    difference = norm = 0.0
-    for a, e in zip(actual, expected, strict=True):
-        a, e = a.double(), e.double()
-        same = (a == e) | (a.isnan() & e.isnan())  # infinities and NaN that agree are no error
-        delta = torch.where(same, 0.0, a - e)
-        if not torch.isfinite(delta).all():
-            return float("inf")
-        difference += delta.square().sum().item()
-        norm += torch.where(torch.isfinite(e), e, 0.0).square().sum().item()
-    if difference == 0.0:
-        return 0.0
-    return (difference / norm) ** 0.5 if norm > 0 else float("inf")
-
-
 def _captured_inputs(
     model: nn.Module, call: Callable[[nn.Module], Any], tried: list[Candidate]
 ) -> dict[nn.Module, tuple[tuple, dict]]:
@@ -233,7 +181,7 @@ def _captured_inputs(
 
     def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module not in inputs:
-            inputs[module] = _copied((args, kwargs))
+            inputs[module] = copied((args, kwargs))
 
     hooks = [c.module.register_forward_pre_hook(capture, with_kwargs=True) for c in tried]
     try:
@@ -253,8 +201,8 @@ def _judge(
         return left
     args, kwargs = inputs
     try:
-        expected = _floats(candidate.before(*args, **kwargs))
-        error = _error(_floats(candidate.after(*args, **kwargs)), expected)
+        expected = floats(candidate.before(*args, **kwargs))
+        error = relative_error(floats(candidate.after(*args, **kwargs)), expected)
     except (RuntimeError, ValueError, TypeError) as failure:
         return replace(left, reason=f"the replacement does not take these inputs: {failure}")
     if error > max_error:

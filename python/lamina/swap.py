@@ -5,7 +5,7 @@ knows a model by name, and a layer that cannot be taken is never an error: it is
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -102,6 +102,11 @@ class Site:
 Handler = Callable[[Site, Config], Candidate | str | None]
 _HANDLERS: dict[type[Config], Handler] = {}
 
+# Sees the model and, of each config of its type, the sites that the config may take, before the first handler is asked;
+# returns what each of these configs is exchanged for, which has a handler of its own.
+Preparer = Callable[[nn.Module, dict[Config, list[Site]]], dict[Config, Config]]
+_PREPARERS: dict[type[Config], Preparer] = {}
+
 
 def handles(config: type[Config]) -> Callable[[Handler], Handler]:
     """Registers the handler of a config type."""
@@ -109,6 +114,16 @@ def handles(config: type[Config]) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         _HANDLERS[config] = handler
         return handler
+
+    return register
+
+
+def prepares(config: type[Config]) -> Callable[[Preparer], Preparer]:
+    """Registers what a config type needs to know of the whole model before its layers are judged."""
+
+    def register(preparer: Preparer) -> Preparer:
+        _PREPARERS[config] = preparer
+        return preparer
 
     return register
 
@@ -125,13 +140,22 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 
 def candidates(
-    model: nn.Module, config: ConfigLike | str, filter_fn: FilterFn | None
+    model: nn.Module,
+    config: ConfigLike | str,
+    filter_fn: FilterFn | None,
+    handlers: Mapping[type[Config], Handler] = _HANDLERS,
 ) -> Iterator[Candidate | LayerDecision]:
-    """For every layer that `config` concerns: a candidate, or the decision to leave it alone and why."""
+    """For every layer that `config` concerns: a candidate, or the decision to leave it alone and why.
+
+    `handlers`: what a config asks for, by its type; the default builds inference layers.
+    """
     policy = resolve(config)
-    for site in list(sites(model)):
+    places = list(sites(model))
+    prepared = _prepare(model, policy, places)
+    for site in places:
         for item in policy(site.fqn):
-            handler = _HANDLERS.get(type(item))
+            item = prepared.get(item, item)
+            handler = handlers.get(type(item))
             if handler is None:
                 raise TypeError(f"{item!r} has no handler")
             found = handler(site, item)
@@ -141,6 +165,21 @@ def candidates(
                 found = "excluded by filter_fn"
             yield LayerDecision(site.fqn, describe(site.module), None, found) if isinstance(found, str) else found
             break
+
+
+def _prepare(
+    model: nn.Module, policy: Callable[[str], tuple[Config, ...]], places: Sequence[Site]
+) -> dict[Config, Config]:
+    """What each config with a preparer is exchanged for. One call for all configs of a type: they may share a pass."""
+    asked: dict[type[Config], dict[Config, list[Site]]] = {}
+    for site in places:
+        for item in policy(site.fqn):
+            if type(item) in _PREPARERS:
+                asked.setdefault(type(item), {}).setdefault(item, []).append(site)
+    prepared: dict[Config, Config] = {}
+    for kind, items in asked.items():
+        prepared |= _PREPARERS[kind](model, items)
+    return prepared
 
 
 def describe(module: nn.Module) -> str:
@@ -163,17 +202,22 @@ def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = Non
 
     >>> report = lamina.swap_(model, lamina.Int8Dynamic(), filter_fn=lambda module, fqn: "head" not in fqn)
     """
+    return apply_all(candidates(model, config, filter_fn))
+
+
+def apply_all(found: Iterable[Candidate | LayerDecision]) -> SwapReport:
+    """Puts every candidate in."""
     decisions = []
     # All are judged before the first is applied: an error in filter_fn or in the policy must change nothing.
-    for found in list(candidates(model, config, filter_fn)):
-        if isinstance(found, Candidate):
-            found.apply()
-            found = LayerDecision(found.fqn, found.was, found.now, "replaced as asked")
-        decisions.append(found)
+    for item in list(found):
+        if isinstance(item, Candidate):
+            item.apply()
+            item = LayerDecision(item.fqn, item.was, item.now, "replaced as asked")
+        decisions.append(item)
     return SwapReport(tuple(decisions))
 
 
-def _replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
+def replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
     """The candidate that puts `build()` in every place of the site."""
     if not site.places:
         return "it is the model itself, and a model cannot be replaced inside itself; wrap it or use from_float"
@@ -210,8 +254,11 @@ def _replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
 _READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-@handles(Int8Dynamic)
-def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
+def replace_linear(site: Site, build: Callable[[nn.Linear], nn.Module]) -> Candidate | str | None:
+    """The answer of a handler that exchanges nn.Linear layers for `build(linear)`.
+
+    A ValueError or RuntimeError of `build` is the reason to leave the layer alone.
+    """
     module = site.module
     if not isinstance(module, nn.Linear) or isinstance(module, Int8Linear):
         return None
@@ -224,7 +271,12 @@ def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
         return f"the weight is on {module.weight.device}, and int8 kernels run on the CPU"
     if module.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weight is {module.weight.dtype}, and int8 kernels take float32 and bfloat16"
-    return _replacement(site, lambda: Int8Linear.from_float(module))
+    return replacement(site, lambda: build(module))
+
+
+@handles(Int8Dynamic)
+def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
+    return replace_linear(site, Int8Linear.from_float)
 
 
 @handles(FusedAttention)
@@ -232,7 +284,7 @@ def _fused_attention(site: Site, config: Config) -> Candidate | str | None:
     from lamina.models.attention import ScaledDotProductAttention as ReferenceAttention
 
     if type(site.module) is ReferenceAttention:
-        return _replacement(site, lambda: ScaledDotProductAttention.from_float(site.module))
+        return replacement(site, lambda: ScaledDotProductAttention.from_float(site.module))
     transformers = sys.modules.get("transformers")  # a model of it cannot exist before the import
     if transformers is None or not isinstance(site.module, transformers.PreTrainedModel):
         return None
