@@ -184,7 +184,11 @@ def test_tied_weights_keep_the_embedding():
     model, tokens = Tied(), torch.arange(10)
     before = model.embed.weight.detach().clone()
     expected = model(tokens)
-    swap_(model, INT8)
+    report = swap_(model, INT8)
+    size = sum(buffer.nbytes for buffer in model.head.buffers())
+    assert decision(report, "head").reason == (
+        f"replaced as asked; embed keeps the weight it shared, so that memory grows by {size / 1e6:.1f} MB"
+    )
     assert isinstance(model.head, Int8Linear)
     assert_exact(model.embed.weight.detach(), before)
     assert_lossy(model(tokens), expected, min_sqnr_db=INT8_LAYER_SQNR_DB)
@@ -199,6 +203,9 @@ def test_two_layers_with_one_weight():
     model, x = nn.Sequential(a, b), torch.randn(4, 8)
     report = swap_(model, INT8)
     assert len(report.swapped) == 2
+    assert (
+        decision(report, "0").reason == "replaced as asked; it shared its weight with 1 and has a copy of its own now"
+    )
     assert_exact(model[0].weight, model[1].weight)
     assert model(x).shape == (4, 8)
 
@@ -255,6 +262,16 @@ def test_parametrized_linear():
 
     model = nn.Sequential(nn.Linear(4, 4))
     parametrize.register_parametrization(model[0], "weight", Symmetric())
+    x = torch.randn(2, 4)
+    y = model(x)
+    left_because(swap_(model, INT8), "0", "its weight is parametrized, and is computed anew at every call")
+    assert_exact(model(x), y)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_normed_weights(norm):
+    model = nn.Sequential(norm(nn.Linear(4, 4))).eval()
     x = torch.randn(2, 4)
     y = model(x)
     assert len(swap_(model, INT8).left) == 1
@@ -372,6 +389,91 @@ def test_a_transformer_decoder_still_runs():
     # The decoder layer calls its feed-forward Linear layers; its two attentions read theirs.
     assert {d.fqn for d in report.swapped} == {"layers.0.linear1", "layers.0.linear2"}
     assert_lossy(model(x, memory), before, min_sqnr_db=INT8_MODEL_SQNR_DB)
+
+
+# -- linear layers of other types
+
+
+class Square(nn.Module):
+    """Of one square transformers Conv1D, whose float weight [in, out] nothing but its values tells from [out, in]."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = pytest.importorskip("transformers").pytorch_utils.Conv1D(24, 24)
+        nn.init.normal_(self.proj.bias)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def test_conv1d_of_transformers():
+    model, x = Square().eval(), torch.randn(2, 5, 24)
+    expected = model(x)
+    report = swap_(model, INT8)
+    assert decision(report, "proj") == lamina.LayerDecision(
+        "proj", "Conv1D(24, 24)", "Int8Linear(24, 24)", "replaced as asked"
+    )
+    assert_lossy(model(x), expected, min_sqnr_db=INT8_LAYER_SQNR_DB)
+
+
+def test_a_float_conv1d_weight_is_not_taken_for_a_transposed_one():
+    original = Square()
+    model = copy.deepcopy(original)
+    swap_(model, INT8)
+    codes, other = model.state_dict(), Square()
+    swap_(other, INT8)
+    copied = copy.deepcopy(other)
+    other.load_state_dict(original.state_dict())
+    copied.load_state_dict(codes)
+    x = torch.randn(3, 24)
+    assert_exact(other(x), model(x))
+    assert_exact(copied(x), model(x))
+
+
+def test_subclasses_of_conv1d_are_left():
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+
+    class Louder(conv1d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Louder(4, 4))
+    assert swap_(model, INT8).swapped == ()
+    assert type(model[0]) is Louder
+
+
+# -- layers that torch.compile holds on to
+
+
+def test_compiled_layers_are_left():
+    model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 4))
+    model[0].compile(backend="eager")
+    x = torch.randn(2, 4)
+    expected = model[1](model[0](x))
+    report = swap_(model, INT8)
+    left_because(report, "0", "it is compiled by torch.compile; swap first, then compile")
+    left_because(report, "1._orig_mod", "torch.compile holds on to it; swap first, then compile")
+    assert_exact(model[1](model[0](x)), expected)
+    assert type(model[2]) is Int8Linear
+
+
+def test_layers_inside_a_compiled_block():
+    """The compiled block calls its children by name: it sees the new ones, also where it ran before."""
+    torch._dynamo.reset()
+    model, x = torch.compile(mlp(), backend="eager"), torch.randn(3, 20)
+    expected = model(x)
+    assert len(swap_(model, INT8).swapped) == 3
+    assert_lossy(model(x), expected, min_sqnr_db=INT8_MODEL_SQNR_DB)
+    assert not torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripted_models_are_left():
+    """A scripted module holds its own copies of its children; nothing in it is an nn.Linear."""
+    model, x = nn.Sequential(torch.jit.script(mlp()), nn.Linear(7, 3)), torch.randn(3, 20)
+    expected = model[0](x)
+    assert [d.fqn for d in swap_(model, INT8).swapped] == ["1"]
+    assert_exact(model[0](x), expected)
 
 
 # -- what stays

@@ -214,7 +214,9 @@ def _judge(
     if speedup < min_speedup:
         reason = f"{speedup:.2f}x on its inputs is below min_speedup {min_speedup:g}"
         return replace(left, reason=reason, speedup=speedup, error=error)
-    return replace(left, now=candidate.now, reason="faster and accurate enough", speedup=speedup, error=error)
+    return replace(
+        left, now=candidate.now, reason=candidate.reason("faster and accurate enough"), speedup=speedup, error=error
+    )
 
 
 def _reduce_error(

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from lamina.errors import FormatError
 from lamina.nn.int8_linear import Int8Linear
+from lamina.nn.linears import as_linear, stand_in
 from lamina.ops.int8_linear import pack_int8_weight
 
 FORMAT_VERSION = 1
+
+# The layers that take the place of a linear one. Each has `options()`, the constructor's keyword arguments in JSON.
+_LAYERS = (Int8Linear,)
 
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -38,8 +42,8 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
     layers: dict[str, Any] = {}
     owners: dict[nn.Module, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Int8Linear):
-            layers[fqn] = {"type": "Int8Linear", "activation": module.activation}
+        if isinstance(module, _LAYERS):
+            layers[fqn] = {"type": type(module).__name__, **module.options()}
             owner = owners.setdefault(module, fqn)
             if owner != fqn:  # its weight is unpacked anew for each place, so the memory does not show it
                 aliases[f"{fqn}.weight"] = f"{owner}.weight"
@@ -153,31 +157,31 @@ def _build_layers(
     shared: dict[nn.Module, nn.Module] = {}
     for fqn, spec in layers.items():
         try:
-            kind, activation = spec["type"], spec["activation"]
+            kind, options = spec["type"], {key: value for key, value in spec.items() if key != "type"}
             target = model.get_submodule(fqn)
             weight = tensors[f"{fqn}.weight"]
         except (AttributeError, KeyError, TypeError) as error:
             raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {error}") from None
-        if kind != "Int8Linear":
+        made = next((layer for layer in _LAYERS if layer.__name__ == kind), None)
+        if made is None:
             raise FormatError(f"{path.name}: layer '{fqn}' is a '{kind}', which this lamina does not know")
-        if not isinstance(target, nn.Linear):
+        linear = target if isinstance(target, _LAYERS) else as_linear(target)
+        if linear is None:
             raise FormatError(f"{path.name} does not fit this model: '{fqn}' is a {type(target).__name__}")
-        if not fqn or tuple(weight.shape) != (target.out_features, target.in_features):
+        if not fqn or tuple(weight.shape) != (linear.out_features, linear.in_features):
             raise FormatError(
                 f"{path.name} does not fit this model: {fqn}.weight is {list(weight.shape)}, "
-                f"but [{target.out_features}, {target.in_features}] in the model"
+                f"but [{linear.out_features}, {linear.in_features}] in the model"
             )
         state = {name.removeprefix(f"{fqn}."): t for name, t in tensors.items() if name.startswith(f"{fqn}.")}
-        dtype = torch.float32 if target.bias is None else target.bias.dtype
+        dtype = torch.float32 if linear.bias is None else linear.bias.dtype
         try:
-            layer = Int8Linear(
-                target.in_features, target.out_features, target.bias is not None, dtype=dtype, activation=activation
-            )
+            layer = made(linear.in_features, linear.out_features, linear.bias is not None, dtype=dtype, **options)
             layer.load_state_dict(state)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for Int8Linear: ")
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split()).removeprefix(f"Error(s) in loading state_dict for {kind}: ")
             raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {reason}") from None
-        built[fqn] = shared.setdefault(target, layer)
+        built[fqn] = shared.setdefault(target, stand_in(layer, target))
     return built
 
 

@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lamina.configs import Config, ConfigLike, FusedAttention, Int8Dynamic, resolve
 from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
+from lamina.nn.linears import as_linear, stand_in
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -77,7 +79,10 @@ def _error(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A replacement that can be put in and taken out again. `before` and `after` compute the same."""
+    """A replacement that can be put in and taken out again. `before` and `after` compute the same.
+
+    note: what its user should know besides, for the reason in the report.
+    """
 
     fqn: str
     was: str
@@ -87,15 +92,23 @@ class Candidate:
     after: Callable[..., Any]
     apply: Callable[[], None]
     revert: Callable[[], None]
+    note: str = ""
+
+    def reason(self, why: str) -> str:
+        return f"{why}; {self.note}" if self.note else why
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module and all the places where it stands: (parent, attribute) pairs, none for the model itself."""
+    """A module and all the places where it stands: (parent, attribute) pairs, none for the model itself.
+
+    sharers: (name, module) of the other modules that own its weight too.
+    """
 
     fqn: str
     module: nn.Module
     places: tuple[tuple[nn.Module, str], ...]
+    sharers: tuple[tuple[str, nn.Module], ...] = ()
 
 
 # What a handler says of a site: a candidate, a reason to leave it alone, or None if it does not concern the config.
@@ -135,8 +148,16 @@ def sites(model: nn.Module) -> Iterator[Site]:
         for name, child in parent._modules.items():
             if child is not None:
                 places.setdefault(child, []).append((parent, name))
+    weights: dict[nn.Module, nn.Parameter] = {}
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
-        yield Site(fqn, module, tuple(places.get(module, ())))
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((fqn, module))
+            if name == "weight":
+                weights[module] = parameter
+    for fqn, module in model.named_modules():
+        sharers = owners.get(weights.get(module), ())
+        yield Site(fqn, module, tuple(places.get(module, ())), tuple(s for s in sharers if s[1] is not module))
 
 
 def candidates(
@@ -183,10 +204,11 @@ def _prepare(
 
 
 def describe(module: nn.Module) -> str:
-    """ "Linear(768, 3072)": the type and, for layers that have them, the sizes."""
-    if isinstance(module, nn.Linear):
-        return f"{type(module).__name__}({module.in_features}, {module.out_features})"
-    return type(module).__name__
+    """ "Linear(768, 3072)": the type and, for linear layers, inputs and outputs."""
+    linear = module if isinstance(module, nn.Linear) else as_linear(module)
+    if linear is None:
+        return type(module).__name__
+    return f"{type(module).__name__}({linear.in_features}, {linear.out_features})"
 
 
 def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = None) -> SwapReport:
@@ -212,13 +234,15 @@ def apply_all(found: Iterable[Candidate | LayerDecision]) -> SwapReport:
     for item in list(found):
         if isinstance(item, Candidate):
             item.apply()
-            item = LayerDecision(item.fqn, item.was, item.now, "replaced as asked")
+            item = LayerDecision(item.fqn, item.was, item.now, item.reason("replaced as asked"))
         decisions.append(item)
     return SwapReport(tuple(decisions))
 
 
-def replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
-    """The candidate that puts `build()` in every place of the site."""
+def replacement(
+    site: Site, build: Callable[[], nn.Module], note: Callable[[nn.Module], str] | None = None
+) -> Candidate | str:
+    """The candidate that puts `build()` in every place of the site, or why it must not."""
     if not site.places:
         return "it is the model itself, and a model cannot be replaced inside itself; wrap it or use from_float"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -226,6 +250,11 @@ def replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(site.module):
         return "its forward was replaced by another function, which may compute something else"
+    if getattr(site.module, "_compiled_call_impl", None) is not None:
+        return "it is compiled by torch.compile; swap first, then compile"
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported, which takes a second
+    if dynamo is not None and any(isinstance(parent, dynamo.OptimizedModule) for parent, _ in site.places):
+        return "torch.compile holds on to it; swap first, then compile"
     try:
         new = build()
     except (ValueError, RuntimeError) as error:
@@ -247,6 +276,7 @@ def replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
         after=new,
         apply=put(new),
         revert=put(site.module),
+        note=note(new) if note is not None else "",
     )
 
 
@@ -254,24 +284,48 @@ def replacement(site: Site, build: Callable[[], nn.Module]) -> Candidate | str:
 _READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def replace_linear(site: Site, build: Callable[[nn.Linear], nn.Module]) -> Candidate | str | None:
-    """The answer of a handler that exchanges nn.Linear layers for `build(linear)`.
+def replace_linear(
+    site: Site, build: Callable[[nn.Linear], nn.Module], *, kernels: str = "int8 kernels"
+) -> Candidate | str | None:
+    """What a handler for linear layers says of a site: the candidate that puts `build(linear)` in its place.
 
-    A ValueError or RuntimeError of `build` is the reason to leave the layer alone.
+    `build` gets the layer as an nn.Linear (`lamina.nn.linears`) and may raise ValueError or RuntimeError with the
+    reason not to take it; everything that holds for every linear layer is refused here. `kernels` names what runs.
+
+    >>> @handles(Int8Dynamic)
+    ... def _int8_dynamic(site, config):
+    ...     return replace_linear(site, Int8Linear.from_float)
     """
-    module = site.module
-    if not isinstance(module, nn.Linear) or isinstance(module, Int8Linear):
-        return None
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is a subclass of nn.Linear and may compute something else"
+    module, linear = site.module, as_linear(site.module)
+    if linear is None:
+        return _refuse_subclass(module) if isinstance(module, nn.Linear) else None
     for parent, _ in site.places:
         if isinstance(parent, _READS_CHILD_WEIGHTS):
             return f"its parent {type(parent).__name__} reads the weight itself instead of calling the layer"
-    if module.weight.device.type != "cpu":
-        return f"the weight is on {module.weight.device}, and int8 kernels run on the CPU"
-    if module.weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"the weight is {module.weight.dtype}, and int8 kernels take float32 and bfloat16"
-    return replacement(site, lambda: build(module))
+    if linear.weight.device.type != "cpu":
+        return f"the weight is on {linear.weight.device}, and {kernels} run on the CPU"
+    if linear.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weight is {linear.weight.dtype}, and {kernels} take float32 and bfloat16"
+    return replacement(site, lambda: stand_in(build(linear), module), lambda new: _note_of_shared(site, new))
+
+
+def _refuse_subclass(module: nn.Module) -> str | None:
+    if type(module).__module__.startswith("lamina.nn."):
+        return None  # one of ours: nothing is left to do
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized, and is computed anew at every call"
+    return f"{type(module).__name__} is a subclass of nn.Linear and may compute something else"
+
+
+def _note_of_shared(site: Site, new: nn.Module) -> str:
+    """What becomes of a weight that other modules own too."""
+    if not site.sharers:
+        return ""
+    names = ", ".join(name for name, _ in site.sharers)
+    if all(as_linear(module) is not None for _, module in site.sharers):
+        return f"it shared its weight with {names} and has a copy of its own now"
+    size = sum(buffer.nbytes for buffer in new.buffers())
+    return f"{names} keeps the weight it shared, so that memory grows by {size / 1e6:.1f} MB"
 
 
 @handles(Int8Dynamic)

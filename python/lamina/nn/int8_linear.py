@@ -31,6 +31,9 @@ class Int8Linear(nn.Linear):
     >>> layer = lamina.nn.Int8Linear.from_float(nn.Linear(768, 3072))
     """
 
+    # Whether a float weight that is loaded lies as [in, out], as in the layer this one replaced (lamina.nn.linears).
+    loads_transposed = False
+
     def __init__(
         self,
         in_features: int,
@@ -94,6 +97,10 @@ class Int8Linear(nn.Linear):
             self._op_activation,
         )
 
+    def options(self) -> dict[str, str | None]:
+        """The constructor's keyword arguments beside the sizes, as `lamina.save` writes them."""
+        return {"activation": self.activation}
+
     def extra_repr(self) -> str:
         activation = f", activation={self.activation}" if self.activation else ""
         return f"{super().extra_repr()}{activation}"
@@ -119,6 +126,8 @@ class Int8Linear(nn.Linear):
         if weight is None:
             missing.append(prefix + "weight")
             return
+        if self.loads_transposed and weight.is_floating_point():
+            weight = weight.t()
         if tuple(weight.shape) != (self.out_features, self.in_features):
             errors.append(
                 f"size mismatch for {prefix}weight: {list(weight.shape)} in the checkpoint, "
