@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lamina.bench import workloads
+from lamina.bench.peers import Unavailable
 
 
 @pytest.mark.parametrize("workload", workloads.registry().values(), ids=lambda workload: workload.id)
@@ -36,7 +37,10 @@ def test_baseline(benchmark, workload, baseline):
     reason = workload.missing()
     if reason is not None:
         pytest.skip(reason)
-    call = workload.baselines[baseline](workload.make_inputs())
+    try:
+        call = workload.baselines[baseline](workload.make_inputs())
+    except Unavailable as error:
+        pytest.skip(str(error))
     with torch.inference_mode():
         benchmark.group = workload.op
         benchmark(call)

@@ -182,7 +182,7 @@ def _print_op(console: Console, op: str, measurements, skipped, here, cold: bool
             console.print(text.bench_table(rows, here, f"{op}, {cache} caches"))
     failures = {(name, why): item.workload for item in measurements for name, why in item.failures.items()}
     for (name, why), workload in failures.items():
-        console.print(f"{name} failed at {workload}: {why}", style="yellow", markup=False, highlight=False)
+        console.print(f"{name} has no time at {workload}: {why}", style="yellow", markup=False, highlight=False)
     for workload, why in skipped.items():
         console.print(f"skipped {workload}: {why}", style="yellow", markup=False, highlight=False)
 

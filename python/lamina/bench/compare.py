@@ -7,7 +7,7 @@ lamina's time in units of that baseline: a slower day is not taken for a slower 
 import math
 from dataclasses import dataclass
 
-from lamina.bench.results import LAMINA, Measurement, Results
+from lamina.bench.results import Measurement, Results
 
 # What two runs of the same code still differ by when every median is exact: code and data land on other addresses.
 DRIFT = 0.03
@@ -44,20 +44,19 @@ def compare(old: Results, new: Results) -> list[Change]:
     """Match two runs by workload, thread count and cache state; broken and slower ones come first."""
     before = {item.key: item for item in old.measurements}
     after = {item.key: item for item in new.measurements}
-    scale = old.machine.scales and new.machine.scales
-    changes = [_change(key, before.get(key), after.get(key), scale) for key in before | after]
+    changes = [_change(key, before.get(key), after.get(key)) for key in before | after]
     order = ("broke", "slower", "fixed", "faster", "same", "not judged", "added", "gone")
     return sorted(changes, key=lambda change: (order.index(change.verdict), change.adjusted or 0.0))
 
 
-def _change(key: tuple[str, int, str], old: Measurement | None, new: Measurement | None, scale: bool) -> Change:
+def _change(key: tuple[str, int, str], old: Measurement | None, new: Measurement | None) -> Change:
     if old is None or new is None:
         return Change(*key, verdict="added" if old is None else "gone")
     if old.candidate is None or new.candidate is None:
         verdict = "same" if old.gate.ok == new.gate.ok else ("broke" if old.gate.ok else "fixed")
         return Change(*key, verdict=verdict)
     ratio = old.candidate.q50 / new.candidate.q50
-    baseline = next((name for name in old.times if name != LAMINA and name in new.times), None)
+    baseline = next((name for name in old.rivals if name in new.rivals), None)
     pairs = [(old.candidate, new.candidate)]
     drift = 1.0
     if baseline is not None:
@@ -67,7 +66,7 @@ def _change(key: tuple[str, int, str], old: Measurement | None, new: Measurement
     noise = DRIFT + math.sqrt(sum(a.noise**2 + b.noise**2 for a, b in pairs))
     adjusted = ratio / drift
     verdict = "slower" if adjusted < 1 - noise else "faster" if adjusted > 1 + noise else "same"
-    if new.threads > 1 and not scale:
+    if not (old.scales and new.scales):
         verdict = "not judged"
     return Change(
         *key,

@@ -19,10 +19,12 @@ RELEVANT_FLAGS = (
     *("avx2", "fma", "f16c", "avx_vnni"),
     *("avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
 )
-# A large matrix product is this close to ideal on idle cores; less means that one is missing or busy elsewhere. Virtual
-# machines do that, and then a figure on all threads is about the neighbours.
+# A large matrix product scales this well on idle cores; less means that one is missing or busy elsewhere.
 SCALING_FLOOR = 0.8
 SCALING_SIZE = 768
+# Data that fills more of a cache than this does not stay in it beside everything else that wants a place there.
+FILL = 0.75
+PRIVATE = ("L1d", "L2")
 PROBE_SECONDS = 0.03
 PROBE_REPEATS = 3
 _SYSTEM = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -59,6 +61,18 @@ class Machine:
     def peak(self, precision: str, threads: int) -> float:
         """Measured peak in FLOP/s, 0.0 when unknown for that thread count. Example: `machine.peak("int8", 1)`."""
         return self.peaks.get(precision, {}).get(threads, 0.0) * 1e9
+
+    def read_bandwidth(self, level: str, threads: int) -> float:
+        """Measured bytes a second read from a level, 0.0 when unknown. Example: `machine.read_bandwidth("L3", 1)`."""
+        return self.bandwidth.get(level, {}).get(threads, 0.0) * 1e9
+
+    def level(self, count: int, threads: int) -> str:
+        """The level that `count` bytes stay in when all threads together go through them again and again."""
+        for level in self.bandwidth:
+            cores = threads if level in PRIVATE else 1
+            if count <= FILL * cores * self.caches.get(level, 0):
+                return level
+        return "DRAM"
 
     def to_json(self) -> dict:
         """Plain values; thread counts become strings, as JSON keys must be."""
@@ -175,8 +189,9 @@ def _scaling(count: int) -> float:
 def _probe_sizes(caches: Mapping[str, int]) -> dict[str, Callable[[int], int]]:
     """Memory level -> threads -> bytes to read so that they fit that level and no smaller one."""
     sizes: dict[str, Callable[[int], int]] = {}
-    if "L2" in caches:
-        sizes["L2"] = lambda threads: threads * caches["L2"] // 2
+    for level in PRIVATE:
+        if level in caches:
+            sizes[level] = lambda threads, level=level: threads * caches[level] // 2
     if "L3" in caches:
         sizes["L3"] = lambda threads: caches["L3"] // 2
     largest = max(caches.values(), default=32 << 20)

@@ -12,7 +12,9 @@ import logging
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +36,18 @@ class Peer(Protocol):
 
     def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
         """Convert the module and return a closure that runs it on the example inputs."""
+
+
+class Unavailable(RuntimeError):
+    """A peer that can't run here; the message is the whole reason."""
+
+
+def convert(peer: Peer, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
+    """`peer.prepare`, or Unavailable with the peer's reason. Example: `convert(PEERS["ort int8"], model, (x,))()`."""
+    reason = peer.available()
+    if reason is not None:
+        raise Unavailable(reason)
+    return peer.prepare(module, example_inputs)
 
 
 def quantize_dynamic(module: torch.nn.Module) -> torch.nn.Module:
@@ -92,11 +106,17 @@ class TorchaoInt8:
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the exported module, in float32 or with its dynamic int8."""
+    """ONNX Runtime on the exported module, in float32 or with its dynamic int8.
+
+    Exporting a large model takes half a minute, so what came out is kept for as long as the module lives: the same
+    module at other thread counts only opens a new session.
+    """
 
     def __init__(self, *, int8: bool):
         self.quantizes = int8
         self.name = "ort int8" if int8 else "ort"
+        # module -> shapes of the inputs -> (names and arrays of the inputs, serialized model)
+        self._exported: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
     def available(self) -> str | None:
         return _not_installed("onnxruntime", "onnx", "onnxscript")
@@ -104,17 +124,21 @@ class OnnxRuntime:
     def prepare(self, module: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
         import onnxruntime
 
-        with tempfile.TemporaryDirectory(prefix="lamina-peer-") as folder:
-            path = os.path.join(folder, "model.onnx")
-            names, arrays = _export_onnx(module, example_inputs, path)
-            if self.quantizes:
-                path = _quantize_onnx(path)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            options.inter_op_num_threads = 1
-            # A pool that spins between calls would take the cores from the contenders timed in between.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names, values = _named(example_inputs)
+        shapes = (tuple(names or ()), *((tuple(value.shape), value.dtype) for value in values))
+        known = self._exported.setdefault(module, {})
+        if shapes not in known:
+            with tempfile.TemporaryDirectory(prefix="lamina-peer-") as folder:
+                path = os.path.join(folder, "model.onnx")
+                _export_onnx(module, example_inputs, path)
+                known[shapes] = Path(_quantize_onnx(path) if self.quantizes else _whole_onnx(path)).read_bytes()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        # A pool that spins between calls would take the cores from the contenders timed in between.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(known[shapes], options, providers=["CPUExecutionProvider"])
+        names, arrays = _input_names(names, values), [value.numpy() for value in values]
         wanted = {item.name for item in session.get_inputs()}
         feed = {name: array for name, array in zip(names, arrays, strict=True) if name in wanted}
         return lambda: session.run(None, feed)
@@ -186,35 +210,45 @@ def _compiled(module: torch.nn.Module, example_inputs: tuple | dict) -> Callable
     return call
 
 
-def _export_onnx(module: torch.nn.Module, example_inputs: tuple | dict, path: str) -> tuple[list[str], list]:
+def _input_names(names: Sequence[str] | None, values: Sequence[torch.Tensor]) -> list[str]:
+    return list(names or [f"input{i}" for i in range(len(values))])
+
+
+def _export_onnx(module: torch.nn.Module, example_inputs: tuple | dict, path: str) -> None:
     names, values = _named(example_inputs)
-    input_names = names or [f"input{i}" for i in range(len(values))]
+    positional, input_names = _Positional(module, names), _input_names(names, values)
     with _quiet():
-        torch.onnx.export(
-            _Positional(module, names), args=values, f=path, input_names=input_names, dynamo=True, verbose=False
-        )
-    return input_names, [value.numpy() for value in values]
+        torch.onnx.export(positional, args=values, f=path, input_names=input_names, dynamo=True, verbose=False)
 
 
-def _quantize_onnx(path: str) -> str:
-    """Dynamic int8 by ONNX Runtime's own tool; returns the path of the new file beside the old."""
+def _whole_onnx(path: str) -> str:
+    """The model and its weights, which the exporter writes apart, in one file; returns the path of it."""
     import onnx
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization import quantize_dynamic as quantize
 
     model = onnx.load(path)
     # The exporter notes the shapes of intermediate values, the quantizer transposes weights and then trips over them.
     del model.graph.value_info[:]
-    plain, quantized = f"{path}.plain", f"{path}.int8"
-    onnx.save(model, plain)
+    whole = f"{path}.whole"
+    onnx.save(model, whole)
+    return whole
+
+
+def _quantize_onnx(path: str) -> str:
+    """Dynamic int8 by ONNX Runtime's own tool; returns the path of the new file beside the old."""
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import quantize_dynamic as quantize
+
+    quantized = f"{path}.int8"
     with _quiet():
-        quantize(plain, quantized, weight_type=QuantType.QInt8)
+        quantize(_whole_onnx(path), quantized, weight_type=QuantType.QInt8)
     return quantized
 
 
 def _not_installed(*packages: str) -> str | None:
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
-    return f"{', '.join(absent)} not installed (pip install lamina[peers])" if absent else None
+    if not absent:
+        return None
+    return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed (pip install lamina[peers])"
 
 
 @contextlib.contextmanager

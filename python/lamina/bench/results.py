@@ -20,6 +20,9 @@ SCHEMA = "lamina-results"
 VERSION = 1
 # A ratio that may be off by more than this says nothing: the machine was busy with something else.
 UNSTEADY = 0.25
+# A plain loop of multiply-adds, run in turns with the contenders, is this close to ideal on cores that are free.
+# Virtual machines take a core away for seconds; then a time on all threads is about the neighbours.
+SCALING_FLOOR = 0.8
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Measurement:
 
     `times` has lamina's timing under "lamina" and one entry a contender; it is empty when the `gate` is red.
     `failures`: contender -> why it has no time. `cache`: "warm" or "cold". `isa`: the kernels that ran last, "" when
-    no lamina kernel did.
+    no lamina kernel did. `resident`: bytes that calls one after the other go through. `scaling`: how much faster a loop
+    of multiply-adds was on all these threads than on one while this was measured, divided by the number of threads.
     """
 
     workload: str
@@ -44,6 +48,8 @@ class Measurement:
     gate: Gate
     times: Mapping[str, Timing]
     failures: Mapping[str, str] = field(default_factory=dict)
+    resident: int = 0
+    scaling: float = 1.0
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -54,6 +60,16 @@ class Measurement:
     def candidate(self) -> Timing | None:
         """lamina's own timing, None behind a red gate."""
         return self.times.get(LAMINA)
+
+    @property
+    def rivals(self) -> list[str]:
+        """Who was timed beside lamina, without other calls of lamina's own."""
+        return [name for name in self.times if not name.startswith(LAMINA)]
+
+    @property
+    def scales(self) -> bool:
+        """Whether all threads had a core of their own; if not, the times say little and are not judged."""
+        return self.threads == 1 or self.scaling >= SCALING_FLOOR
 
     def speedup(self, baseline: str) -> float | None:
         """Times faster than a baseline, by the ratio of medians; None when either was not timed."""
@@ -69,6 +85,15 @@ class Measurement:
         """Whether the speed-up over a timed baseline is known well enough to be called a win or a loss."""
         return self.noise(baseline) <= UNSTEADY
 
+    def doubt(self, baseline: str) -> str:
+        """Why the times against `baseline` should not be judged, e.g. "the second core was busy at ..."; "" if sure."""
+        if not self.scales:
+            missing = "the second core was busy" if self.threads == 2 else f"not all {self.threads} cores were free"
+            return f"{missing} at {self.workload}"
+        if not self.steady(baseline):
+            return f"the machine was busy: ±{self.noise(baseline):.0%} at {self.workload}"
+        return ""
+
     def rate(self, contender: str = LAMINA) -> float | None:
         """FLOP/s reached (int8: integer operations a second)."""
         return self.flops / self.times[contender].q50 if contender in self.times else None
@@ -82,6 +107,16 @@ class Measurement:
     def traffic(self) -> float | None:
         """Bytes a second, counting what has to be read and written once; what bounds work on a few rows."""
         return self.bytes / self.candidate.q50 if self.candidate is not None else None
+
+    def level(self, machine: Machine) -> str:
+        """The level of memory that the data comes from, e.g. "L3"; main memory when the caches were flushed."""
+        return machine.level(max(self.bytes, self.resident), self.threads) if self.cache == "warm" else "DRAM"
+
+    def bandwidth_fraction(self, machine: Machine) -> float | None:
+        """Share of the measured read bandwidth of that level which `traffic` reached, 1.0 being all."""
+        bandwidth = machine.read_bandwidth(self.level(machine), self.threads)
+        traffic = self.traffic()
+        return traffic / bandwidth if traffic is not None and bandwidth else None
 
     @classmethod
     def from_json(cls, values: dict) -> "Measurement":

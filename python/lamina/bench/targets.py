@@ -1,6 +1,6 @@
 """The ratios we promise (`benchmarks/targets.toml`) and whether a run met them.
 
-A target names workloads, a metric and the least it must reach at every one of them; it is as good as its worst
+A target names workloads, a metric and what it must reach at every one of them; it is as good as its worst
 workload. Ratios only: an absolute time would promise a machine, not a kernel.
 """
 
@@ -13,7 +13,10 @@ from lamina.bench.machine import Machine
 from lamina.bench.results import LAMINA, Measurement
 from lamina.bench.workloads import matches
 
-METRICS = ("peak", "speedup")
+METRICS = ("peak", "bandwidth", "speedup", "overhead")
+COMPARING = ("speedup", "overhead")
+# A target with more workloads than this in doubt (too noisy, a core taken away) is not called met.
+MOST_IN_DOUBT = 0.1
 ALL_THREADS = "all"
 
 
@@ -24,47 +27,69 @@ class Target:
     Attributes:
         id: a short name.
         workloads: pattern of workload ids, as `lamina bench --filter` takes it.
-        metric: "peak" (share of the measured peak of the workload's precision) or "speedup" (over `baseline`).
-        minimum: the least value that counts as met.
+        metric: "peak" (share of the measured peak of the workload's precision), "bandwidth" (share of the measured read
+            bandwidth of the level of memory that the data sits in), "speedup" (times faster than `baseline`) or
+            "overhead" (time beyond that of `baseline`, as a share of it).
+        minimum, maximum: the least value that counts as met; of "overhead" the most.
         threads: thread counts it holds for; "all" is every thread the machine gives.
         why: where the number comes from.
-        baseline: what "speedup" is measured against.
-        at_least: smallest sizes of the workloads meant, e.g. `{"M": 128}`.
+        baseline: what "speedup" and "overhead" are measured against.
+        at_least, at_most: sizes of the workloads meant, e.g. `{"M": 128}`; one without that size is not meant.
+        except_for: pattern of workload ids that are not meant.
     """
 
     id: str
     workloads: str
     metric: str
-    minimum: float
     threads: Sequence[int | str]
     why: str
+    minimum: float | None = None
+    maximum: float | None = None
     baseline: str | None = None
     at_least: Mapping[str, int] = field(default_factory=dict)
+    at_most: Mapping[str, int] = field(default_factory=dict)
+    except_for: str | None = None
 
     def selects(self, workload_id: str, dims: Mapping[str, int]) -> bool:
         """Whether this target speaks about a workload."""
-        big_enough = all(dims.get(name, 0) >= size for name, size in self.at_least.items())
-        return big_enough and matches(workload_id, self.workloads)
+        fits = all(dims.get(name, -1) >= size for name, size in self.at_least.items()) and all(
+            name in dims and dims[name] <= size for name, size in self.at_most.items()
+        )
+        left_out = self.except_for is not None and matches(workload_id, self.except_for)
+        return fits and not left_out and matches(workload_id, self.workloads)
 
     def value(self, measurement: Measurement, machine: Machine) -> float | None:
         """The metric of one measurement, None when it was not taken."""
-        if self.metric == "peak":
-            return measurement.peak_fraction(machine)
-        return measurement.speedup(self.baseline)
+        match self.metric:
+            case "peak":
+                return measurement.peak_fraction(machine)
+            case "bandwidth":
+                return measurement.bandwidth_fraction(machine)
+        speedup = measurement.speedup(self.baseline)
+        return speedup if self.metric == "speedup" or speedup is None else 1 / speedup - 1
+
+    def reached(self, value: float) -> bool:
+        """Whether a value of the metric is good enough."""
+        return value <= self.maximum if self.minimum is None else value >= self.minimum
+
+    def worst(self, values: Sequence[tuple[float, str]]) -> tuple[float, str]:
+        """The worst of (value, workload) pairs."""
+        return (max if self.minimum is None else min)(values, key=lambda pair: pair[0])
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How one target stands at one thread count.
 
-    `status`: "met", "missed" or "not judged". `value` and `workload`: the worst one. `met`, `total`: how many of the
-    target's measurements reach the minimum. `reason`: why it was missed or not judged, where a number does not say it.
+    `status`: "met", "missed" or "not judged". `bound`: what was promised. `value` and `workload`: the worst one. `met`,
+    `total`: how many of the target's measurements reach it; `in_doubt`: how many were too unsteady to count.
+    `reason`: why it was missed or not judged, where a number does not say it.
     """
 
     target: str
     threads: int
     status: str
-    minimum: float
+    bound: float
     metric: str
     value: float | None
     workload: str | None
@@ -73,6 +98,7 @@ class Verdict:
     why: str
     reason: str = ""
     baseline: str | None = None
+    in_doubt: int = 0
 
 
 def parse(path: str | Path) -> list[Target]:
@@ -96,8 +122,8 @@ def parse(path: str | Path) -> list[Target]:
 
 def _parse_entry(entry: dict, number: int, path: str | Path) -> Target:
     where = f"target {entry.get('id', number)!r} of {path}"
-    required = {"id", "workloads", "metric", "minimum", "threads", "why"}
-    missing = required - entry.keys()
+    bound = "maximum" if entry.get("metric") == "overhead" else "minimum"
+    missing = {"id", "workloads", "metric", bound, "threads", "why"} - entry.keys()
     unknown = entry.keys() - Target.__dataclass_fields__.keys()
     if missing or unknown:
         trouble = [f"lacks {', '.join(sorted(missing))}"] if missing else []
@@ -105,17 +131,20 @@ def _parse_entry(entry: dict, number: int, path: str | Path) -> Target:
         raise ValueError(f"{where} {' and '.join(trouble)}")
     if entry["metric"] not in METRICS:
         raise ValueError(f"{where} has metric {entry['metric']!r}; the metrics are {', '.join(METRICS)}")
-    if (entry["metric"] == "speedup") != ("baseline" in entry):
-        raise ValueError(f'{where}: metric "speedup" needs a baseline, and no other metric takes one')
-    minimum = entry["minimum"]
-    if isinstance(minimum, bool) or not isinstance(minimum, int | float) or not minimum > 0:
-        raise ValueError(f"{where} has minimum {minimum!r}, which is not a positive number")
+    if (entry["metric"] in COMPARING) != ("baseline" in entry):
+        raise ValueError(f'{where}: metrics "speedup" and "overhead" need a baseline, and no other metric takes one')
+    if "minimum" in entry and "maximum" in entry:
+        raise ValueError(f'{where} has a minimum and a maximum; "overhead" takes a maximum, the others a minimum')
+    value = entry[bound]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{where} has {bound} {value!r}, which is not a positive number")
     threads = entry["threads"]
     if not isinstance(threads, list) or not threads or not all(_is_thread_count(count) for count in threads):
         raise ValueError(f'{where} has threads {threads!r}, which is not a list of counts or "all"')
-    at_least = entry.get("at_least", {})
-    if not isinstance(at_least, dict) or not all(isinstance(size, int) for size in at_least.values()):
-        raise ValueError(f"{where} has at_least {at_least!r}, which is not a table of whole numbers")
+    for name in ("at_least", "at_most"):
+        sizes = entry.get(name, {})
+        if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+            raise ValueError(f"{where} has {name} {sizes!r}, which is not a table of whole numbers")
     return Target(**entry)
 
 
@@ -139,20 +168,21 @@ def judge(targets: Sequence[Target], measurements: Sequence[Measurement], machin
 
 
 def _judge_one(target: Target, count: int, chosen: Sequence[Measurement], machine: Machine) -> Verdict:
-    def verdict(status: str, reason: str = "", worst: tuple[float | None, str | None] = (None, None), met: int = 0):
+    def verdict(status: str, reason: str = "", worst: tuple[float | None, str | None] = (None, None), **more: int):
         return Verdict(
             target=target.id,
             threads=count,
             status=status,
-            minimum=target.minimum,
+            bound=target.maximum if target.minimum is None else target.minimum,
             metric=target.metric,
             value=worst[0],
             workload=worst[1],
-            met=met,
+            met=more.get("met", 0),
             total=len(chosen),
             why=target.why,
             reason=reason,
             baseline=target.baseline,
+            in_doubt=more.get("in_doubt", 0),
         )
 
     if not chosen:
@@ -160,24 +190,28 @@ def _judge_one(target: Target, count: int, chosen: Sequence[Measurement], machin
     wrong = [item for item in chosen if not item.gate.ok]
     if wrong:
         return verdict("missed", f"wrong answer: {wrong[0].gate.message}", (None, wrong[0].workload))
-    if count > 1 and not machine.scales:
-        return verdict(
-            "not judged", f"{machine.threads} threads gave only {machine.scaling * machine.threads:.2f}x of one here"
-        )
     values = [(target.value(item, machine), item) for item in chosen]
     unknown = [item for value, item in values if value is None]
     if unknown:
-        what = "no measured peak" if target.metric == "peak" else f"{target.baseline} was not timed"
-        return verdict("not judged", f"{what} at {unknown[0].workload}")
+        return verdict("not judged", _why_unknown(target, unknown[0]))
     baseline = target.baseline or LAMINA
-    busy = [item for _, item in values if not item.steady(baseline)]
-    values = [(value, item) for value, item in values if item not in busy]
-    met = sum(value >= target.minimum for value, _ in values)
-    # One steady miss is enough for "missed", while "met" needs all of them.
-    if busy and met == len(values):
-        return verdict("not judged", f"the machine was busy: ±{busy[0].noise(baseline):.0%} at {busy[0].workload}")
-    worst, where = min(((value, item.workload) for value, item in values), key=lambda pair: pair[0])
-    return verdict("met" if met == len(values) else "missed", "", (worst, where), met)
+    doubts = [doubt for _, item in values if (doubt := item.doubt(baseline))]
+    sure = [(value, item.workload) for value, item in values if not item.doubt(baseline)]
+    met = sum(target.reached(value) for value, _ in sure)
+    # One miss beyond doubt is enough for "missed", while "met" needs nearly all of them to be beyond doubt.
+    if met == len(sure) and len(doubts) > MOST_IN_DOUBT * len(values):
+        return verdict("not judged", f"{doubts[0]} ({len(doubts)} of {len(values)} in doubt)", met=met)
+    status = "met" if met == len(sure) else "missed"
+    return verdict(status, worst=target.worst(sure), met=met, in_doubt=len(doubts))
+
+
+def _why_unknown(target: Target, item: Measurement) -> str:
+    if target.metric == "peak":
+        return f"no measured peak at {item.workload}"
+    if target.metric == "bandwidth":
+        return f"no measured read bandwidth at {item.workload}"
+    why = item.failures.get(target.baseline)
+    return f"{target.baseline} was not timed at {item.workload}" + (f": {why}" if why else "")
 
 
 def needed(targets: Sequence[Target]) -> Callable[[str, Mapping[str, int]], bool]:

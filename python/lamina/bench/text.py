@@ -62,8 +62,16 @@ def thread_label(count: int) -> str:
     return f"{count} thread" + ("" if count == 1 else "s")
 
 
-def _ratio_text(ratio: float | None) -> Text:
-    style = "" if ratio is None else "green" if ratio >= 1.0 else "red"
+def reads(item: Measurement, machine: Machine) -> str:
+    """The share of a memory level's read speed. Example: "81% L3"."""
+    share = item.bandwidth_fraction(machine)
+    return "–" if share is None else f"{percent(share)} {item.level(machine)}"
+
+
+def _ratio_text(ratio: float | None, rival: str) -> Text:
+    # Against another call of our own there is nothing to win or to lose.
+    judged = ratio is not None and not rival.startswith(LAMINA)
+    style = ("green" if ratio >= 1.0 else "red") if judged else ""
     return Text(times(ratio), style=style, justify="right")
 
 
@@ -73,19 +81,21 @@ def bench_table(measurements: Sequence[Measurement], machine: Machine, title: st
     baselines = [name for name in baselines if name != LAMINA]
     table = Table(title=title, title_justify="left", pad_edge=False)
     table.add_column("workload", no_wrap=True)
-    for heading in ("thr", "median", "20-80%", "rate", "traffic", "% of peak"):
-        table.add_column(heading, justify="right", no_wrap=heading != "% of peak")
+    for heading in ("thr", "median", "20-80%", "rate", "% of peak", "traffic", "% of reads"):
+        table.add_column(heading, justify="right", no_wrap=not heading.startswith("%"))
     for name in baselines:
         table.add_column(f"vs {name}", justify="right", min_width=6)
     table.add_column("isa", no_wrap=True)
+    if not all(item.scales for item in measurements):
+        table.caption = "thr!: something else had one of the cores, even after waiting; these times are not judged"
     for item in measurements:
-        head = [Text(item.workload.removeprefix(f"{item.op}/")), str(item.threads)]
+        head = [Text(item.workload.removeprefix(f"{item.op}/")), Text(f"{item.threads}{'' if item.scales else '!'}")]
         if not item.gate.ok:
             table.add_row(*head, Text(f"WRONG: {item.gate.message}", style="bold red"))
             continue
         ours = item.candidate
         ratios = [
-            Text("failed", style="yellow") if name in item.failures else _ratio_text(item.speedup(name))
+            Text("no time", style="yellow") if name in item.failures else _ratio_text(item.speedup(name), name)
             for name in baselines
         ]
         table.add_row(
@@ -93,8 +103,9 @@ def bench_table(measurements: Sequence[Measurement], machine: Machine, title: st
             duration(ours.q50),
             spread(ours),
             rate(item.rate()),
-            traffic(item.traffic()),
             percent(item.peak_fraction(machine)),
+            traffic(item.traffic()),
+            reads(item, machine),
             *ratios,
             item.isa,
         )
@@ -117,17 +128,35 @@ def target_table(verdicts: Sequence[Verdict]) -> Table:
             str(verdict.threads),
             Text(verdict.status, style=STATUS_STYLE[verdict.status]),
             metric(verdict, verdict.value),
-            metric(verdict, verdict.minimum),
-            verdict.reason or f"{verdict.workload} ({verdict.met} of {verdict.total} reach it)",
+            bound(verdict),
+            verdict.reason or f"{verdict.workload} ({reach(verdict)})",
         )
     return table
 
 
 def metric(verdict: Verdict, value: float | None) -> str:
-    """A target's value in the words of its metric. Example: "72% of peak", "3.10x eager"."""
+    """A target's value in the words of its metric. Example: "72% of peak", "3.10x eager", "+4% time"."""
     if value is None:
         return "–"
-    return f"{percent(value)} of peak" if verdict.metric == "peak" else f"{times(value)} {verdict.baseline}"
+    match verdict.metric:
+        case "peak":
+            return f"{percent(value)} of peak"
+        case "bandwidth":
+            return f"{percent(value)} of read speed"
+        case "overhead":
+            return f"{100 * value:+.0f}% time"
+    return f"{times(value)} {verdict.baseline}"
+
+
+def bound(verdict: Verdict) -> str:
+    """What was promised. Example: "88% of peak", "at most +6% time"."""
+    return ("at most " if verdict.metric == "overhead" else "") + metric(verdict, verdict.bound)
+
+
+def reach(verdict: Verdict) -> str:
+    """How many of a target's measurements are good enough. Example: "39 of 40 reach it, 1 in doubt"."""
+    doubt = f", {verdict.in_doubt} in doubt" if verdict.in_doubt else ""
+    return f"{verdict.met} of {verdict.total} reach it{doubt}"
 
 
 def compare_table(changes: Sequence[Change]) -> Table:

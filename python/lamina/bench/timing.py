@@ -102,6 +102,7 @@ def measure(
     *,
     budget: float = 1.0,
     flush: Callable[[], None] | None = None,
+    between: Callable[[], None] | None = None,
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
@@ -112,6 +113,7 @@ def measure(
         contenders: name -> callable without arguments; the work must be done when it returns.
         budget: seconds the timed rounds may take together; `min_rounds` are made whatever they cost.
         flush: called, untimed, before every timed call: the cold variant.
+        between: called, untimed, before every turn: what watches the machine meanwhile.
         min_rounds, max_rounds: bounds on how often every contender gets its turn.
         clock: returns seconds; the tests put a false one here.
 
@@ -125,6 +127,8 @@ def measure(
         for done in range(1, max_rounds + 1):
             round_start = clock()
             for name in order:
+                if between is not None:
+                    between()
                 rounds[name].append(_turn(contenders[name], plans[name], flush, clock))
             order.reverse()
             now = clock()

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -49,9 +49,13 @@ class Workload:
         make_inputs: builds whatever `run`, `baselines` and `check` take; deterministic.
         run: prepares lamina's call.
         baselines: name -> prepares what it is compared with.
+        variants: name -> prepares another call of lamina's own, timed beside the candidate (as "lamina NAME") to say
+            what an extra costs or another door gives; never counted as a rival that wins or loses.
         check: judges lamina's output for the same inputs.
         flops: inputs -> floating-point (or integer) operations, 2 per multiply-add.
         bytes: inputs -> bytes that must be read and written at least once.
+        resident: inputs -> bytes that many calls one after the other go through, if that is more than `bytes`; they
+            say which level of memory the data comes from.
         precision: inputs -> which measured peak applies: "float32", "bf16" or "int8".
         tags: words to filter by.
         requires: importable packages without which the workload is skipped.
@@ -70,6 +74,8 @@ class Workload:
     flops: Callable[[Any], int]
     bytes: Callable[[Any], int]
     precision: Callable[[Any], str]
+    resident: Callable[[Any], int] | None = None
+    variants: Mapping[str, Prepare] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
     requires: tuple[str, ...] = ()
     module: Callable[[Any], tuple[torch.nn.Module, tuple | dict]] | None = None

@@ -151,6 +151,7 @@ class _Job:
         self.step = 0
         self.step_start = time.perf_counter()
         self.threads = torch.get_num_threads()
+        self.patience = runner.Patience()
         self.measurements: list[results.Measurement] = []
         self.sections: list[Section] = []
 
@@ -225,7 +226,8 @@ class _Job:
         with self._progress(subject.title) as progress:
             progress("building 12 layers", 0, 1)
             prepared, seconds = self._accelerate("bert_base", *suite.build("bert_base", 1), progress)
-            main, *others = self._measure("bert_base", {1: prepared}, progress)
+            eight = _other_inputs(prepared, suite.example_inputs("bert_base", 8))
+            main, *others = self._measure("bert_base", {1: prepared, 8: eight}, progress)
             cosine, torch_int8 = (
                 _min_cosine(prepared, variant)
                 for variant in (prepared.accelerated.model, quantize_dynamic(prepared.model))
@@ -245,7 +247,11 @@ class _Job:
         chosen = workloads.select(tags=("op",))
         with self._progress("single ops") as progress:
             found, skipped = runner.run_all(
-                chosen, machine.thread_counts(), budget=OP_SECONDS * self.scale, progress=progress
+                chosen,
+                machine.thread_counts(),
+                budget=OP_SECONDS * self.scale,
+                patience=self.patience,
+                progress=progress,
             )
         self.measurements += found
         wrong = sum(not item.gate.ok for item in found)
@@ -271,8 +277,13 @@ class _Job:
         counts = machine.thread_counts()
         for done, (batch, prepared) in enumerate(inputs.items()):
             workload = suite.workload(name, batch, lambda prepared=prepared: prepared)
-            progress(f"timing batch {batch}", done, len(inputs))
-            self.measurements += runner.run(workload, prepared, counts, budget=MODEL_SECONDS * self.scale)
+
+            def note(what: str, batch: int = batch, done: int = done) -> None:
+                progress(f"batch {batch}: {what}", done, len(inputs))
+
+            self.measurements += runner.run(
+                workload, prepared, counts, budget=MODEL_SECONDS * self.scale, patience=self.patience, note=note
+            )
             ids.append(workload.id)
         return ids
 

@@ -71,8 +71,9 @@ class View:
     def __init__(self, results: Results):
         self.results = results
         self.machine = results.machine
-        # Figures on all threads mean little where the threads do not scale; then one thread makes the headlines.
-        self.threads = self.machine.threads if self.machine.scales else 1
+        # Where most times on all threads were taken while a core was missing, one thread makes the headlines.
+        busy = [not item.scales for item in results.measurements if item.threads == self.machine.threads]
+        self.threads = 1 if sum(busy) > len(busy) / 2 else self.machine.threads
         self.counts = sorted({item.threads for item in results.measurements} | {1, self.machine.threads})
         self._by_key = {item.key: item for item in results.measurements}
         models = [self._model(section) for section in results.extra.get("models", [])]
@@ -161,7 +162,8 @@ class View:
                     "kind": {"met": "win", "missed": "loss", "not judged": "open"}[verdict.status],
                     "threads": text.thread_label(verdict.threads),
                     "value": text.metric(verdict, verdict.value),
-                    "minimum": text.metric(verdict, verdict.minimum),
+                    "bound": text.bound(verdict),
+                    "reach": text.reach(verdict),
                 }
             )
         return rows
@@ -171,10 +173,8 @@ class View:
         """Every contender that beat lamina by more than the noise, the worst first."""
         rows = []
         for item in self._trusted:
-            for name in item.times:
-                ratio = item.speedup(name) if name != LAMINA else None
-                if ratio is None:
-                    continue
+            for name in item.rivals:
+                ratio = item.speedup(name)
                 if ratio < 1 - max(text.SAME, item.noise(name)):
                     rows.append({"item": item, "contender": name, "ratio": ratio})
         return sorted(rows, key=lambda row: row["ratio"])
@@ -186,7 +186,7 @@ class View:
     @property
     def loss_counts(self) -> list[dict]:
         """For each contender: in how many measurements it beat lamina, of how many."""
-        met = Counter(name for item in self._trusted for name in item.times if name != LAMINA)
+        met = Counter(name for item in self._trusted for name in item.rivals)
         lost = Counter(row["contender"] for row in self.losses)
         return [{"contender": name, "lost": lost[name], "total": total} for name, total in met.items()]
 
@@ -228,7 +228,12 @@ class View:
     @property
     def _trusted(self) -> list[Measurement]:
         # Where threads wait for a core, what is timed on several of them is the scheduler.
-        return [item for item in self.results.measurements if self.machine.scales or item.threads == 1]
+        return [item for item in self.results.measurements if item.scales]
+
+    @property
+    def busy(self) -> list[Measurement]:
+        """Measurements during which something else had one of the cores."""
+        return [item for item in self.results.measurements if not item.scales]
 
     def _find(self, workload: str, threads: int) -> Measurement | None:
         return self._by_key.get((workload, threads, "warm"))
@@ -319,7 +324,7 @@ class View:
 def _kind(item: Measurement) -> str:
     """How a measurement stands against eager: win, loss, even (nobody can tell apart), or open (nobody can say)."""
     ratio = item.speedup("eager")
-    if ratio is None or not item.steady("eager"):
+    if ratio is None or item.doubt("eager"):
         return "open"
     return "even" if abs(ratio - 1) <= max(text.SAME, item.noise("eager")) else "win" if ratio > 1 else "loss"
 

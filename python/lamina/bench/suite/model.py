@@ -9,7 +9,7 @@ import lamina
 from lamina import data, models
 from lamina.bench import minilm
 from lamina.bench.modules import caller, count_flops, first_tensor
-from lamina.bench.peers import quantize_dynamic
+from lamina.bench.peers import PEERS, convert, quantize_dynamic
 from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
 
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
@@ -19,6 +19,15 @@ MAX_MODEL_ERROR = 5 * MAX_ERROR
 # the embeddings' cosine similarity and ranking, which the report checks, so single layers may err a little more: with
 # 2.5% two of them stay float and every question keeps its best four sentences; from 3% on one question loses one.
 MINILM_MAX_ERROR = 0.025
+
+
+# Where a promise is made against ONNX Runtime it is always timed; elsewhere it is one of the peers (`--peers`).
+AGAINST_ONNX_RUNTIME = ("bert_base",)
+BASELINES = {
+    "eager": lambda inputs: caller(inputs.model, inputs.example_inputs),
+    "quantize_dynamic": lambda inputs: caller(quantize_dynamic(inputs.model), inputs.example_inputs),
+}
+ONNX_RUNTIME = {"ort int8": lambda inputs: convert(PEERS["ort int8"], inputs.model, inputs.example_inputs)}
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,14 @@ def build(name: str, batch: int) -> tuple[torch.nn.Module, tuple | dict]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = models.create(name).eval()
-        example_inputs = models.example_inputs(name, batch)
-    return BERTEncoder(model) if name.startswith("bert") else model, example_inputs
+    return BERTEncoder(model) if name.startswith("bert") else model, example_inputs(name, batch)
+
+
+def example_inputs(name: str, batch: int) -> tuple:
+    """The same inputs every time for one of lamina's own models."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(batch)
+        return models.example_inputs(name, batch)
 
 
 def prepare(
@@ -86,10 +101,7 @@ def workload(name: str, batch: int, make_inputs: Callable[[], Inputs]) -> Worklo
         dims={"B": batch},
         make_inputs=make_inputs,
         run=lambda inputs: caller(inputs.accelerated.model, inputs.example_inputs),
-        baselines={
-            "eager": lambda inputs: caller(inputs.model, inputs.example_inputs),
-            "quantize_dynamic": lambda inputs: caller(quantize_dynamic(inputs.model), inputs.example_inputs),
-        },
+        baselines=BASELINES | (ONNX_RUNTIME if name in AGAINST_ONNX_RUNTIME else {}),
         check=_check,
         flops=lambda inputs: inputs.flops,
         bytes=lambda inputs: inputs.accelerated.report.bytes_after,
