@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import lamina
 from lamina.reference.attention import attention as attention_reference
 from lamina.reference.int8_linear import int8_linear as int8_linear_reference
+from lamina.reference.layer_norm import layer_norm as layer_norm_reference
+from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 
 
 @dataclass(frozen=True)
@@ -436,6 +438,153 @@ def _largest(truth: Tensor) -> float:
 
 def attention_suite() -> Suite:
     return Suite("attention", tuple(_attention_cases()), attention_truth, attention_check)
+
+
+# -- layer_norm, rms_norm
+
+
+def _norm_case(
+    op: str,
+    *lead: int,
+    row: int | tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    residual: torch.dtype | None = None,
+    layout: str = "contiguous",
+    residual_layout: str | None = None,
+    weight: torch.dtype | None = torch.float32,
+    bias: torch.dtype | None = torch.float32,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    tags: str = "",
+) -> Case:
+    shape = (row,) if isinstance(row, int) else row
+    residual_layout = residual_layout or layout
+
+    def make(generator: torch.Generator) -> tuple:
+        def parameter(of: torch.dtype | None) -> Tensor | None:
+            # The second half of a longer one: its last stride is 1, but it starts anywhere.
+            return None if of is None else torch.randn(2, *shape, generator=generator).to(of)[1]
+
+        def rows(of: torch.dtype, layout: str) -> Tensor:
+            return LAYOUTS[layout]((offset + scale * torch.randn(*lead, *shape, generator=generator)).to(of))
+
+        x = rows(dtype, layout)
+        added = None if residual is None else rows(residual, residual_layout)
+        affine = (parameter(weight), parameter(bias)) if op == "layer_norm" else (parameter(weight),)
+        return x, list(shape), *affine, eps, added
+
+    short = {torch.float32: "f32", torch.bfloat16: "bf16", None: "none"}
+    name = "x".join(map(str, lead)) + "-" + "x".join(map(str, shape)) + f"-{short[dtype]}"
+    name += f"-{layout}" if layout != "contiguous" else ""
+    name += f"-add-{short[residual]}" if residual else ""
+    name += f"-{residual_layout}" if residual_layout != layout else ""
+    name += f"-weight-{short[weight]}" if weight is not torch.float32 else ""
+    name += f"-bias-{short[bias]}" if bias is not torch.float32 else ""
+    name += f"-offset{offset:g}" if offset else ""
+    name += f"-scale{scale:g}" if scale != 1.0 else ""
+    words = set(tags.split())
+    if 0 in (*lead, *shape):
+        words.add("empty")
+    if layout != "contiguous" or residual_layout != "contiguous":
+        words.add("strided")
+    if torch.bfloat16 in (dtype, residual):
+        words.add("bf16")
+    if len(lead) != 1 or len(shape) != 1:
+        words.add("nd")
+    return Case(name, make, frozenset(words))
+
+
+def _norm_cases(op: str) -> list[Case]:
+    def case(*lead: int, **options) -> Case:
+        return _norm_case(op, *lead, **options)
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    # Registers of 4, 8 and 16, four chains of them, blocks of 4096.
+    sizes = (2, 3, 5, 15, 16, 17, 31, 63, 64, 65, 67, 127, 129, 384, 769, 4095, 4097, 9001)
+    # "heads_inside" needs three dimensions of [..., row].
+    strided = [name for name in LAYOUTS if name not in ("contiguous", "heads_inside", "columns_repeated")]
+    return [
+        case(0, row=8),
+        case(3, row=0),
+        case(2, 0, 3, row=4, residual=f32),
+        case(0, row=8, dtype=bf16, residual=f32),
+        case(1, row=1, tags="one"),
+        case(7, row=1, tags="one"),
+        case(5, row=1, dtype=bf16, residual=bf16, tags="one"),
+        case(1, row=300, tags="one"),
+        *(case(3, row=n, tags="odd") for n in sizes),
+        *(case(3, row=n, dtype=bf16, tags="odd") for n in sizes[::3]),
+        *(case(5, row=n, residual=f32, tags="odd") for n in sizes[1::3]),
+        case(5, row=67, dtype=bf16, residual=bf16, tags="odd"),
+        case(5, row=67, dtype=f32, residual=bf16, tags="odd"),
+        case(5, row=67, dtype=bf16, residual=f32, tags="odd"),
+        *(case(7, row=37, layout=name) for name in strided),
+        *(case(7, row=37, layout=name, residual=f32) for name in ("transposed", "sliced", "rows_repeated")),
+        *(case(7, row=37, layout=name, dtype=bf16, residual=f32) for name in ("transposed", "misaligned", "sliced")),
+        case(7, row=37, residual=f32, residual_layout="every_third"),
+        case(7, row=37, dtype=bf16, layout="every_second", residual=bf16, residual_layout="contiguous"),
+        case(2, 3, 4, row=24, layout="heads_inside"),
+        case(2, 3, 4, row=24, layout="heads_inside", residual=f32, residual_layout="batch_repeated"),
+        case(2, 3, row=(4, 5), layout="heads_inside"),
+        case(2, 3, row=(4, 5), layout="transposed", residual=f32, residual_layout="contiguous"),
+        case(2, row=(3, 4, 5), tags="odd"),
+        case(row=21),
+        case(1, 1, 1, 4, row=12),
+        *(case(5, row=70, weight=w, bias=b) for w, b in ((None, f32), (f32, None), (None, None), (bf16, bf16))),
+        case(5, row=70, dtype=bf16, weight=bf16, bias=bf16),
+        # Far from zero: eps of float32 times 1e4 is a thousandth of the deviation.
+        case(5, row=769, offset=1e4),
+        case(5, row=769, offset=-1e4, residual=f32),
+        case(5, row=769, scale=1e4),
+        case(5, row=769, scale=1e-4),
+        case(300, row=257, residual=f32, tags="threads odd"),
+        case(2, 64, row=768, dtype=bf16, residual=bf16, tags="threads"),
+        case(2, 64, row=768, residual=f32, layout="transposed", tags="threads"),
+    ]
+
+
+def _unique(cases: list[Case]) -> tuple[Case, ...]:
+    return tuple({case.id: case for case in cases}.values())
+
+
+def _norm_double(inputs: tuple) -> tuple:
+    return tuple(i.double() if isinstance(i, Tensor) else i for i in inputs)
+
+
+def _norm_check(actual: Tensor, inputs: tuple, truth: Tensor, eager: Callable[..., Tensor]) -> None:
+    x, shape, *rest, residual = inputs
+    total = x if residual is None else x + residual
+    assert actual.dtype == total.dtype
+    assert actual.is_contiguous()
+    # torch refuses bfloat16 parameters beside a float32 input.
+    rest = [p.to(total.dtype) if isinstance(p, Tensor) else p for p in rest]
+    tolerances.assert_composite(actual, eager(total, shape, *rest), truth)
+
+
+def layer_norm_truth(*inputs) -> Tensor:
+    return layer_norm_reference(*_norm_double(inputs))
+
+
+def layer_norm_check(actual: Tensor, inputs: tuple) -> None:
+    _norm_check(actual, inputs, layer_norm_truth(*inputs), F.layer_norm)
+
+
+def layer_norm_suite() -> Suite:
+    return Suite("layer_norm", _unique(_norm_cases("layer_norm")), layer_norm_truth, layer_norm_check)
+
+
+def rms_norm_truth(*inputs) -> Tensor:
+    return rms_norm_reference(*_norm_double(inputs))
+
+
+def rms_norm_check(actual: Tensor, inputs: tuple) -> None:
+    _norm_check(actual, inputs, rms_norm_truth(*inputs), F.rms_norm)
+
+
+def rms_norm_suite() -> Suite:
+    # Rows, strides and the loops over a row are layer_norm's: half of its cases is enough.
+    return Suite("rms_norm", _unique(_norm_cases("rms_norm")[::2]), rms_norm_truth, rms_norm_check)
 
 
 SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}

@@ -44,6 +44,10 @@ LAST_TABLE = {
     ("int8_linear", torch.bfloat16): "int8_gemm_bf16_table",
     ("attention", torch.float32): "attention_f32_table",
     ("attention", torch.bfloat16): "attention_bf16_table",
+    ("layer_norm", torch.float32): "norm_rows_f32_table",
+    ("layer_norm", torch.bfloat16): "norm_rows_bf16_table",
+    ("rms_norm", torch.float32): "norm_rows_f32_table",
+    ("rms_norm", torch.bfloat16): "norm_rows_bf16_table",
 }
 
 

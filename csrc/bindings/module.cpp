@@ -7,8 +7,10 @@
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
 #include "ops/int8_linear.h"
+#include "ops/layer_norm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
+#include "ops/rms_norm.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
 #include "cuda/device.h"
@@ -42,6 +44,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_linear_pack", &int8_linear_pack, no_gil);
   m.def("int8_linear_unpack", &int8_linear_unpack, no_gil);
   m.def("int8_linear_packed_size", &int8_linear_packed_size);
+
+  m.def("layer_norm", &layer_norm, no_gil);
+  m.def("rms_norm", &rms_norm, no_gil);
 
 #ifdef LAMINA_WITH_CUDA
   m.attr("with_cuda") = true;

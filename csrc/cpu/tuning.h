@@ -37,4 +37,9 @@ inline constexpr int kAttentionMaxHeadSize = 256;
 // Fewer multiply-adds than this are not worth waking a second thread for (about 5 us at the FMA peak of one core).
 inline constexpr long kAttentionWorkPerThread = 1L << 18;
 
+// -- norm_rows
+
+// Fewer elements than this are not worth waking a second thread for (about 3 us of rows in L2).
+inline constexpr long kNormWorkPerThread = 1L << 15;
+
 }  // namespace lamina::tuning

@@ -34,3 +34,22 @@ def int8_linear(
 def int8_linear_pack(weight: Tensor, scale: Tensor, data: Tensor, compensation: Tensor) -> None: ...
 def int8_linear_unpack(data: Tensor, weight: Tensor) -> None: ...
 def int8_linear_packed_size(n: int, k: int) -> int: ...
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    sum: Tensor | None,
+) -> None: ...
+def rms_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    sum: Tensor | None,
+) -> None: ...

@@ -2,5 +2,15 @@
 
 from lamina.ops.attention import attention
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
+from lamina.ops.layer_norm import layer_norm
+from lamina.ops.rms_norm import rms_norm
 
-__all__ = ["PackedInt8Weight", "attention", "int8_linear", "pack_int8_weight", "unpack_int8_weight"]
+__all__ = [
+    "PackedInt8Weight",
+    "attention",
+    "int8_linear",
+    "layer_norm",
+    "pack_int8_weight",
+    "rms_norm",
+    "unpack_int8_weight",
+]

@@ -14,6 +14,8 @@ LIBRARY = torch.library.Library("lamina", "DEF")
 def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | None = None) -> torch._ops.OpOverload:
     """Define `lamina::<schema>` with its CPU and fake implementation; returns the op to call.
 
+    The name may be that of an overload ("layer_norm.with_sum"): one op, several results.
+
     `autograd(ctx-style setup)` is passed as a `(backward, setup_context)` pair to `torch.library.register_autograd`.
 
     >>> int8_linear = define("int8_linear(Tensor x, ...) -> Tensor", cpu=_int8_linear_cpu, fake=_int8_linear_fake)
@@ -25,4 +27,5 @@ def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | N
     if autograd is not None:
         backward, setup_context = autograd
         torch.library.register_autograd(f"lamina::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.lamina, name).default
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.lamina, packet), overload or "default")

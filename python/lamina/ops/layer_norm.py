@@ -1,0 +1,148 @@
+"""layer_norm: layer norm of a sum, in one pass over memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamina import _C
+from lamina.ops.library import define
+
+
+def new_result(input: Tensor, residual: Tensor | None) -> Tensor:
+    """Contiguous, of the shape of both and the dtype of their sum."""
+    wider = input if residual is None or residual.dtype is not torch.float32 else residual
+    return torch.empty_like(wider, memory_format=torch.contiguous_format)
+
+
+def runs_here(*tensors: Tensor | None) -> bool:
+    """Whether lamina's kernels take a norm of these (the first is input); what they don't take is torch's."""
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (
+            (t.dtype is not torch.float32 and t.dtype is not torch.bfloat16)
+            or not t.is_cpu
+            or (grad and t.requires_grad)
+        ):
+            return False
+    return True
+
+
+def same_shape(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the shape of their sum."""
+    return (input, residual) if input.shape == residual.shape else torch.broadcast_tensors(input, residual)
+
+
+def check_return_sum(op: str, residual: Tensor | None) -> None:
+    if residual is None:
+        raise ValueError(f"{op}: return_sum goes with a residual, but there is none to add")
+
+
+def _cpu(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    out = new_result(input, residual)
+    _C.layer_norm(input, normalized_shape, weight, bias, eps, residual, out, None)
+    return out
+
+
+def _fake(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return new_result(input, residual)
+
+
+def _sum_cpu(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]:
+    out, total = new_result(input, residual), new_result(input, residual)
+    _C.layer_norm(input, normalized_shape, weight, bias, eps, residual, out, total)
+    return out, total
+
+
+def _sum_fake(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return new_result(input, residual), new_result(input, residual)
+
+
+_op = define(
+    "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, "
+    "Tensor? residual=None) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+)
+_with_sum = define(
+    "layer_norm.with_sum(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor residual) -> (Tensor norm, Tensor sum)",
+    cpu=_sum_cpu,
+    fake=_sum_fake,
+)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`torch.nn.functional.layer_norm` of `input + residual`: (v - mean) / sqrt(variance + eps) * weight + bias.
+
+    The sum is added, measured and scaled while a row is in cache, in float32 whatever the storage; bfloat16 is rounded
+    once, at the end. The variance is taken of distances from the mean and corrected for the mean's own rounding (Chan,
+    Golub, LeVeque 1983), so that rows far from zero keep their digits. A row that holds NaN or infinity gives NaN. The
+    same inputs give the same bits on every run and for every number of threads.
+
+    What the kernels do not cover goes to torch's own op: calls that need gradients, dtypes other than float32 and
+    bfloat16, other devices than the CPU.
+
+    Args:
+        input: [..., *normalized_shape] float32 or bfloat16, any strides.
+        normalized_shape: the last dimensions, over which a row reaches.
+        weight: normalized_shape, float32 or bfloat16; ones by default.
+        bias: the same; zeros by default.
+        eps: added to the variance.
+        residual: broadcasts with input; added before the norm.
+        return_sum: return (norm, input + residual), as models need that normalise before a layer and not after it.
+
+    Returns what torch returns: contiguous, of the shape and dtype of input + residual. Raises ValueError when shapes or
+    dtypes do not fit.
+
+    >>> y = lamina.ops.layer_norm(attended, (768,), norm.weight, norm.bias, residual=x)
+    """
+    if return_sum:
+        check_return_sum("layer_norm", residual)
+    if runs_here(input, residual, weight, bias):
+        if residual is not None:
+            input, residual = same_shape(input, residual)
+            if return_sum:
+                return _with_sum(input, normalized_shape, weight, bias, eps, residual)
+        return _op(input, normalized_shape, weight, bias, eps, residual)
+    total = input if residual is None else input + residual
+    norm = F.layer_norm(total, normalized_shape, weight, bias, eps)
+    return (norm, total) if return_sum else norm
