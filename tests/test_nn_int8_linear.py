@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -129,6 +130,51 @@ def test_refuses_other_numbers_of_features(layer, features):
         if made.in_features != features:
             with pytest.raises(ValueError, match="features"):
                 made(torch.randn(2, features))
+
+
+def test_what_is_known_of_the_weight_costs_no_values(layer, monkeypatch):
+    """T5 asks for its weight's dtype on every call."""
+    module = sys.modules["lamina.nn.int8_linear"]
+    monkeypatch.setattr(module, "unpack_int8_weight", lambda *args: pytest.fail("the weight was computed"))
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), (30, 20))
+    assert (weight.ndim, weight.dim(), weight.size(1), weight.numel(), len(weight)) == (2, 2, 20, 600, 30)
+    assert weight.is_floating_point()
+    assert not weight.requires_grad
+
+
+def test_the_weight_is_an_ordinary_tensor_to_everything_else(layer):
+    weight, plain, x = layer.weight, layer.weight.clone(), torch.randn(3, 20)
+    assert type(plain) is torch.Tensor
+    assert_exact(nn.functional.linear(x, weight), nn.functional.linear(x, plain))
+    assert_exact(torch.stack([weight, plain])[0], plain)
+    assert_exact(copy.deepcopy(weight), plain)
+    assert weight.tolist() == plain.tolist()
+    assert weight.data_ptr() != 0
+    assert repr(weight) == repr(plain)
+    assert_exact(torch._C._nn.linear(x, weight), nn.functional.linear(x, plain))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_weight_has_the_dtype_the_float_one_would_have(bias):
+    layer = Int8Linear.from_float(nn.Linear(20, 30, bias=bias).bfloat16())
+    assert layer.weight.dtype == layer.weight.clone().dtype == torch.bfloat16
+    assert layer.float().weight.dtype == torch.float32
+
+
+def test_reading_the_weights_dtype_breaks_no_graph(layer):
+    def model(x):
+        return layer(x.to(layer.weight.dtype))
+
+    x = torch.randn(3, 20)
+    torch._dynamo.reset()
+    assert_exact(torch.compile(model, backend="eager", fullgraph=True)(x), layer(x))
+
+    def reads(x):
+        return x @ layer.weight.t()
+
+    assert_exact(torch.compile(reads, backend="eager", fullgraph=True)(x), reads(x))
 
 
 def test_weight_is_the_dequantized_one(layer, linear):
@@ -259,7 +305,7 @@ def test_to_bfloat16_keeps_the_scales(layer):
     assert same is layer
     assert layer._scale.dtype == torch.float32
     assert layer.bias.dtype == torch.bfloat16
-    assert_exact(layer.weight, before)
+    assert_exact(layer.weight, before.bfloat16())
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert_lossy(layer(x.bfloat16()), y, min_sqnr_db=INT8_LAYER_SQNR_DB)
     layer.float()

@@ -218,6 +218,23 @@ def test_attention_sinks_are_refused():
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="has no attention sinks; use attn_implementation='eager'"):
         attention_forward(module, q, q, q, None, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match="has no capped scores; use attn_implementation='eager'"):
+        attention_forward(module, q, q, q, None, softcap=50.0)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])
+def test_a_position_bias_is_added_to_the_scores(mask):
+    module = torch.nn.Module()
+    q, k, bias = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 9, 8), torch.randn(1, 3, 7, 9)
+    keep = torch.rand(2, 1, 7, 9) > 0.3
+    keep[..., 0] = True
+    given = {"bool": keep, "float": torch.zeros(keep.shape).masked_fill(~keep, -1e4)}.get(mask)
+    out, _ = attention_forward(module, q, k, k, given, is_causal=mask == "causal", position_bias=bias)
+    scores = q @ k.mT / 8**0.5 + bias
+    seen = torch.ones(7, 9, dtype=torch.bool).tril() if mask == "causal" else keep if given is not None else None
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    assert_lossy(out.transpose(1, 2), scores.softmax(-1) @ k, min_sqnr_db=110)
 
 
 def test_the_function_has_the_interface_of_transformers():

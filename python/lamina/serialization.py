@@ -174,9 +174,9 @@ def _build_layers(
                 f"but [{linear.out_features}, {linear.in_features}] in the model"
             )
         state = {name.removeprefix(f"{fqn}."): t for name, t in tensors.items() if name.startswith(f"{fqn}.")}
-        dtype = torch.float32 if linear.bias is None else linear.bias.dtype
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
         try:
-            layer = made(linear.in_features, linear.out_features, linear.bias is not None, dtype=dtype, **options)
+            layer = made(*sizes, dtype=linear.weight.dtype, **options)
             layer.load_state_dict(state)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"Error(s) in loading state_dict for {kind}: ")

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lamina.ops.attention import attention
@@ -35,15 +36,23 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, L, D], key and value [B, Hkv, S, D] -> [B, L, H, D]."""
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("attn_implementation='lamina' has no attention sinks; use attn_implementation='eager'")
+    """transformers' attention function: query [B, H, L, D], key and value [B, Hkv, S, D] -> [B, L, H, D].
+
+    position_bias (T5): broadcastable to [B, H, L, S], added to the scores.
+    """
+    for name in ("s_aux", "sinks", "softcap"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation='lamina' has no {_UNKNOWN[name]}; use attn_implementation='eager'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # One query sees every key of the cache; a mask, where there is one, already says what is causal.
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    if position_bias is not None:
+        attention_mask = _with_bias(attention_mask, position_bias, causal)
+        causal = False
     out = attention(
         query,
         key,
@@ -55,3 +64,16 @@ def attention_forward(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+# Arguments of other attention functions that change the answer.
+_UNKNOWN = {"s_aux": "attention sinks", "sinks": "attention sinks", "softcap": "capped scores"}
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Tensor:
+    """One mask to be added to the scores: what `mask` and `causal` exclude is -inf."""
+    if causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask

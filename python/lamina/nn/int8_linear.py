@@ -5,11 +5,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lamina.nn.dequantized import DequantizedWeight
 from lamina.ops.int8_linear import (
     ACTIVATIONS,
     PackedInt8Weight,
     call_int8_linear,
     pack_int8_weight,
+    traced_weight,
     unpack_int8_weight,
 )
 from lamina.quant.weights import dequantize_weight
@@ -21,7 +23,7 @@ class Int8Linear(nn.Linear):
     The layer holds one copy of its weight, packed for the kernels: about a quarter of the float32 bytes. Its state_dict
     has `weight` (int8 [out, in]), `weight_scale` (float32 [out]) and `bias`, independent of the packing; a float
     `weight`, such as a state_dict of the original model, is quantized when it is loaded. `layer.weight` is the
-    dequantized weight, computed on each access.
+    dequantized weight in the dtype of the original, computed when its values are used.
 
     Args as in nn.Linear, and `activation`: None, "relu", "gelu", "gelu_tanh" or "silu", applied inside the op.
 
@@ -67,6 +69,8 @@ class Int8Linear(nn.Linear):
         self.activation = activation
         self._op_activation = activation or "none"
         self._set_packed(pack_int8_weight(module.weight))
+        # Follows .to(dtype), so that the weight has the dtype it would have had.
+        self.register_buffer("_like", module.weight.new_empty(0), persistent=False)
         # A copy: the layer must not change with, or keep alive, the module it was made from.
         bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", bias)
@@ -81,8 +85,15 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, float32 [out_features, in_features]."""
-        return dequantize_weight(unpack_int8_weight(self.packed_weight, self.in_features), self._scale)
+        """The dequantized weight [out_features, in_features]; its shape, dtype and device cost nothing."""
+        packed, k, dtype = self.packed_weight, self.in_features, self._like.dtype
+        if torch.compiler.is_compiling():  # a graph can't hold a tensor without values, but drops what it doesn't use
+            return traced_weight(packed, k).to(dtype)
+
+        def compute() -> Tensor:
+            return dequantize_weight(unpack_int8_weight(packed, k), packed.scale).to(dtype)
+
+        return DequantizedWeight((self.out_features, k), dtype, compute)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], float32 or bfloat16."""

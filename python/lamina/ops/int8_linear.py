@@ -108,6 +108,11 @@ _backward_op = define(
 )
 
 
+def traced_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
+    """The dequantized weight [N, in_features], float32, by an op that graphs can hold: the gradient of the identity."""
+    return _backward_op(torch.eye(packed.scale.shape[0]), packed.data, packed.scale, in_features)
+
+
 class _WithGradient(torch.autograd.Function):
     """The straight-through gradient: rounding counts as the identity, so x sees the dequantized weight."""
 
