@@ -702,6 +702,7 @@ def test_broken_answers_fail_and_missing_ones_are_named():
 SECTIONS = [
     "glance",
     "speed",
+    "floors",
     "quality",
     "roofline",
     "memory",
@@ -812,6 +813,45 @@ def test_the_page_shows_wins_losses_and_wrong_answers(html):
     losses = html[html.index('id="losses"') : html.index('id="layers"')]
     assert "<b>quantize_dynamic</b> in 2 of 2" in losses
     assert "was no. 2" in html, "a sentence that changed its place says where it was"
+
+
+def section_of(html: str, name: str, following: str) -> str:
+    return html[html.index(f'id="{name}"') : html.index(f'id="{following}"')]
+
+
+def test_the_page_holds_models_against_everyone_and_their_floor(html):
+    shown = section_of(html, "floors", "quality")
+    # 200 million operations at 400 GOP/s take 0.5 ms; lamina takes 1 ms, eager 4.
+    assert re.search(r"<b>1.00 ms</b>.*?4.00 ms.*?4.00x.*?500 us.*?<b>50%</b>", shown, re.DOTALL)
+
+
+def test_the_page_says_which_contender_has_no_time_and_why():
+    report = a_report()
+    absent = [
+        dataclasses.replace(item, failures={"ort int8": "onnxruntime is not installed"}) if item.op == "model" else item
+        for item in report.measurements
+    ]
+    shown = page.render(dataclasses.replace(report, measurements=absent))
+    assert section_of(shown, "floors", "quality").count("Not timed: ort int8: onnxruntime is not installed.") == 1
+
+
+def test_the_page_shows_row_counts_side_by_side():
+    rows = [
+        a_measurement(
+            f"int8_linear/{model}/{m}x768x768", dims={"M": m, "K": 768, "N": 768}, threads=2, eager=4e-3, other=1e-3 * f
+        )
+        for model, m, f in (("a", 1, 3.0), ("a", 16, 2.0), ("b", 197, 1.5), ("a", 128, 0.5))
+    ]
+    shown = section_of(page.render(some_results(*rows, seconds=1.0)), "ops", "machine")
+    assert "times as fast as other" in shown, "the strongest rival"
+    grid = re.sub(r"<[^>]*>|\s+", " ", shown[shown.index('class="grid"') : shown.index("<details>")])
+    assert "1 row 16 rows 128 rows 197 rows" in re.sub(" +", " ", grid)
+    assert re.search(r"768x768 +a and b +3.00x .*2.00x .*0.50x .*1.50x", grid)
+
+
+def test_batches_are_counted_in_words():
+    assert page._batch_label("model/a/b1", "text of 128 tokens") == "1 text of 128 tokens"
+    assert page._batch_label("model/a/b8", "text of 128 tokens") == "8 texts of 128 tokens"
 
 
 def test_the_page_escapes_what_it_is_told(html):

@@ -12,6 +12,8 @@ from lamina.bench.results import LAMINA, Measurement, Results
 from lamina.bench.targets import Verdict
 
 SHOWN_LOSSES = 12
+# An op timed at fewer row counts than this is read better in its plain table.
+MIN_GRID_COLUMNS = 3
 
 
 def render(results: Results) -> str:
@@ -145,6 +147,26 @@ class View:
         return rows
 
     @property
+    def floors(self) -> dict:
+        """Every model, batch and thread count against all contenders and against its floor."""
+        rows = []
+        for model in self.models:
+            for workload, label in model["batches"]:
+                for count in self.counts:
+                    item = self._find(workload, count)
+                    if item is not None and item.candidate is not None:
+                        rows.append(self._floor_row(model["title"], label, item))
+        # Other calls of lamina's own first, beside it.
+        contenders = list(dict.fromkeys(name for row in rows for name in row["item"].times if name != LAMINA))
+        contenders.sort(key=lambda name: not name.startswith(LAMINA))
+        failures = {
+            f"{name}: {why}": None for row in rows for name, why in row["item"].failures.items()
+        }  # in order, each once
+        for row in rows:
+            row["cells"] = [(row["item"].times.get(name), row["item"].speedup(name)) for name in contenders]
+        return {"rows": rows, "contenders": contenders, "failures": list(failures)}
+
+    @property
     def scale(self) -> float:
         """The speed-up that the longest bar stands for."""
         ratios = [bar["ratio"] for row in self.bars for bar in row["bars"] if bar["ratio"]]
@@ -152,21 +174,31 @@ class View:
 
     @property
     def verdicts(self) -> list[dict]:
-        """The targets, in the words of the page."""
-        rows = []
+        """The targets, one row each with a cell for every thread count."""
+        rows: dict[str, dict] = {}
         for values in self.results.extra.get("targets", []):
             verdict = Verdict(**values)
-            rows.append(
+            row = rows.setdefault(
+                verdict.target,
+                {"target": verdict.target, "bound": text.bound(verdict), "why": verdict.why, "cells": []},
+            )
+            row["cells"].append(
                 {
+                    "threads": text.thread_label(verdict.threads),
                     "verdict": verdict,
                     "kind": {"met": "win", "missed": "loss", "not judged": "open"}[verdict.status],
-                    "threads": text.thread_label(verdict.threads),
                     "value": text.metric(verdict, verdict.value),
-                    "bound": text.bound(verdict),
-                    "reach": text.reach(verdict),
+                    "reach": text.reach(verdict) if verdict.total > 1 else "",
+                    "where": (verdict.workload or "").partition("/")[2],
                 }
             )
-        return rows
+        return list(rows.values())
+
+    @property
+    def verdict_counts(self) -> str:
+        """How many promises are kept. Example: "13 met, 5 missed, 4 not judged"."""
+        found = Counter(values["status"] for values in self.results.extra.get("targets", []))
+        return ", ".join(f"{found[status]} {status}" for status in ("met", "missed", "not judged") if found[status])
 
     @property
     def losses(self) -> list[dict]:
@@ -202,7 +234,7 @@ class View:
 
     @property
     def ops(self) -> list[dict]:
-        """The single ops: one table each, a row for every workload and thread count."""
+        """The single ops: for each a grid of row counts where it has them, and all measurements by model."""
         tables = []
         for op in dict.fromkeys(item.op for item in self.op_measurements):
             items = [item for item in self.op_measurements if item.op == op]
@@ -210,16 +242,78 @@ class View:
             ratios = {
                 name: [item.speedup(name) for item in items if item.threads == self.threads and name in item.times]
                 for name in contenders
+                if not name.startswith(LAMINA)
             }
+            models = dict.fromkeys(item.workload.split("/")[1] for item in items)
             tables.append(
                 {
                     "op": op,
-                    "rows": [self._op_row(item, contenders) for item in items],
-                    "contenders": contenders,
+                    "count": len({item.workload for item in items}),
                     "medians": {name: statistics.median(values) for name, values in ratios.items() if values},
+                    "contenders": contenders,
+                    "groups": [self._op_group(model, items, contenders) for model in models],
+                    "grid": self._grid(items),
                 }
             )
         return tables
+
+    def _op_group(self, model: str, items: Sequence[Measurement], contenders: Sequence[str]) -> dict:
+        """One model's measurements of one op: a row each workload, with cells for every thread count."""
+        rows: dict[str, dict] = {}
+        for item in items:
+            if item.workload.split("/")[1] == model:
+                row = rows.setdefault(item.workload, {"name": item.shape, "cells": []})
+                row["cells"].append(self._op_cell(item, contenders))
+        return {"model": model, "rows": list(rows.values())}
+
+    def _op_cell(self, item: Measurement, contenders: Sequence[str]) -> dict:
+        level = item.level(self.machine)
+        return {
+            "item": item,
+            "peak": item.peak_fraction(self.machine),
+            "reads": item.bandwidth_fraction(self.machine),
+            "level": level,
+            "ratios": [(name, item.speedup(name)) for name in contenders],
+        }
+
+    def _grid(self, items: Sequence[Measurement]) -> dict | None:
+        """Layers against row counts M, for ops that have them: speed-up over the strongest rival, and share of peak."""
+        chosen = [
+            item for item in items if "M" in item.dims and item.threads == self.threads and item.candidate is not None
+        ]
+        rivals = Counter(name for item in chosen for name in item.rivals)
+        # The strongest of those that nearly every workload was timed against.
+        common = [name for name, count in rivals.items() if count > 0.8 * len(chosen)]
+        if not common:
+            return None
+        rival = min(common, key=lambda name: statistics.median(i.speedup(name) for i in chosen if name in i.times))
+        layers: dict[str, dict[int, dict]] = {}
+        models: dict[str, dict[str, None]] = {}
+        for item in chosen:
+            if rival in item.times:
+                layer = item.shape.partition("x")[2]
+                models.setdefault(layer, {})[item.workload.split("/")[1]] = None
+                layers.setdefault(layer, {})[item.dims["M"]] = {
+                    "ratio": item.speedup(rival),
+                    "share": self._share(item),
+                    "sure": not item.doubt(rival),
+                }
+        full = {layer: cells for layer, cells in layers.items() if len(cells) > 1}
+        columns = sorted({column for cells in full.values() for column in cells})
+        if len(columns) < MIN_GRID_COLUMNS:
+            return None
+        rows = [
+            {"layer": layer, "models": _join(list(models[layer])), "cells": [cells.get(column) for column in columns]}
+            for layer, cells in full.items()
+        ]
+        return {"rival": rival, "columns": columns, "rows": rows}
+
+    def _share(self, item: Measurement) -> str:
+        """How near a measurement comes to what bounds it: compute or reading, whichever it comes nearer to."""
+        peak, reads = item.peak_fraction(self.machine) or 0.0, item.bandwidth_fraction(self.machine) or 0.0
+        return (
+            f"{text.percent(peak)} of peak" if peak >= reads else f"{text.percent(reads)} of {item.level(self.machine)}"
+        )
 
     @property
     def machine_lines(self) -> list[tuple[str, str]]:
@@ -312,12 +406,15 @@ class View:
             "gate": item.gate,
         }
 
-    def _op_row(self, item: Measurement, contenders: Sequence[str]) -> dict:
+    def _floor_row(self, title: str, label: str, item: Measurement) -> dict:
+        peak = self.machine.peak(item.precision, item.threads)
         return {
+            "title": title,
+            "label": label,
             "item": item,
-            "name": item.workload.partition("/")[2],
-            "peak": item.peak_fraction(self.machine),
-            "ratios": [(name, item.speedup(name)) for name in contenders],
+            "threads": text.thread_label(item.threads),
+            "floor": item.flops / peak if peak else None,
+            "fraction": item.peak_fraction(self.machine),
         }
 
 
@@ -331,7 +428,8 @@ def _kind(item: Measurement) -> str:
 
 def _batch_label(workload: str, unit: str) -> str:
     count = int(workload.rpartition("/b")[2])
-    return f"{count} {unit}" + ("" if count == 1 else "s")
+    noun, *rest = unit.split(" ", 1)
+    return " ".join([str(count), noun if count == 1 else f"{noun}s", *rest])
 
 
 def _join(words: Sequence[str]) -> str:

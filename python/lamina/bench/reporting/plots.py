@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lamina.bench.machine import Machine
+from lamina.bench.machine import PRIVATE, Machine
 from lamina.bench.results import Measurement
 from lamina.bench.text import SAME
 
@@ -144,7 +144,9 @@ def roofline(machine: Machine, threads: int, measurements: Sequence[Measurement]
 def _draw_roofs(axes, machine: Machine, threads: int, peaks: Mapping[str, float], limits: tuple[float, float]) -> None:
     highest = max(peaks.values(), default=1.0)
     slopes = [
-        (level, rates[threads]) for level, rates in machine.bandwidth.items() if level != "L2" and rates.get(threads)
+        (level, rates[threads])
+        for level, rates in machine.bandwidth.items()
+        if level not in PRIVATE and rates.get(threads)
     ]
     for level, bandwidth in slopes:
         axes.plot(
