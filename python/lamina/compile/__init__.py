@@ -1,0 +1,247 @@
+"""The torch.compile backend: capture -> fuse -> choose -> lower.
+
+    fast = torch.compile(model, backend="lamina")
+    print(lamina.compile.explain(model, example_inputs))
+
+Dynamo captures the graph, the passes of `fuse` rewrite it to lamina's ops, each where it measures faster, and what no
+pass takes stays in eager PyTorch, or goes to Inductor with options={"fallback": "inductor"}. Installing lamina is
+enough: the backend is an entry point, found by name without an import.
+
+Nothing is made less precise unless asked for: float layers stay float. A model whose layers were swapped before
+(`lamina.swap_(model, lamina.Int8Dynamic())`) keeps them, and they get activation, residual sum and merged projections
+in one call; options={"config": lamina.Int8Dynamic()} does both in one go and keeps the float weights too.
+
+Graphs that need gradients run as they were captured: call the model under torch.no_grad or torch.inference_mode.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from lamina.compile.capture import Captured, CaptureError, is_free, kind
+from lamina.compile.fuse import fuse
+from lamina.compile.lower import lower
+from lamina.configs import Config, FusedAttention, Int8Dynamic
+
+__all__ = ["CaptureError", "CompileReport", "GraphReport", "backend", "compile_", "explain", "uncompile_"]
+
+_log = logging.getLogger(__name__)
+_OPTIONS = ("config", "fallback", "measure")
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What became of one captured graph.
+
+    fused: (pattern, module of the model) of every rewrite; eager: (operation, why, how often) of the calls that stay in
+    PyTorch; whole: why the graph was left as it is, or None.
+    """
+
+    fused: tuple[tuple[str, str], ...] = ()
+    eager: tuple[tuple[str, str, int], ...] = ()
+    whole: str | None = None
+
+    def counts(self) -> Counter[str]:
+        """How often each pattern was fused."""
+        return Counter(pattern for pattern, _ in self.fused)
+
+
+@dataclass
+class CompileReport:
+    """What became of a model: one GraphReport for each graph Dynamo captured; printing it shows tables."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def fused(self) -> Counter[str]:
+        return sum((graph.counts() for graph in self.graphs), Counter())
+
+    @property
+    def eager(self) -> int:
+        """Calls left to eager, over all graphs; views and sizes do not count."""
+        return sum(count for graph in self.graphs for _, _, count in graph.eager)
+
+    def summary(self) -> str:
+        patterns = ", ".join(f"{count} x {pattern}" for pattern, count in sorted(self.fused.items())) or "nothing fused"
+        graphs = "1 graph" if len(self.graphs) == 1 else f"{len(self.graphs)} graphs"
+        return f"{graphs}; {patterns}; {self.eager} calls left in eager PyTorch"
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=120)
+        for i, graph in enumerate(self.graphs):
+            table = Table("what", "count", "why", title=f"graph {i}" + (f": {graph.whole}" if graph.whole else ""))
+            for pattern, count in sorted(graph.counts().items()):
+                table.add_row(pattern, str(count), "fused")
+            for operation, reason, count in graph.eager:
+                table.add_row(operation, str(count), reason)
+            console.print(table)
+        return f"{self.summary()}\n{console.file.getvalue()}"
+
+
+def backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The function behind `torch.compile(model, backend="lamina")`.
+
+    Options: "config", a config or a sequence of them (default: nothing lossy; Int8Dynamic makes linear layers int8);
+    "fallback", "eager" (default) or "inductor", for what is left; "measure", False to take every fusion without timing
+    it against what it replaces. Raises ValueError for another option or value.
+    """
+    return _compile(gm, example_inputs, options or {}, None)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any], report: CompileReport | None
+) -> Callable[..., Any]:
+    int8, fallback, measure = _parse(options)
+    example_inputs = list(example_inputs)
+    reason = _not_ours(example_inputs)
+    if reason is not None:
+        _log.info("graph left as it is: %s", reason)
+        if report is not None:
+            report.graphs.append(GraphReport(whole=reason, eager=_left(gm.graph, {}, reason)))
+        if fallback == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(gm, example_inputs)
+        return gm.forward
+    captured = Captured(gm, example_inputs, measure, move_parameters=fallback == "eager")
+    fuse(captured, int8)
+    if report is not None:
+        report.graphs.append(
+            GraphReport(tuple(captured.fused), _left(captured.graph, captured.left, "no lamina op for it"))
+        )
+    return lower(captured, fallback)
+
+
+def _not_ours(example_inputs: list[Any]) -> str | None:
+    tensors = [t for t in example_inputs if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it needs gradients; run it under torch.no_grad or torch.inference_mode"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast decides its dtypes call by call"
+    return None
+
+
+def _left(graph: fx.Graph, reasons: Mapping[fx.Node, str], default: str) -> tuple[tuple[str, str, int], ...]:
+    """The calls that stay in PyTorch, counted."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for node in graph.nodes:
+        if is_free(node):
+            continue
+        target = node.target
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        if (getattr(target, "namespace", None) or getattr(target, "__module__", "")).startswith("lamina"):
+            continue
+        counts[kind(node) or name, reasons.get(node, default)] += 1
+    return tuple((name, reason, count) for (name, reason), count in counts.items())
+
+
+def _parse(options: Mapping[str, Any]) -> tuple[bool, str, bool]:
+    for name in options:
+        if name not in _OPTIONS:
+            raise ValueError(f"lamina backend: option '{name}' is unknown; use {', '.join(_OPTIONS)}")
+    fallback = options.get("fallback", "eager")
+    if fallback not in ("eager", "inductor"):
+        raise ValueError(f"lamina backend: fallback '{fallback}' is unknown; use 'eager' or 'inductor'")
+    config = options.get("config")
+    configs = () if config is None else (config,) if isinstance(config, Config) else tuple(config)
+    for item in configs:
+        if not isinstance(item, Int8Dynamic | FusedAttention):
+            raise ValueError(
+                f"lamina backend: {item!r} cannot be applied while compiling; swap the layers first with lamina.swap_, "
+                "then compile"
+            )
+    return any(isinstance(item, Int8Dynamic) for item in configs), fallback, options.get("measure", True)
+
+
+def compile_(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> CompileReport:
+    """Compile a module in place for inference and run it once on `example_inputs`; returns what was fused.
+
+    The module stays itself: type, attributes, parameters' names, state_dict and saving are as before, only its call
+    goes through the compiled graph (`nn.Module.compile`). `uncompile_` takes that back.
+
+    Args:
+        module: float, or with swapped layers; call it under no_grad or inference_mode to be fast.
+        example_inputs: tuple of positional or dict of keyword arguments. Other sizes are compiled when they come.
+        options: as in `backend`.
+        dynamic: as in torch.compile.
+
+    Raises CaptureError if Dynamo finds no graph in the module or compiling or running one fails; the module is as
+    before then.
+
+    >>> report = lamina.compile.compile_(model, (x,)); print(report)
+    """
+    report = CompileReport()
+    module.compile(backend=_Reporting(dict(options or {}), report), dynamic=dynamic)
+    try:
+        with torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                module(**example_inputs)
+            else:
+                module(*example_inputs)
+    except Exception as failure:
+        uncompile_(module)
+        raise CaptureError(f"{type(module).__name__} cannot be compiled: {failure}") from failure
+    if not report.graphs:
+        uncompile_(module)
+        raise CaptureError(
+            f"{type(module).__name__} cannot be compiled: Dynamo found no graph of tensor operations in it"
+        )
+    return report
+
+
+def uncompile_(module: nn.Module) -> None:
+    """Undo `compile_`: calls run the module's own forward again."""
+    module._compiled_call_impl = None
+
+
+class _Reporting:
+    """A backend that writes what it does into a report."""
+
+    def __init__(self, options: Mapping[str, Any], report: CompileReport) -> None:
+        self.options = options
+        self.report = report
+        _parse(options)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _compile(gm, example_inputs, self.options, self.report)
+
+
+def explain(
+    model: nn.Module | Callable[..., Any],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> CompileReport:
+    """What the backend makes of a model: which patterns it fuses, what stays in eager PyTorch, and why.
+
+    Runs the model once under no_grad and leaves it as it is. Raises CaptureError as `compile_` does.
+
+    >>> print(lamina.compile.explain(model, (input_ids,)))
+    """
+    report = CompileReport()
+    compiled = torch.compile(model, backend=_Reporting(dict(options or {}), report))
+    try:
+        with torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                compiled(**example_inputs)
+            else:
+                compiled(*example_inputs)
+    except Exception as failure:
+        raise CaptureError(f"the model cannot be compiled: {failure}") from failure
+    return report

@@ -1,0 +1,26 @@
+"""The passes, in the order they run. Each rewrites a Captured graph; none needs another to have run."""
+
+from lamina.compile.capture import Captured
+from lamina.compile.fuse.activation import activations
+from lamina.compile.fuse.attention import attention
+from lamina.compile.fuse.clean import clean, contiguous
+from lamina.compile.fuse.linear import epilogues, join_views, quantize_linears
+from lamina.compile.fuse.merge import merge, share_quantization
+from lamina.compile.fuse.norm import norms, rms_norms
+
+
+def fuse(captured: Captured, int8: bool = False) -> None:
+    """Run all passes; `int8` makes float linear layers int8 first."""
+    clean(captured)
+    activations(captured)
+    rms_norms(captured)
+    if int8:
+        quantize_linears(captured)
+    join_views(captured)
+    epilogues(captured)
+    merge(captured)
+    share_quantization(captured)
+    attention(captured)
+    norms(captured)
+    captured.evaluate_all()
+    contiguous(captured)
