@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import lamina
 from lamina.reference.attention import attention as attention_reference
 from lamina.reference.int8_linear import int8_linear as int8_linear_reference
+from lamina.reference.int8_linear import requantize
 from lamina.reference.layer_norm import layer_norm as layer_norm_reference
+from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 
 
@@ -114,8 +116,14 @@ def _int8_linear_case(
     bias: torch.dtype | None = torch.float32,
     bias_step: int = 1,
     activation: str = "none",
+    residual: torch.dtype | None = None,
+    x_scale: str | None = None,
+    out: torch.dtype | None = None,
     tags: str = "",
 ) -> Case:
+    """x_scale: "static" for one scale of a float x that clamps a few codes; "codes" and "static_codes" for an int8 x
+    with a scale per row and with one for all. out: the output's dtype, int8 with an out_scale."""
+
     def make(generator: torch.Generator) -> tuple:
         # Outputs of a few units, so that one rounding of bfloat16 stays below them at every k.
         x = 8 * torch.randn(*lead, k, generator=generator) / max(k, 1) ** 0.25
@@ -123,7 +131,22 @@ def _int8_linear_case(
         b = None
         if bias is not None:
             b = 4 * torch.randn(n * bias_step, generator=generator).to(bias)[::bias_step]
-        return LAYOUTS[layout](x.to(dtype)), *lamina.ops.pack_int8_weight(weight), b, activation
+        x, scales = x.to(dtype), None
+        if x_scale is not None:
+            largest = x.float().abs().max() if x.numel() else torch.tensor(1.0)
+            scales = largest / 127 if x_scale == "static_codes" else largest / 150
+            if x_scale != "static":
+                x, scales = quantize_rows_reference(x, scales if x_scale == "static_codes" else None)
+                scales = scales.flatten()[0] if x_scale == "static_codes" and scales.numel() else scales
+        # Before the tensors of the epilogue, so that they do not change what the others are.
+        arguments = LAYOUTS[layout](x), *lamina.ops.pack_int8_weight(weight), b, activation
+        if (residual, x_scale, out) == (None, None, None):
+            return arguments
+        r = None
+        if residual is not None:
+            r = LAYOUTS[layout]((4 * torch.randn(*lead, n, generator=generator)).to(residual))
+        to_int8 = out is torch.int8
+        return *arguments, r, scales, torch.tensor(0.11) if to_int8 else None, None if to_int8 else out
 
     name = f"{'x'.join(map(str, lead)) or 'vector'}-k{k}-n{n}"
     if dtype is torch.bfloat16:
@@ -132,6 +155,9 @@ def _int8_linear_case(
     name += {None: "-nobias", torch.float32: "", torch.bfloat16: "-bf16bias"}[bias]
     name += "-stridedbias" if bias_step > 1 else ""
     name += f"-{activation}" if activation != "none" else ""
+    name += f"-residual_{_short(residual)}" if residual else ""
+    name += f"-{x_scale}" if x_scale else ""
+    name += f"-to_{_short(out)}" if out else ""
     words = set(tags.split())
     if 0 in (*lead, k, n):
         words.add("empty")
@@ -144,9 +170,14 @@ def _int8_linear_case(
     return Case(name, make, frozenset(words))
 
 
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "int8"}[dtype]
+
+
 def _int8_linear_cases() -> list[Case]:
     case = _int8_linear_case
-    bf16 = torch.bfloat16
+    f32, bf16, int8 = torch.float32, torch.bfloat16, torch.int8
+    activations = [name for name in tolerances.ACTIVATION_SLOPE if name != "none"]
     cases = [
         case(0, k=8, n=8),
         case(3, k=0, n=5),
@@ -187,17 +218,39 @@ def _int8_linear_cases() -> list[Case]:
             if name not in ("contiguous", "heads_inside", "batch_repeated")
         ),
         case(130, k=67, n=19, layout="transposed", tags="odd"),
-        *(case(5, k=33, n=70, activation=a) for a in ("relu", "gelu", "gelu_tanh", "silu")),
-        *(case(5, k=33, n=70, activation=a, dtype=bf16, bias=bf16) for a in ("relu", "gelu", "gelu_tanh", "silu")),
+        *(case(5, k=33, n=70, activation=a) for a in activations),
+        *(case(5, k=33, n=70, activation=a, dtype=bf16, bias=bf16) for a in activations),
         case(5, k=33, n=70, bias=None),
         case(5, k=33, n=70, bias=bf16),
         case(5, k=33, n=70, bias_step=2),
         case(5, k=33, n=70, bias=bf16, bias_step=3),
+        # The epilogue's other ends: residual, scales from outside, output formats.
+        case(7, k=33, n=70, residual=f32),
+        case(7, k=33, n=70, residual=bf16, activation="relu"),
+        case(7, k=33, n=70, residual=f32, dtype=bf16, activation="gelu"),
+        case(2, 3, k=24, n=10, residual=f32, bias=None),
+        case(k=17, n=19, residual=f32),
+        *(case(7, k=33, n=70, residual=f32, layout=name) for name in ("transposed", "misaligned", "sliced")),
+        *(case(7, k=33, n=70, out=out, dtype=dtype) for out in (f32, bf16, int8) for dtype in (f32, bf16)),
+        *(case(5, k=20, n=n, out=int8, tags="odd") for n in (1, 3, 15, 17, 63, 65)),
+        *(case(5, k=33, n=70, out=int8, activation=a) for a in activations),
+        case(2, 3, k=24, n=10, residual=bf16, out=int8, activation="relu"),
+        *(case(7, k=k, n=70, x_scale="static", tags="odd") for k in (1, 15, 16, 17, 33, 67)),
+        case(7, k=33, n=70, x_scale="static", dtype=bf16, layout="sliced"),
+        *(case(7, k=k, n=70, x_scale="codes", tags="odd") for k in (1, 15, 16, 17, 33, 67)),
+        *(case(7, k=37, n=41, x_scale="codes", layout=name) for name in ("transposed", "misaligned", "every_third")),
+        case(2, 3, k=24, n=10, x_scale="codes", residual=f32),
+        case(k=17, n=19, x_scale="codes"),
+        case(0, k=8, n=8, x_scale="codes", out=int8),
+        case(3, k=0, n=5, x_scale="codes", residual=f32),
+        case(7, k=33, n=70, x_scale="static_codes", out=bf16),
+        case(2, 3, k=24, n=10, x_scale="static_codes", out=int8, residual=f32, activation="gelu"),
         # Large enough for several threads, by rows, by panels and by both.
         case(600, k=130, n=63, tags="threads odd"),
         case(3, k=515, n=900, tags="threads odd"),
         case(131, k=257, n=197, tags="threads odd"),
         case(128, k=768, n=64, activation="gelu", dtype=bf16, tags="threads"),
+        case(131, k=257, n=197, residual=f32, x_scale="codes", out=int8, tags="threads"),
     ]
     return cases
 
@@ -206,24 +259,35 @@ def _int8_codes(x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor) ->
     return lamina.ops.unpack_int8_weight(lamina.ops.PackedInt8Weight(data, scale, compensation), x.shape[-1])
 
 
-def int8_linear_truth(x, data, scale, compensation, bias, activation) -> Tensor:
-    return int8_linear_reference(x, _int8_codes(x, data, scale, compensation), scale, bias, activation)
+def int8_linear_truth(
+    x, data, scale, compensation, bias, activation, residual=None, x_scale=None, out_scale=None, out_dtype=None
+) -> Tensor:
+    codes = _int8_codes(x, data, scale, compensation)
+    y = int8_linear_reference(x, codes, scale, bias, activation, residual, x_scale)
+    return y if out_scale is None else requantize(y, out_scale)
 
 
 def int8_linear_check(actual: Tensor, inputs: tuple) -> None:
-    x, data, scale, compensation, bias, activation = inputs
-    assert actual.dtype == x.dtype
-    linear = int8_linear_truth(x, data, scale, compensation, bias, "none")
-    truth = int8_linear_truth(*inputs)
-    # The int32 sums are exact. Four roundings of half an eps follow: to float, times two scales, plus bias. None is of
-    # a value above |linear| + 2 |bias|.
-    magnitude = linear.abs() + (0.0 if bias is None else 2 * bias.double().abs())
-    if activation == "none":
-        tolerances.assert_sum(actual, truth, terms=2, magnitude=magnitude)
-        return
+    x, data, scale, compensation, bias, activation, *rest = inputs
+    residual, x_scale, out_scale, out_dtype = rest or (None, None, None, None)
+    float_x = torch.float32 if x.dtype is torch.int8 else x.dtype
+    dtype = torch.int8 if out_scale is not None else out_dtype or float_x
+    assert actual.dtype == dtype
+    linear = int8_linear_truth(x, data, scale, compensation, bias, "none", residual, x_scale)
+    truth = int8_linear_truth(x, data, scale, compensation, bias, activation, residual, x_scale)
+    # The int32 sums are exact. Up to five roundings of half an eps follow: to float, times two scales, plus bias, plus
+    # residual. None is of a value above |linear| + 2 |bias| + 2 |residual|.
+    magnitude = linear.abs()
+    for added in (bias, residual):
+        if added is not None:
+            magnitude = magnitude + 2 * added.double().abs()
     slope = tolerances.ACTIVATION_SLOPE[activation]
     extra = tolerances.activation_error(activation, linear)
-    tolerances.assert_sum(actual, truth, terms=2, magnitude=slope * magnitude, extra=extra, what=activation)
+    if out_scale is not None:
+        error = slope * magnitude * 3 * tolerances.EPS_ACC + extra
+        tolerances.assert_rounded(actual, truth, scale=out_scale, error=error, what=activation)
+        return
+    tolerances.assert_sum(actual, truth, terms=3, magnitude=slope * magnitude, extra=extra, what=activation)
 
 
 def int8_linear_suite() -> Suite:
@@ -281,6 +345,56 @@ def int8_linear_backward_suite() -> Suite:
     return Suite(
         "int8_linear_backward", cases, int8_linear_backward_truth, int8_linear_backward_check, own_kernel=False
     )
+
+
+# -- quantize_rows
+
+
+def _quantize_rows_case(
+    *lead: int, k: int, dtype=torch.float32, layout="contiguous", scale: float | None = None, tags: str = ""
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        x = (8 * torch.randn(*lead, k, generator=generator)).to(dtype)
+        return LAYOUTS[layout](x), None if scale is None else torch.tensor(scale)
+
+    name = _int8_linear_case(*lead, k=k, n=0, dtype=dtype, layout=layout).id.replace("-n0", "")
+    words = set(tags.split())
+    words |= {"empty"} if 0 in (*lead, k) else set()
+    words |= {"strided"} if layout != "contiguous" else set()
+    words |= {"bf16"} if dtype is torch.bfloat16 else set()
+    words |= {"nd"} if len(lead) != 1 else set()
+    return Case(name + ("" if scale is None else f"-scale{scale}"), make, frozenset(words))
+
+
+def quantize_rows_check(actual: tuple, inputs: tuple) -> None:
+    """The format is defined bit by bit."""
+    for ours, truth in zip(actual, quantize_rows_reference(*inputs), strict=True):
+        tolerances.assert_exact(ours, truth)
+
+
+def quantize_rows_suite() -> Suite:
+    case, bf16 = _quantize_rows_case, torch.bfloat16
+    cases = (
+        case(0, k=8),
+        case(3, k=0),
+        case(3, k=0, scale=0.5),
+        case(2, 0, 3, k=4),
+        case(1, k=1, tags="one"),
+        case(k=17, tags="odd"),
+        case(k=17, scale=0.125, tags="odd"),
+        case(2, 3, k=24),
+        case(2, 3, 5, k=24, dtype=bf16),
+        *(case(5, k=k, tags="odd") for k in (2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129)),
+        *(case(5, k=k, scale=0.125, tags="odd") for k in (3, 15, 16, 17, 63, 64, 65, 129)),
+        *(case(5, k=k, dtype=bf16, tags="odd") for k in (1, 7, 15, 17, 63, 65)),
+        case(5, k=37, dtype=bf16, scale=0.1),
+        *(case(7, k=37, layout=name) for name in LAYOUTS if name not in ("contiguous", "heads_inside")),
+        *(case(7, k=37, dtype=bf16, layout=name) for name in ("transposed", "misaligned", "every_third")),
+        case(2, 3, 4, k=6, layout="heads_inside", scale=0.1),
+        case(300, k=515, tags="threads odd"),
+        case(300, k=515, dtype=bf16, scale=0.1, tags="threads odd"),
+    )
+    return Suite("quantize_rows", cases, quantize_rows_reference, quantize_rows_check)
 
 
 # -- attention

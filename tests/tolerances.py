@@ -35,10 +35,22 @@ ACTIVATION_ERROR = {
     "gelu": (6e-6, 1e-7),
     "gelu_tanh": (0.23 * EXP2_ERROR + 4 * EPS_ACC, 4 * EPS_ACC),
     "silu": (0.23 * EXP2_ERROR + 4 * EPS_ACC, 4 * EPS_ACC),
+    # silu(1.702 x) / 1.702, with one more rounding of the argument.
+    "quick_gelu": (0.23 * EXP2_ERROR + 5 * EPS_ACC, 4 * EPS_ACC),
+    # 1 - 2 s: twice the error of the sigmoid s, sigma (1 - sigma) <= 1/4 of that of 2^-z, and four roundings below 1.
+    "tanh": (0.5 * EXP2_ERROR + 4 * EPS_ACC, 0.0),
 }
 
 # The steepest slope of each, by which an error before the activation grows: gelu 1.129, silu 1.0999.
-ACTIVATION_SLOPE = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.10}
+ACTIVATION_SLOPE = {
+    "none": 1.0,
+    "relu": 1.0,
+    "gelu": 1.13,
+    "gelu_tanh": 1.13,
+    "quick_gelu": 1.10,
+    "silu": 1.10,
+    "tanh": 1.0,
+}
 
 # Signal-to-quantization-noise ratios that int8 must reach. A uniform quantizer of b bits over [-a, a] has noise
 # (2a / 2^b)^2 / 12. For normal data and a = max of a row of 64 to 4096 values, a is 2.5 to 3.9 standard deviations: 39
@@ -125,6 +137,16 @@ def sqnr_db(actual: Tensor, truth: Tensor) -> float:
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
+
+
+def assert_rounded(actual: Tensor, truth64: Tensor, *, scale: Tensor, error: Tensor | float, what: str = "") -> None:
+    """int8 codes of a value that is known to `error`: within half a step of truth / scale, plus that and two roundings
+    (of 1 / scale and of the product); beyond the range, its end."""
+    assert actual.dtype == torch.int8
+    wanted = truth64 / scale.double()
+    slack = torch.as_tensor(error, dtype=torch.float64) / scale.double() + 2 * EPS_ACC * wanted.abs()
+    clamped = wanted.clamp(-127, 127)
+    _assert_within(actual, clamped, torch.where(wanted.abs() > 128, 0.0, 0.5 + slack), what or "codes")
 
 
 def assert_activation(actual: Tensor, x64: Tensor, truth64: Tensor, name: str) -> None:

@@ -10,6 +10,7 @@
 #include "ops/layer_norm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
+#include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("layer_norm", &layer_norm, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
+  m.def("quantize_rows", &quantize_rows, no_gil);
 
 #ifdef LAMINA_WITH_CUDA
   m.attr("with_cuda") = true;

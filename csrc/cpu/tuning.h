@@ -19,6 +19,11 @@ inline constexpr int kInt8RowBlockBytes = 256 * 1024;
 // Fewer multiply-adds than this are not worth waking a second thread for (about 5 us at the VNNI peak of one core).
 inline constexpr long kInt8WorkPerThread = 1L << 20;
 
+// -- quantize_rows
+
+// Fewer elements than this are not worth waking another thread for.
+inline constexpr long kQuantizeWorkPerThread = 1L << 15;
+
 // -- attention
 
 // Keys that go by between two steps of the online softmax. With 64 rows their scores are 64 KiB, as are K and V at head

@@ -5,18 +5,15 @@
 #include <cstring>
 
 #include "cpu/kernels/int8_gemm.h"
-#include "cpu/kernels/quantize_rows.h"
 #include "cpu/tuning.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
+#include "ops/quantize_rows.h"
 #include "ops/workspace.h"
 
 namespace lamina {
 
-constinit const KernelTable<void(const QuantizeRowsArgs<float>&)> quantize_rows_f32_table;
-constinit const KernelTable<void(const QuantizeRowsArgs<bf16>&)> quantize_rows_bf16_table;
-constinit const KernelTable<void(const Int8GemmArgs<float>&)> int8_gemm_f32_table;
-constinit const KernelTable<void(const Int8GemmArgs<bf16>&)> int8_gemm_bf16_table;
+constinit const KernelTable<void(const Int8GemmArgs&)> int8_gemm_table;
 
 namespace {
 
@@ -24,6 +21,8 @@ constexpr const char* kOp = "int8_linear";
 constexpr int64_t kPanel = tuning::kInt8PanelChannels;
 // 127 * 127 * k must stay below 2^31, or an int32 sum of extreme codes would wrap.
 constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
+// The same for codes that somebody else made, which may be -128.
+constexpr int64_t kMaxKOfCodes = ((int64_t{1} << 31) - 1) / (128 * 127);
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -58,51 +57,26 @@ Activation parse_activation(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "quick_gelu") return Activation::quick_gelu;
   if (name == "silu") return Activation::silu;
-  fail(kOp, "activation '", name, "' is unknown; use none, relu, gelu, gelu_tanh or silu");
+  if (name == "tanh") return Activation::tanh;
+  fail(kOp, "activation '", name, "' is unknown; use none, relu, gelu, gelu_tanh, quick_gelu, silu or tanh");
 }
 
-template <class T>
-struct Tables;
-template <>
-struct Tables<float> {
-  static auto quantize() { return quantize_rows_f32_table.get(); }
-  static auto gemm() { return int8_gemm_f32_table.get(); }
-};
-template <>
-struct Tables<bf16> {
-  static auto quantize() { return quantize_rows_bf16_table.get(); }
-  static auto gemm() { return int8_gemm_bf16_table.get(); }
-};
-
-// The quantized activations of one call.
-struct Codes {
-  uint8_t* codes;
-  int64_t ld;
-  float* scales;
-};
-
-template <class T>
-void quantize(const TensorView& x, const PackedShape& shape, const Codes& to) {
-  const auto kernel = Tables<T>::quantize();
+// int8 codes -> the same with the offset.
+void add_offset(const TensorView& x, const OffsetCodes& to) {
   const int64_t rows = x.size(0), k = x.size(1), column = x.stride(1);
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
+  const int64_t grain = std::max<int64_t>(1, tuning::kQuantizeWorkPerThread / std::max<int64_t>(k, 1));
   parallel_ranges(rows, grain, [&](int64_t begin, int64_t end) {
-    const T* source = x.as<T>() + begin * x.stride(0);
-    QuantizeRowsArgs<T> args{source, x.stride(0),    end - begin,      k, to.codes + begin * to.ld,
-                             to.ld,  shape.k_padded, to.scales + begin};
-    if (column == 1 || k <= 1) return kernel(args);
-    // Strided columns: gather one row at a time.
-    WorkspaceFrame frame;
-    T* row = frame.take<T>(k);
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t j = 0; j < k; ++j) row[j] = source[j * column];
-      source += x.stride(0);
-      args.x = row;
-      args.rows = 1;
-      kernel(args);
-      args.codes += to.ld;
-      ++args.scales;
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* from = x.as<uint8_t>() + row * x.stride(0);
+      uint8_t* codes = to.codes + row * to.ld;
+      if (column == 1) {
+        for (int64_t i = 0; i < k; ++i) codes[i] = from[i] ^ 0x80;
+      } else {
+        for (int64_t i = 0; i < k; ++i) codes[i] = from[i * column] ^ 0x80;
+      }
+      std::memset(codes + k, 0x80, size_t(to.k_padded - k));
     }
   });
 }
@@ -121,22 +95,32 @@ int64_t row_shares(int64_t row_tiles, int64_t panels, int64_t threads) {
   return best;
 }
 
-template <class T>
-void run(const TensorView& x, const int8_t* data, const float* scale, const int32_t* compensation, const float* bias,
-         Activation activation, const TensorView& out, const PackedShape& shape) {
-  const int64_t rows = x.size(0);
-  WorkspaceFrame frame;
-  const int64_t ld = round_up(shape.k_padded, 64) + tuning::kInt8RowPadding;
-  const Codes x_codes{frame.take<uint8_t>(rows * ld), ld, frame.take<float>(rows)};
-  quantize<T>(x, shape, x_codes);
+// What one call computes with, checked.
+struct Call {
+  const int8_t* data;
+  const int32_t* compensation;
+  const float* scale;
+  const float* bias;
+  EpilogueMatrix residual;
+  Activation activation;
+  EpilogueMatrix out;
+  float out_inverse;
+};
 
-  const auto gemm = Tables<T>::gemm();
+EpilogueMatrix part_of(const EpilogueMatrix& m, int64_t row, int64_t column) {
+  if (!m.data) return m;
+  const int64_t bytes = m.format == EpilogueMatrix::f32 ? 4 : m.format == EpilogueMatrix::b16 ? 2 : 1;
+  return {static_cast<char*>(m.data) + (row * m.ld + column) * bytes, m.ld, m.format};
+}
+
+void multiply(const OffsetCodes& x, int64_t rows, const PackedShape& shape, const Call& call) {
+  const auto gemm = int8_gemm_table.get();
   const int64_t work = rows * shape.n * shape.k / tuning::kInt8WorkPerThread;
   const int64_t threads = std::clamp<int64_t>(work, 1, max_threads());
   const int64_t tiles = (rows + 5) / 6;
   const int64_t by_rows = row_shares(tiles, shape.panels, threads);
   const int64_t by_panels = std::min(shape.panels, std::max<int64_t>(1, threads / by_rows));
-  const int64_t block = std::max<int64_t>(6, tuning::kInt8RowBlockBytes / ld / 6 * 6);
+  const int64_t block = std::max<int64_t>(6, tuning::kInt8RowBlockBytes / x.ld / 6 * 6);
 
   parallel_tasks(by_rows * by_panels, [&](int64_t task) {
     const int64_t r = task / by_panels, p = task % by_panels;
@@ -145,23 +129,50 @@ void run(const TensorView& x, const int8_t* data, const float* scale, const int3
     for (int64_t row = tiles * r / by_rows * 6; row < row_end; row += block) {
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         const int64_t n = panel * kPanel;
-        gemm({.codes = x_codes.codes + row * ld,
-              .ld_codes = ld,
-              .x_scales = x_codes.scales + row,
+        gemm({.codes = x.codes + row * x.ld,
+              .ld_codes = x.ld,
+              .x_scales = x.scales + row,
               .rows = std::min(block, row_end - row),
               .k_padded = shape.k_padded,
-              .panel = data + shape.offset(panel),
+              .panel = call.data + shape.offset(panel),
               .width = shape.width(panel),
               .channels = shape.channels(panel),
-              .compensation = compensation + n,
-              .w_scales = scale + n,
-              .bias = bias ? bias + n : nullptr,
-              .activation = activation,
-              .out = out.as<T>() + row * out.stride(0) + n,
-              .ldo = out.stride(0)});
+              .compensation = call.compensation + n,
+              .w_scales = call.scale + n,
+              .bias = call.bias ? call.bias + n : nullptr,
+              .residual = part_of(call.residual, row, n),
+              .activation = call.activation,
+              .out = part_of(call.out, row, n),
+              .out_inverse = call.out_inverse});
       }
     }
   });
+}
+
+// bias as contiguous float32; a copy lives in `frame`.
+const float* float_bias(const TensorView& bias, int64_t n, WorkspaceFrame& frame) {
+  check_dtype(kOp, "bias", bias, {DType::float32, DType::bfloat16});
+  check_shape(kOp, "bias", bias, {n});
+  if (bias.dtype == DType::float32 && bias.is_contiguous()) return bias.as<float>();
+  float* copy = frame.take<float>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (bias.dtype == DType::float32) {
+      copy[i] = bias.as<float>()[i * bias.stride(0)];
+    } else {
+      const uint32_t bits = uint32_t(bias.as<bf16>()[i * bias.stride(0)].bits) << 16;
+      std::memcpy(&copy[i], &bits, 4);
+    }
+  }
+  return copy;
+}
+
+EpilogueMatrix epilogue_matrix(const char* what, const TensorView& t, int64_t rows, int64_t n) {
+  check_shape(kOp, what, t, {rows, n});
+  check(n <= 1 || t.stride(1) == 1, kOp, "the rows of ", what, " must be contiguous");
+  const auto format = t.dtype == DType::float32    ? EpilogueMatrix::f32
+                      : t.dtype == DType::bfloat16 ? EpilogueMatrix::b16
+                                                   : EpilogueMatrix::int8;
+  return {t.data, t.stride(0), format};
 }
 
 }  // namespace
@@ -230,12 +241,19 @@ void int8_linear_unpack(const TensorView& data, const TensorView& weight) {
 }
 
 void int8_linear(const TensorView& x, const TensorView& data, const TensorView& scale, const TensorView& compensation,
-                 const std::optional<TensorView>& bias, const std::string& activation, const TensorView& out) {
-  check_dtype(kOp, "x", x, {DType::float32, DType::bfloat16});
+                 const std::optional<TensorView>& bias, const std::string& activation,
+                 const std::optional<TensorView>& residual, const std::optional<TensorView>& x_scale,
+                 const std::optional<TensorView>& out_scale, const TensorView& out) {
+  const bool quantized = x.dtype == DType::int8;
+  if (!quantized || !x_scale) {
+    check(!quantized, kOp, "x is int8, but x_scale, which says what its codes mean, is missing");
+    check_dtype(kOp, "x", x, {DType::float32, DType::bfloat16});
+  }
   check_shape(kOp, "x", x, {-1, -1});
   check_dtype(kOp, "packed_weight.scale", scale, {DType::float32});
   check_shape(kOp, "packed_weight.scale", scale, {-1});
   check_contiguous(kOp, "packed_weight.scale", scale);
+  const int64_t rows = x.size(0);
   const PackedShape shape{scale.size(0), x.size(1)};
   check_dtype(kOp, "packed_weight.data", data, {DType::int8});
   check_shape(kOp, "packed_weight.data", data, {-1});
@@ -244,34 +262,51 @@ void int8_linear(const TensorView& x, const TensorView& data, const TensorView& 
   check_dtype(kOp, "packed_weight.compensation", compensation, {DType::int32});
   check_shape(kOp, "packed_weight.compensation", compensation, {shape.n_padded});
   check_contiguous(kOp, "packed_weight.compensation", compensation);
-  check_dtype(kOp, "out", out, {x.dtype});
-  check_shape(kOp, "out", out, {x.size(0), shape.n});
-  check(shape.n <= 1 || out.stride(1) == 1, kOp, "the rows of out must be contiguous");
-  const Activation act = parse_activation(activation);
 
   WorkspaceFrame frame;
-  const float* bias_data = nullptr;
-  if (bias) {
-    check_dtype(kOp, "bias", *bias, {DType::float32, DType::bfloat16});
-    check_shape(kOp, "bias", *bias, {shape.n});
-    if (bias->dtype == DType::float32 && bias->is_contiguous()) {
-      bias_data = bias->as<float>();
-    } else {
-      float* copy = frame.take<float>(shape.n);
-      for (int64_t i = 0; i < shape.n; ++i) {
-        if (bias->dtype == DType::float32) {
-          copy[i] = bias->as<float>()[i * bias->stride(0)];
-        } else {
-          const uint32_t bits = uint32_t(bias->as<bf16>()[i * bias->stride(0)].bits) << 16;
-          std::memcpy(&copy[i], &bits, 4);
-        }
-      }
-      bias_data = copy;
-    }
+  Call call{.data = data.as<int8_t>(),
+            .compensation = compensation.as<int32_t>(),
+            .scale = scale.as<float>(),
+            .bias = bias ? float_bias(*bias, shape.n, frame) : nullptr,
+            .residual = {},
+            .activation = parse_activation(activation),
+            .out = {},
+            .out_inverse = 0};
+  if (residual) {
+    check_dtype(kOp, "residual", *residual, {DType::float32, DType::bfloat16});
+    call.residual = epilogue_matrix("residual", *residual, rows, shape.n);
   }
-  if (x.size(0) == 0 || shape.n == 0) return;
-  const auto run_as = x.dtype == DType::float32 ? run<float> : run<bf16>;
-  run_as(x, data.as<int8_t>(), scale.as<float>(), compensation.as<int32_t>(), bias_data, act, out, shape);
+  if (out_scale) {
+    check_dtype(kOp, "out", out, {DType::int8});
+    call.out_inverse = 1.0f / positive_scale(kOp, "out_scale", *out_scale);
+  } else {
+    check_dtype(kOp, "out", out, {DType::float32, DType::bfloat16});
+  }
+  call.out = epilogue_matrix("out", out, rows, shape.n);
+
+  const bool scale_per_row = quantized && x_scale->ndim != 0;
+  float given_scale = 0;
+  if (scale_per_row) {
+    check_dtype(kOp, "x_scale", *x_scale, {DType::float32});
+    check_shape(kOp, "x_scale", *x_scale, {rows});
+  } else if (x_scale) {
+    given_scale = positive_scale(kOp, "x_scale", *x_scale);
+  }
+  check(!quantized || shape.k <= kMaxKOfCodes, kOp, "x has ", shape.k,
+        " features, but int32 sums of int8 codes are exact only up to ", kMaxKOfCodes);
+  if (rows == 0 || shape.n == 0) return;
+
+  const int64_t ld = round_up(shape.k_padded, 64) + tuning::kInt8RowPadding;
+  const OffsetCodes x_codes{frame.take<uint8_t>(rows * ld), ld, shape.k_padded, frame.take<float>(rows)};
+  if (quantized) {
+    add_offset(x, x_codes);
+    for (int64_t i = 0; i < rows; ++i) {
+      x_codes.scales[i] = scale_per_row ? x_scale->as<float>()[i * x_scale->stride(0)] : given_scale;
+    }
+  } else {
+    quantize_rows_with_offset(x, given_scale, x_codes);
+  }
+  multiply(x_codes, rows, shape, call);
 }
 
 }  // namespace lamina

@@ -21,9 +21,15 @@ void int8_linear_pack(const TensorView& weight, const TensorView& scale, const T
 // The inverse: data -> weight [n, k].
 void int8_linear_unpack(const TensorView& data, const TensorView& weight);
 
-// x [m, k] float32 or bfloat16, any strides; scale [n] float32; bias [n] float32 or bfloat16; out [m, n] of x's dtype,
-// rows contiguous. activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+// x [m, k]: float32 or bfloat16 of any strides, quantized per row or with the one x_scale []; or int8 codes with
+// x_scale [] or [m]. scale [n] float32; bias [n] float32 or bfloat16; residual [m, n] float32 or bfloat16, rows
+// contiguous, added before the activation. out [m, n] float32 or bfloat16, or int8 codes y / out_scale with an
+// out_scale
+// []; rows contiguous. Scales are float32. activation: "none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu",
+// "tanh".
 void int8_linear(const TensorView& x, const TensorView& data, const TensorView& scale, const TensorView& compensation,
-                 const std::optional<TensorView>& bias, const std::string& activation, const TensorView& out);
+                 const std::optional<TensorView>& bias, const std::string& activation,
+                 const std::optional<TensorView>& residual, const std::optional<TensorView>& x_scale,
+                 const std::optional<TensorView>& out_scale, const TensorView& out);
 
 }  // namespace lamina

@@ -29,6 +29,9 @@ def int8_linear(
     compensation: Tensor,
     bias: Tensor | None,
     activation: str,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
     out: Tensor,
 ) -> None: ...
 def int8_linear_pack(weight: Tensor, scale: Tensor, data: Tensor, compensation: Tensor) -> None: ...
@@ -53,3 +56,4 @@ def rms_norm(
     out: Tensor,
     sum: Tensor | None,
 ) -> None: ...
+def quantize_rows(x: Tensor, scale: Tensor | None, codes: Tensor, scales: Tensor) -> None: ...

@@ -91,9 +91,10 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     rest = {name: t for name, t in tensors.items() if not name.startswith(inside)} if inside else tensors
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if not (inside and name.startswith(inside))}
     quantized_here = {
-        f"{fqn}.weight_scale"
+        f"{fqn}.{name}"
         for fqn, module in model.named_modules()
         if isinstance(module, Int8Linear) and fqn not in replacements
+        for name in ("weight_scale", "input_scale")
     }
     missing = sorted(own.keys() - rest.keys() - quantized_here)
     surplus = sorted(rest.keys() - own.keys())

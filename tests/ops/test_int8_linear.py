@@ -355,8 +355,10 @@ def test_activation_of_nan_and_infinity(activation, isa):
     with lamina.force_isa(isa):
         at_nan, at_inf, at_minus = activate(torch.tensor([nan, inf, -inf]), activation).tolist()
     assert at_nan != at_nan
-    assert at_inf == inf
-    if activation == "none":
+    assert at_inf == (1 if activation == "tanh" else inf)
+    if activation == "tanh":
+        assert at_minus == -1
+    elif activation == "none":
         assert at_minus == -inf
     elif activation == "relu":
         assert at_minus == 0
@@ -403,6 +405,8 @@ def test_gradient_is_that_of_the_dequantized_layer(lead, activation, dtype, gene
 def exact_activation_of(value: torch.Tensor, activation: str) -> torch.Tensor:
     functions = {"none": lambda v: v * 1, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
     functions["gelu_tanh"] = lambda v: F.gelu(v, approximate="tanh")
+    functions["quick_gelu"] = lambda v: v * torch.sigmoid(1.702 * v)
+    functions["tanh"] = torch.tanh
     return functions[activation](value)
 
 
@@ -439,7 +443,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16, torch.int8, torch.int64, torch.bool, torch.complex64], ids=str
+    "dtype", [torch.float64, torch.float16, torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str
 )
 def test_refuses_other_dtypes(dtype, packed):
     with pytest.raises(
@@ -483,7 +487,7 @@ def test_refuses_a_bias_of_another_dtype(dtype, name, packed):
         int8_linear(torch.ones(2, 5), packed, torch.ones(6, dtype=dtype))
 
 
-@pytest.mark.parametrize("activation", ["tanh", "ReLU", "gelu_erf", " "])
+@pytest.mark.parametrize("activation", ["tanhh", "ReLU", "gelu_erf", " "])
 def test_refuses_an_unknown_activation(activation, packed):
     with pytest.raises(
         ValueError, match=f"int8_linear: activation '{activation}' is unknown; use none, relu, gelu"
@@ -591,7 +595,7 @@ def test_the_bias_of_a_training_layer_is_taken():
 
 
 def direct(x, packed, out, bias=None, activation="none"):
-    _C.int8_linear(x, *packed, bias, activation, out)
+    _C.int8_linear(x, *packed, bias, activation, None, None, None, out)
 
 
 def test_numpy_arrays_come_in_through_plain_dlpack(generator):
@@ -601,12 +605,12 @@ def test_numpy_arrays_come_in_through_plain_dlpack(generator):
     compensation = np.empty_like(pack_int8_weight(codes, scale).compensation.numpy())
     _C.int8_linear_pack(codes.numpy(), scale.numpy(), data, compensation)
     out = np.empty((7, 20), np.float32)
-    _C.int8_linear(x.numpy(), data, scale.numpy(), compensation, bias.numpy(), "relu", out)
+    _C.int8_linear(x.numpy(), data, scale.numpy(), compensation, bias.numpy(), "relu", None, None, None, out)
     expected = int8_linear(x, pack_int8_weight(codes, scale), bias, activation="relu")
     assert_exact(torch.from_numpy(out), expected)
     # Arrays may be strided too.
     wide = np.asfortranarray(x.numpy())
-    _C.int8_linear(wide, data, scale.numpy(), compensation, bias.numpy(), "relu", out)
+    _C.int8_linear(wide, data, scale.numpy(), compensation, bias.numpy(), "relu", None, None, None, out)
     assert_exact(torch.from_numpy(out), expected)
 
 
@@ -626,7 +630,8 @@ def test_output_may_be_a_slice(packed):
         (torch.empty(2, 7), r"out has shape \[2, 7\], but must be \[2, 6\]"),
         (torch.empty(3, 6), r"out has shape \[3, 6\], but must be \[2, 6\]"),
         (torch.empty(12), r"out has shape \[12\]"),
-        (torch.empty(2, 6, dtype=torch.bfloat16), "out is bfloat16, but must be float32"),
+        (torch.empty(2, 6, dtype=torch.float64), "out is float64, but must be float32 or bfloat16"),
+        (torch.empty(2, 6, dtype=torch.int8), "out is int8, but must be float32 or bfloat16"),
         (torch.empty(6, 2).T, "the rows of out must be contiguous"),
     ],
 )

@@ -45,8 +45,7 @@ void tile(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t w_stride, int6
 using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, int32_t*, int64_t);
 constexpr Tile kTiles[kMaxRows] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
-template <class Out>
-void int8_gemm(const Int8GemmArgs<Out>& a) {
+void int8_gemm(const Int8GemmArgs& a) {
   int32_t sums[kMaxRows * tuning::kInt8PanelChannels];
   for_balanced_tiles(a.rows, kMaxRows, [&](int64_t row, int rows) {
     for (int n = 0; n < a.width; n += 16) {
@@ -57,8 +56,7 @@ void int8_gemm(const Int8GemmArgs<Out>& a) {
   });
 }
 
-REGISTER_KERNEL(int8_gemm_f32_table, int8_gemm<float>);
-REGISTER_KERNEL(int8_gemm_bf16_table, int8_gemm<bf16>);
+REGISTER_KERNEL(int8_gemm_table, int8_gemm);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

@@ -74,8 +74,7 @@ constexpr Tile kTiles[kMaxRows] = {tile<1, NR>, tile<2, NR>, tile<3, NR>, tile<4
 
 constexpr const Tile* kTilesByWidth[4] = {kTiles<1>, kTiles<2>, kTiles<3>, kTiles<4>};
 
-template <class Out>
-void int8_gemm(const Int8GemmArgs<Out>& a) {
+void int8_gemm(const Int8GemmArgs& a) {
   alignas(64) int32_t sums[kMaxRows * tuning::kInt8PanelChannels];
   const Tile* tiles = kTilesByWidth[a.width / 16 - 1];
   const int64_t panel_lines = a.k_padded * a.width / 64;
@@ -89,8 +88,7 @@ void int8_gemm(const Int8GemmArgs<Out>& a) {
   });
 }
 
-REGISTER_KERNEL(int8_gemm_f32_table, int8_gemm<float>);
-REGISTER_KERNEL(int8_gemm_bf16_table, int8_gemm<bf16>);
+REGISTER_KERNEL(int8_gemm_table, int8_gemm);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

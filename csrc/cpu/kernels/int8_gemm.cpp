@@ -4,8 +4,7 @@
 namespace lamina::LAMINA_ISA {
 namespace {
 
-template <class Out>
-void int8_gemm(const Int8GemmArgs<Out>& a) {
+void int8_gemm(const Int8GemmArgs& a) {
   int32_t sums[tuning::kInt8PanelChannels];
   for (int64_t row = 0; row < a.rows; ++row) {
     for (int n = 0; n < a.width; ++n) sums[n] = 0;
@@ -21,8 +20,7 @@ void int8_gemm(const Int8GemmArgs<Out>& a) {
   }
 }
 
-REGISTER_KERNEL(int8_gemm_f32_table, int8_gemm<float>);
-REGISTER_KERNEL(int8_gemm_bf16_table, int8_gemm<bf16>);
+REGISTER_KERNEL(int8_gemm_table, int8_gemm);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

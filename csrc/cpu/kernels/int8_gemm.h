@@ -1,7 +1,11 @@
 // Contract of int8_gemm: rows of unsigned codes times one packed panel of int8 weights, with the epilogue that turns
 // exact int32 sums into the layer's output.
 //
-//   out[m, n] = act((sum_k codes[m, k] w[n, k] - compensation[n]) * w_scale[n] * x_scale[m] + bias[n])
+//   y[m, n] = act(float(sum_k codes[m, k] w[n, k] - compensation[n]) * w_scale[n] * x_scale[m] + bias[n] + residual[m,
+//   n]) out[m, n] = y, or round_half_even(y * out_inverse) clamped to [-127, 127] (NaN gives -127)
+//
+// The operations before the activation happen in this order, each rounded once, without fused multiply-add: they give
+// the same bits on every ISA. So do none and relu, and with them the codes of a requantized output.
 //
 // [NOTE] s8s8 compensation. The activations are signed, but the fast x86 instruction multiplies unsigned by signed
 // bytes. So codes carry an offset of 128, and what it adds to each sum, 128 * sum_k w[n, k], is computed once when the
@@ -15,9 +19,16 @@
 
 namespace lamina {
 
-enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
+enum class Activation : int { none, relu, gelu, gelu_tanh, quick_gelu, silu, tanh };
 
-template <class Out>
+// A matrix of one of the epilogue's formats; data is null where there is none.
+struct EpilogueMatrix {
+  enum Format : int { f32, b16, int8 };
+  void* data = nullptr;
+  int64_t ld = 0;  // row stride in elements
+  Format format = f32;
+};
+
 struct Int8GemmArgs {
   const uint8_t* codes;  // [rows, k_padded], row stride ld_codes
   int64_t ld_codes;
@@ -30,12 +41,12 @@ struct Int8GemmArgs {
   const int32_t* compensation;  // [width]
   const float* w_scales;        // [channels]
   const float* bias;            // [channels] or null
+  EpilogueMatrix residual;      // [rows, channels] or null, f32 or b16
   Activation activation;
-  Out* out;  // [rows, channels], row stride ldo
-  int64_t ldo;
+  EpilogueMatrix out;  // [rows, channels]
+  float out_inverse;   // 1 / scale of an int8 output
 };
 
-extern const KernelTable<void(const Int8GemmArgs<float>&)> int8_gemm_f32_table;
-extern const KernelTable<void(const Int8GemmArgs<bf16>&)> int8_gemm_bf16_table;
+extern const KernelTable<void(const Int8GemmArgs&)> int8_gemm_table;
 
 }  // namespace lamina

@@ -13,12 +13,29 @@ LAMINA_INLINE F32 activate(F32 x) {
   if constexpr (A == Activation::relu) return max(zero(), x);  // in this order a NaN stays
   if constexpr (A == Activation::gelu) return gelu_erf(x);
   if constexpr (A == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (A == Activation::quick_gelu) return quick_gelu(x);
   if constexpr (A == Activation::silu) return silu(x);
+  if constexpr (A == Activation::tanh) return tanh(x);
   return x;
 }
 
-template <Activation A, class Out>
-void finish_rows(const Int8GemmArgs<Out>& a, const int32_t* sums, int64_t row, int rows) {
+LAMINA_INLINE F32 load_from(const EpilogueMatrix& m, int64_t at, int n) {
+  if (m.format == EpilogueMatrix::f32) return load_up_to(static_cast<const float*>(m.data) + at, n);
+  return load_up_to(static_cast<const bf16*>(m.data) + at, n);
+}
+
+// out[at, at + n) = y in the format of `out`. The formats are branches and not templates: they never change within a
+// call, and seven activations times five instruction sets are copies enough.
+LAMINA_INLINE void store_to(const EpilogueMatrix& out, int64_t at, F32 y, F32 inverse, int n) {
+  if (out.format == EpilogueMatrix::f32) return store_up_to(static_cast<float*>(out.data) + at, y, n);
+  if (out.format == EpilogueMatrix::b16) return store_up_to(static_cast<bf16*>(out.data) + at, y, n);
+  const F32 code = min(max(y * inverse, set1(-127.0f)), set1(127.0f));
+  store_codes(static_cast<uint8_t*>(out.data) + at, code, 0, n);
+}
+
+template <Activation A>
+void finish_rows(const Int8GemmArgs& a, const int32_t* sums, int64_t row, int rows) {
+  const F32 inverse = set1(a.out_inverse);
   for (int c = 0; c < a.channels; c += F32::lanes) {
     const int n = a.channels - c < F32::lanes ? a.channels - c : F32::lanes;
     const I32 compensation = load_i32(a.compensation + c);
@@ -26,21 +43,23 @@ void finish_rows(const Int8GemmArgs<Out>& a, const int32_t* sums, int64_t row, i
     const F32 bias = a.bias ? load_up_to(a.bias + c, n) : zero();
     for (int r = 0; r < rows; ++r) {
       const F32 sum = to_float(load_i32(sums + r * a.width + c) - compensation);
-      const F32 y = fmadd(sum * w_scale, set1(a.x_scales[row + r]), bias);
-      store_up_to(a.out + (row + r) * a.ldo + c, activate<A>(y), n);
+      F32 y = sum * w_scale * set1(a.x_scales[row + r]) + bias;
+      if (a.residual.data) y = y + load_from(a.residual, (row + r) * a.residual.ld + c, n);
+      store_to(a.out, (row + r) * a.out.ld + c, activate<A>(y), inverse, n);
     }
   }
 }
 
 // sums [rows, width] of the rows from `row` on -> out.
-template <class Out>
-void finish_tile(const Int8GemmArgs<Out>& a, const int32_t* sums, int64_t row, int rows) {
+void finish_tile(const Int8GemmArgs& a, const int32_t* sums, int64_t row, int rows) {
   switch (a.activation) {
     case Activation::none: return finish_rows<Activation::none>(a, sums, row, rows);
     case Activation::relu: return finish_rows<Activation::relu>(a, sums, row, rows);
     case Activation::gelu: return finish_rows<Activation::gelu>(a, sums, row, rows);
     case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(a, sums, row, rows);
+    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(a, sums, row, rows);
     case Activation::silu: return finish_rows<Activation::silu>(a, sums, row, rows);
+    case Activation::tanh: return finish_rows<Activation::tanh>(a, sums, row, rows);
   }
 }
 

@@ -1,4 +1,4 @@
-// Contract of quantize_rows: symmetric dynamic quantization of rows to int8.
+// Contract of quantize_rows: symmetric quantization of rows to int8, with a scale found per row or one given for all.
 #pragma once
 
 #include <stdint.h>
@@ -13,10 +13,12 @@ struct QuantizeRowsArgs {
   const T* x;  // [rows, k], row stride ldx, last stride 1
   int64_t ldx;
   int64_t rows, k;
-  uint8_t* codes;  // [rows, k] with row stride ld_codes: round(x / scale) + 128
+  uint8_t* codes;  // [rows, k] with row stride ld_codes: round_half_even(x / scale) in [-127, 127], plus `zero`
   int64_t ld_codes;
-  int64_t k_padded;  // codes[k, k_padded) are written as 128, the code of zero
-  float* scales;     // [rows]: max |x| of the row / 127; NaN if the row holds NaN or infinity
+  int64_t k_padded;  // codes[k, k_padded) are written as the code of zero
+  uint8_t zero;      // the code of zero: 0 for int8, 128 for unsigned codes with an offset
+  float scale;       // positive: every row's scale; 0: each row's own, max |x| / 127
+  float* scales;     // [rows]; NaN, with codes of zero, for a row that holds NaN or infinity
 };
 
 extern const KernelTable<void(const QuantizeRowsArgs<float>&)> quantize_rows_f32_table;

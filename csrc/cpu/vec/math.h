@@ -44,6 +44,16 @@ LAMINA_INLINE F32 times_sigmoid_log2(F32 x, F32 z) {
 
 LAMINA_INLINE F32 silu(F32 x) { return times_sigmoid_log2(x, x * set1(kLog2E)); }
 
+// The GELU of CLIP, x sigmoid(1.702 x).
+LAMINA_INLINE F32 quick_gelu(F32 x) { return times_sigmoid_log2(x, x * set1(1.702f * kLog2E)); }
+
+// 1 - 2 / (1 + e^2x), absolute error 7e-7; beyond the clamp it is 1 to the last bit.
+LAMINA_INLINE F32 tanh(F32 x) {
+  // In this order a NaN stays.
+  const F32 z = max(set1(-64.0f), min(set1(64.0f), x * set1(2.0f * kLog2E)));
+  return set1(1.0f) - set1(2.0f) * reciprocal(set1(1.0f) + exp2(z));
+}
+
 // The tanh form of GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x sigmoid(2 sqrt(2/pi) (...)).
 LAMINA_INLINE F32 gelu_tanh(F32 x) {
   const F32 linear = set1(2.0f * 0.7978845608028654f * kLog2E);

@@ -159,11 +159,11 @@ LAMINA_INLINE int32_t reduce_max(I32 x) {
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
 
-// n <= lanes int8 codes with an offset of 128: round half to even, saturate to [-128, 127], add 128.
-LAMINA_INLINE void store_codes(uint8_t* p, F32 x, int n) {
+// n <= lanes int8 codes, round half to even, saturated to [-128, 127]; `zero` (0 or 128) is the code of zero.
+LAMINA_INLINE void store_codes(uint8_t* p, F32 x, uint8_t zero, int n) {
   const __m256i i = _mm256_cvtps_epi32(x.r);
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
-  const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(char(0x80)));
+  const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(char(zero)));
   if (n == 8) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
   } else {

@@ -146,10 +146,10 @@ LAMINA_INLINE I32 abs_bits(F32 x) {
 LAMINA_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.r, b.r)}; }
 LAMINA_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.r); }
 
-// n <= lanes int8 codes with an offset of 128: round half to even, saturate to [-128, 127], add 128.
-LAMINA_INLINE void store_codes(uint8_t* p, F32 x, int n) {
+// n <= lanes int8 codes, round half to even, saturated to [-128, 127]; `zero` (0 or 128) is the code of zero.
+LAMINA_INLINE void store_codes(uint8_t* p, F32 x, uint8_t zero, int n) {
   const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.r));
-  const __m128i codes = _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
+  const __m128i codes = _mm_xor_si128(bytes, _mm_set1_epi8(char(zero)));
   if (n == 16) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
   } else {

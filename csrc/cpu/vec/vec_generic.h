@@ -147,10 +147,10 @@ LAMINA_INLINE int32_t reduce_max(I32 x) {
   return m;
 }
 
-// n <= lanes int8 codes with an offset of 128: round half to even, saturate to [-128, 127], add 128.
-LAMINA_INLINE void store_codes(uint8_t* p, F32 x, int n) {
+// n <= lanes int8 codes, round half to even, saturated to [-128, 127]; `zero` (0 or 128) is the code of zero.
+LAMINA_INLINE void store_codes(uint8_t* p, F32 x, uint8_t zero, int n) {
   const F32 r = round_even(max(min(x, set1(127.0f)), set1(-128.0f)));
-  for (int i = 0; i < n; ++i) p[i] = uint8_t(int32_t(r.r[i]) + 128);
+  for (int i = 0; i < n; ++i) p[i] = uint8_t(int32_t(r.r[i]) + zero);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from lamina.ops.attention import attention
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
 from lamina.ops.layer_norm import layer_norm
+from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "pack_int8_weight",
+    "quantize_rows",
     "rms_norm",
     "unpack_int8_weight",
 ]

@@ -1,4 +1,4 @@
-"""int8_linear: a linear layer with int8 weights and activations quantized per row inside the op."""
+"""int8_linear: a linear layer with int8 weights; activations are quantized inside the op, or come in as codes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, before: _aten.threshold_backward(grad, before, 0),
     "gelu": lambda grad, before: _aten.gelu_backward(grad, before),
     "gelu_tanh": lambda grad, before: _aten.gelu_backward(grad, before, approximate="tanh"),
+    "quick_gelu": lambda grad, before: _aten.silu_backward(grad, 1.702 * before),
     "silu": lambda grad, before: _aten.silu_backward(grad, before),
+    "tanh": lambda grad, before: _aten.tanh_backward(grad, before.tanh()),
 }
 
 
@@ -68,25 +70,79 @@ def unpack_int8_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
     return weight
 
 
-def _cpu(x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _cpu(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     if x.ndim == 0:
         raise ValueError("int8_linear: x is a scalar, but must have at least one dimension, [..., K]")
-    out = x.new_empty(*x.shape[:-1], scale.shape[0])
+    lead = x.shape[:-1]
+    if out_scale is not None:
+        if out_dtype is not None:
+            raise ValueError(
+                f"int8_linear: out_dtype {out_dtype} goes with a float output, but out_scale asks for int8"
+            )
+        out_dtype = torch.int8
+    elif out_dtype is None and x.dtype is torch.int8:
+        out_dtype = torch.float32
+    out = x.new_empty(*lead, scale.shape[0], dtype=out_dtype)
+    if residual is not None:
+        if residual.shape != out.shape:
+            raise ValueError(
+                f"int8_linear: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
+            )
+        if residual.stride(-1) != 1:
+            residual = residual.contiguous()
+    if x_scale is not None and x_scale.ndim and x_scale.shape != lead:
+        raise ValueError(
+            f"int8_linear: x_scale has shape {list(x_scale.shape)}, but must be [] or, for int8 x, {list(lead)}"
+        )
+    if x.ndim == 2:
+        _C.int8_linear(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out)
+        return out
     # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
-    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    out_rows = out if out.ndim == 2 else out.view(rows.shape[0], scale.shape[0])
-    _C.int8_linear(rows, data, scale, compensation, bias, activation, out_rows)
+    rows, n = lead.numel(), scale.shape[0]
+    if residual is not None:
+        residual = residual.reshape(rows, n)
+    if x_scale is not None and (x_scale.ndim or (x.ndim == 1 and x.dtype is torch.int8)):
+        x_scale = x_scale.reshape(rows)
+    x = x.reshape(rows, x.shape[-1])
+    _C.int8_linear(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out.view(rows, n))
     return out
 
 
-def _fake(x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     torch._check(x.ndim >= 1, lambda: "int8_linear: x must have at least one dimension")
-    torch._check(x.dtype in (torch.float32, torch.bfloat16), lambda: f"int8_linear: x is {x.dtype}")
-    return x.new_empty(*x.shape[:-1], scale.shape[0])
+    torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"int8_linear: x is {x.dtype}")
+    if out_scale is not None:
+        out_dtype = torch.int8
+    elif out_dtype is None and x.dtype is torch.int8:
+        out_dtype = torch.float32
+    return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=out_dtype)
 
 
 _op = define(
-    "int8_linear(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation) -> Tensor",
+    "int8_linear(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation, "
+    "Tensor? residual=None, Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
     cpu=_cpu,
     fake=_fake,
 )
@@ -114,56 +170,99 @@ def traced_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
-    """The straight-through gradient: rounding counts as the identity, so x sees the dequantized weight."""
+    """The straight-through gradient: rounding and clamping count as the identity; x sees the dequantized weight."""
 
     @staticmethod
-    def forward(ctx, x, data, scale, compensation, bias, activation):
-        ctx.save_for_backward(x, data, scale, compensation, bias)
+    def forward(ctx, x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype):
+        # The value before the activation is computed again in backward, for which alone these four are needed.
+        again = (compensation, bias, residual, x_scale) if activation != "none" else (None, bias, None, None)
+        ctx.save_for_backward(x, data, scale, *again)
         ctx.activation = activation
-        return _op(x, data, scale, compensation, bias, activation)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return _op(x, data, scale, compensation, bias, activation, residual, x_scale, None, out_dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, data, scale, compensation, bias = ctx.saved_tensors
+        x, data, scale, compensation, bias, residual, x_scale = ctx.saved_tensors
         if ctx.activation != "none":
-            before = _op(x, data, scale, compensation, bias, "none")
+            before = _op(x, data, scale, compensation, bias, "none", residual, x_scale, None, grad.dtype)
             grad = ACTIVATIONS[ctx.activation](grad, before)
-        x_grad = _backward_op(grad, data, scale, x.shape[-1]) if ctx.needs_input_grad[0] else None
+        needs = ctx.needs_input_grad
+        x_grad = _backward_op(grad, data, scale, x.shape[-1]).to(x.dtype) if needs[0] else None
         bias_grad = None
-        if bias is not None and ctx.needs_input_grad[4]:
+        if needs[4]:
             bias_grad = grad.flatten(0, -2).sum(0).to(bias.dtype) if grad.ndim > 1 else grad.to(bias.dtype)
-        return x_grad, None, None, None, bias_grad, None
+        residual_grad = grad.to(ctx.residual_dtype) if needs[6] else None
+        return x_grad, None, None, None, bias_grad, None, residual_grad, None, None
 
 
 def call_int8_linear(
-    x: Tensor, data: Tensor, scale: Tensor, compensation: Tensor, bias: Tensor | None, activation: str
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The op on loose tensors, with a gradient where one is asked for.
 
     No torch.library autograd: a Python autograd kernel would cost every call outside inference_mode 5 us.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _WithGradient.apply(x, data, scale, compensation, bias, activation)
-    return _op(x, data, scale, compensation, bias, activation)
+    if (
+        torch.is_grad_enabled()
+        and out_scale is None
+        and (
+            x.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    ):
+        return _WithGradient.apply(x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype)
+    return _op(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype)
 
 
 def int8_linear(
-    x: Tensor, packed_weight: PackedInt8Weight, bias: Tensor | None = None, *, activation: str | None = None
+    x: Tensor,
+    packed_weight: PackedInt8Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`activation(x @ weight.T + bias)` with int8 arithmetic.
+    """`activation(x @ weight.T + bias + residual)` with int8 arithmetic.
 
-    Each row of `x` is quantized symmetrically to int8 (scale = max|row| / 127, round half to even), products are summed
-    exactly in int32, and scales, bias and activation are applied in float32. A row that holds NaN or infinity gives
-    NaN. The gradient for x and bias is the straight-through one: as if nothing had been rounded.
+    Rows of `x` are quantized symmetrically to int8 as `quantize_rows` does, with a scale per row or the one given;
+    products are summed exactly in int32; scales, bias, residual and activation are applied in float32 and the result is
+    rounded once. A row of x that holds NaN or infinity gives NaN. The gradient for x, bias and residual is the
+    straight-through one, as if nothing had been rounded or clamped; an int8 output has none.
+
+    The sums, and everything before the activation, are the same bits on every instruction set and for every number of
+    threads; so are int8 outputs with activation None or "relu". Other activations differ between instruction sets
+    within their error.
 
     Args:
-        x: [..., K] float32 or bfloat16, any strides.
+        x: [..., K] float32 or bfloat16, any strides; or int8 codes with their `x_scale`.
         packed_weight: from `pack_int8_weight` of a weight [N, K].
         bias: [N] float32 or bfloat16.
-        activation: None, "relu", "gelu" (exact, within 6e-6), "gelu_tanh" or "silu".
+        activation: None, "relu", "gelu" (exact, within 6e-6), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or
+            "tanh".
+        residual: [..., N] float32 or bfloat16, added before the activation.
+        x_scale: float32. For a float x a scalar tensor []: the static scale of all rows, with codes clamped to
+            [-127, 127]. For int8 x [], or x.shape[:-1] with one scale per row, from `quantize_rows`. A scalar must be
+            finite and at least 1e-36.
+        out_scale: float32 scalar tensor [], finite and at least 1e-36: the output is int8, round_half_even(y *
+            (1 / out_scale)) clamped to [-127, 127], NaN as -127.
+        out_dtype: torch.float32 or torch.bfloat16; by default x's dtype, float32 for int8 x.
 
-    Returns [..., N] of x's dtype. Raises ValueError when shapes or dtypes do not fit.
+    Returns [..., N] of out_dtype, or int8 with `out_scale`. Raises ValueError when shapes, dtypes or scales do not fit.
 
     >>> y = lamina.ops.int8_linear(x, lamina.ops.pack_int8_weight(linear.weight), linear.bias, activation="gelu")
     """
-    return call_int8_linear(x, *packed_weight, bias, activation or "none")
+    return call_int8_linear(x, *packed_weight, bias, activation or "none", residual, x_scale, out_scale, out_dtype)

@@ -4,40 +4,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.reference.quantize_rows import quantize_rows
+
 _ACTIVATIONS = {
     "none": lambda x: x,
     "relu": torch.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": F.silu,
+    "tanh": torch.tanh,
 }
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic symmetric quantization: x [M, K] -> (codes int8 [M, K], scale float32 [M]).
-
-    The arithmetic is float32 by definition of the format, whatever the dtype of x: the codes are the op's exact
-    intermediate result, not an approximation of one.
-    """
-    x = x.to(torch.float32)
-    largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
-    tiny = largest < 1e-36
-    # One correctly rounded division: torch computes 127.0 / tensor as a reciprocal and a product, which rounds twice.
-    inverse = torch.where(tiny, torch.zeros_like(largest), torch.full_like(largest, 127.0) / largest)
-    codes = torch.round(x * inverse[:, None]).clamp(-128, 127)
-    # largest - largest: a row that holds infinity is NaN, like one that holds NaN.
-    scale = torch.where(tiny, torch.zeros_like(largest), largest / 127.0 + (largest - largest))
-    return codes.nan_to_num(-128).to(torch.int8), scale
-
-
 def int8_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K], codes int8 [N, K], scale [N], bias [N] -> [..., N] in float64, with exact integer sums."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    x_codes, x_scale = quantize_rows(rows)
+    """x [..., K], codes int8 [N, K], scale [N], bias [N], residual [..., N] -> [..., N] in float64.
+
+    The integer sums are exact. x_scale as in the op: [], or x.shape[:-1] when x is int8. What the op makes of this with
+    out_scale is `requantize` of it.
+    """
+    x_codes, x_scale = (x, x_scale) if x.dtype is torch.int8 else quantize_rows(x, x_scale)
     sums = x_codes.double() @ codes.double().T  # exact: below 2^53
-    y = sums * scale.double() * x_scale.double()[:, None]
+    y = sums * scale.double() * x_scale.double()[..., None]
     if bias is not None:
         y = y + bias.double()
-    return _ACTIVATIONS[activation](y).reshape(*x.shape[:-1], codes.shape[0])
+    if residual is not None:
+        y = y + residual.double()
+    return _ACTIVATIONS[activation](y)
+
+
+def requantize(y: Tensor, out_scale: Tensor) -> Tensor:
+    """int8 codes of an output: round_half_even(y * (1 / out_scale)), clamped to [-127, 127]; the inverse is float32."""
+    inverse = torch.ones_like(out_scale) / out_scale
+    return torch.round(y * inverse.to(y.dtype)).clamp(-127, 127).nan_to_num(-127).to(torch.int8)
