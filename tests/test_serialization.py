@@ -404,8 +404,8 @@ WRONG = {
         "a 'Int2Linear', which this lamina",
     ),
     "an unknown activation": (
-        lambda h, t: h["layers"]["body.0"].update(activation="tanh"),
-        "activation 'tanh' is unknown",
+        lambda h, t: h["layers"]["body.0"].update(activation="softsign"),
+        "activation 'softsign' is unknown",
     ),
     "a layer without a type": (lambda h, t: h["layers"]["body.0"].pop("type"), "body.0"),
     "a layer the model lacks": (lambda h, t: h["layers"].update(tail=h["layers"]["body.0"]), "tail"),
