@@ -13,7 +13,7 @@ from typing import Any as _Any
 from lamina import integrations, nn, ops, quant, reference
 from lamina._backends import force_isa, info
 from lamina.accelerate import Accelerated, accelerate
-from lamina.configs import FusedAttention, Int8Dynamic
+from lamina.configs import FusedAttention, Int8Dynamic, Int8Static
 from lamina.errors import FormatError
 from lamina.serialization import load_, save
 from lamina.swap import LayerDecision, SwapReport, swap_
@@ -25,6 +25,7 @@ __all__ = [
     "FormatError",
     "FusedAttention",
     "Int8Dynamic",
+    "Int8Static",
     "LayerDecision",
     "SwapReport",
     "__version__",

@@ -5,8 +5,12 @@ or a dict policy `{fqn or "re:pattern": config or None, "_default": config}`.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamina.quant.calibration import Calibration, check_calibration
+from lamina.quant.observers import check_observer
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,33 @@ class Config:
 @dataclass(frozen=True)
 class Int8Dynamic(Config):
     """nn.Linear -> lamina.nn.Int8Linear: int8 weights per channel, activations quantized per row on the fly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Static(Config):
+    """nn.Linear -> lamina.nn.Int8Linear with one fixed scale for its input, found by running the model on examples.
+
+    calibration: an iterable of example inputs of the whole model, each a tuple of positional or a dict of keyword
+        arguments, read once (a generator is fine); or what `lamina.quant.calibrate` returned, to be used again.
+    observer: "minmax" (nothing is clipped), "percentile" (the largest values are) or "mse" (least squared error).
+    percentile: of the values that are not clipped, for observer="percentile".
+
+    Each layer's range is collected in one pass, in eval mode. A layer that calibration never calls, or whose range is
+    not finite, is left alone. Two Int8Static are equal only if they are the same object: data has no equality.
+
+    >>> report = lamina.swap_(model, lamina.Int8Static([(x,) for x in batches], observer="mse"))
+    """
+
+    calibration: Iterable[Any] | Calibration = field(repr=False)
+    observer: str = "minmax"
+    percentile: float = 99.99
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        check_observer(self.observer, self.percentile)
+        check_calibration("Int8Static: calibration", self.calibration)
 
 
 @dataclass(frozen=True)

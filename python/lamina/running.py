@@ -1,6 +1,7 @@
 """Running a model on inputs somebody gave: what goes in, what comes out, and how far two outputs are apart."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # One call of a model: a tuple of positional or a dict of keyword arguments.
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
+
+# filter_fn(module, fqn) -> whether the layer may be touched.
+FilterFn = Callable[[nn.Module, str], bool]
 
 
 def caller(example_inputs: ExampleInputs, what: str) -> Callable[[nn.Module], Any]:
@@ -26,6 +30,20 @@ def caller(example_inputs: ExampleInputs, what: str) -> Callable[[nn.Module], An
     )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients and from a fixed seed; every module gets its mode back, torch its generator."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def copied(inputs: Any) -> Any:
     """The same structure with every tensor cloned."""
     return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
@@ -36,6 +54,11 @@ def outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return floats(call(model))
+
+
+def first_tensor(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input of a layer that has one, however its argument was passed and whatever it is called."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -16,12 +16,13 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lamina.configs import Config, ConfigLike, FusedAttention, Int8Dynamic, resolve
+from lamina.configs import Config, ConfigLike, FusedAttention, Int8Dynamic, Int8Static, resolve
 from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
-
-FilterFn = Callable[[nn.Module, str], bool]
+from lamina.quant.calibration import Calibration, observe
+from lamina.quant.observers import make_observer
+from lamina.running import FilterFn
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,14 @@ def replacement(
 _READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
+def read_by_parent(site: Site) -> str | None:
+    """Why the layer must stay what it is, if a module around it does not call it."""
+    for parent, _ in site.places:
+        if isinstance(parent, _READS_CHILD_WEIGHTS):
+            return f"its parent {type(parent).__name__} reads the weight itself instead of calling the layer"
+    return None
+
+
 def replace_linear(
     site: Site, build: Callable[[nn.Linear], nn.Module], *, kernels: str = "int8 kernels"
 ) -> Candidate | str | None:
@@ -299,9 +308,8 @@ def replace_linear(
     module, linear = site.module, as_linear(site.module)
     if linear is None:
         return _refuse_subclass(module) if isinstance(module, nn.Linear) else None
-    for parent, _ in site.places:
-        if isinstance(parent, _READS_CHILD_WEIGHTS):
-            return f"its parent {type(parent).__name__} reads the weight itself instead of calling the layer"
+    if (reason := read_by_parent(site)) is not None:
+        return reason
     if linear.weight.device.type != "cpu":
         return f"the weight is on {linear.weight.device}, and {kernels} run on the CPU"
     if linear.weight.dtype not in (torch.float32, torch.bfloat16):
@@ -331,6 +339,43 @@ def _note_of_shared(site: Site, new: nn.Module) -> str:
 @handles(Int8Dynamic)
 def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
     return replace_linear(site, Int8Linear.from_float)
+
+
+@dataclass(frozen=True)
+class CalibratedInt8(Config):
+    """An Int8Static after its pass over the data."""
+
+    calibration: Calibration
+
+
+@prepares(Int8Static)
+def _calibrate(model: nn.Module, asked: dict[Config, list[Site]]) -> dict[Config, Config]:
+    prepared: dict[Config, Config] = {
+        c: CalibratedInt8(c.calibration) for c in asked if isinstance(c.calibration, Calibration)
+    }
+    sharing: dict[int, list[Config]] = {}
+    for config in (c for c in asked if c not in prepared):
+        sharing.setdefault(id(config.calibration), []).append(config)
+    for configs in sharing.values():
+        observed = [
+            {
+                site.fqn: (site.module, make_observer(config.observer, config.percentile))
+                for site in asked[config]
+                if as_linear(site.module) is not None
+            }
+            for config in configs
+        ]
+        found = observe(model, configs[0].calibration, observed, "Int8Static")
+        prepared |= {config: CalibratedInt8(scales) for config, scales in zip(configs, found, strict=True)}
+    return prepared
+
+
+@handles(CalibratedInt8)
+def _int8_static(site: Site, config: Config) -> Candidate | str | None:
+    def build(linear: nn.Linear) -> nn.Module:
+        return Int8Linear.from_float(linear, input_scale=config.calibration.scale(site.fqn))
+
+    return replace_linear(site, build)
 
 
 @handles(FusedAttention)

@@ -2,5 +2,7 @@
 
 from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
+from lamina.nn.lora_linear import LoRALinear
+from lamina.nn.qat_linear import QATLinear
 
-__all__ = ["Int8Linear", "ScaledDotProductAttention"]
+__all__ = ["Int8Linear", "LoRALinear", "QATLinear", "ScaledDotProductAttention"]

@@ -1,0 +1,69 @@
+"""QATLinear: nn.Linear that trains with the rounding of the Int8Linear it will become."""
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamina.quant.fake import fake_quantize_rows, fake_quantize_static, fake_quantize_weight
+
+
+class QATLinear(nn.Linear):
+    """nn.Linear whose weight (per output channel) and input pass through int8 codes, with straight-through gradients.
+
+    The forward pass gives what `Int8Linear` gives, up to the order of float32 sums; in the backward pass rounding is
+    the identity (Bengio et al. 2013, arXiv:1308.3432). The input is quantized per row, or, with `input_scale`, with
+    one static scale whose logarithm is learned (Esser et al. 2020, arXiv:1902.08153; Jain et al. 2020,
+    arXiv:1903.08066): values beyond 127 steps are clipped and get no gradient. Sums run in float32 also for bfloat16.
+
+    Args as in nn.Linear, and `input_scale`: the step of the input's codes to begin with, a positive number, or None.
+
+    >>> layer = lamina.nn.QATLinear.from_float(nn.Linear(768, 3072))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        input_scale: float | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set_input_scale(input_scale)
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, input_scale: float | None = None) -> Self:
+        """The layer over `module`'s own parameters: an optimizer that holds them goes on training them."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = module.in_features, module.out_features
+        layer.weight, layer.bias = module.weight, module.bias
+        layer._set_input_scale(input_scale)
+        return layer.train(module.training)
+
+    def _set_input_scale(self, input_scale: float | None) -> None:
+        if input_scale is not None and not (input_scale > 0 and math.isfinite(input_scale)):
+            raise ValueError(f"QATLinear: input_scale is {input_scale}, but must be positive and finite")
+        # The logarithm: a step of the optimizer is relative, and no step makes the scale negative.
+        log_scale = None if input_scale is None else nn.Parameter(torch.tensor(math.log(input_scale)))
+        self.register_parameter("log_input_scale", log_scale)
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """The static step of the input's codes, float32 []; None if rows are quantized one by one."""
+        return None if self.log_input_scale is None else self.log_input_scale.float().exp()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features] of the input's dtype."""
+        scale = self.input_scale
+        x = fake_quantize_rows(input) if scale is None else fake_quantize_static(input, scale)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x, fake_quantize_weight(self.weight), bias).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, input={'rows' if self.log_input_scale is None else 'static'}"
