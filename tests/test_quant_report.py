@@ -146,6 +146,13 @@ def test_progress():
     assert calls[-1] == ("done", 3, 3)
 
 
+def test_other_configs():
+    model, x = mlp(), torch.randn(32, 20)
+    ranked = report(model, (x,), lamina.Int8Static([(x,)]))
+    assert len(ranked.layers) == 3
+    assert all(layer.layer_error > 0 for layer in ranked.layers)
+
+
 def test_bad_input():
     model = mlp()
     with pytest.raises(TypeError, match="report: inputs is a Tensor, but must be an iterable of example inputs"):

@@ -76,6 +76,18 @@ def test_int8_loses_less(norm):
     assert sqnr_db(smoothed(x), expected) > sqnr_db(plain(x), expected) + 12
 
 
+def test_static_int8_loses_less():
+    model = PreNorm(64)
+    outliers(model.norm, model.a, model.b)
+    examples, x = data(64), torch.randn(8, 7, 64)
+    expected = model(x)
+    plain, smoothed = copy.deepcopy(model), copy.deepcopy(model)
+    smooth_(smoothed, examples)
+    for made in (plain, smoothed):
+        lamina.swap_(made, lamina.Int8Static(examples))
+    assert sqnr_db(smoothed(x), expected) > sqnr_db(plain(x), expected) + 12
+
+
 def test_factors_are_those_of_the_paper():
     model, examples = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8)), data(16)
     outliers(model[0], factor=30.0)
