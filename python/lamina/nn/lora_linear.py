@@ -108,7 +108,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base's weight back, bit for bit. Raises RuntimeError if the base was exchanged since it was merged."""
+        """Put the base's weight back, bit for bit. Raises RuntimeError if the base was exchanged meanwhile."""
         if self._unmerged is None:
             return
         base, former = self._unmerged
