@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic on a false clock: timing, gates, targets, comparisons, the page. No real times."""
 
 import dataclasses
+import gc
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import lamina
-from lamina.bench import compare, machine, results, runner, targets, text, timing, workloads
+from lamina.bench import compare, machine, peers, results, runner, targets, text, timing, workloads
 from lamina.bench.peers import PEERS
 from lamina.bench.reporting import page
 from lamina.bench.workloads import Gate, Workload
@@ -383,6 +384,52 @@ def test_every_peer_computes_the_same_model_or_says_why_not(peer):
     with torch.inference_mode():
         error = workloads.relative_error(first, model(x))
     assert error < (0.1 if peer.quantizes else 1e-5)
+
+
+def test_onnx_runtime_that_is_not_installed_leaves_its_targets_unjudged(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    module = torch.nn.Linear(4, 4)
+    baselines = {"ort int8": lambda inputs: peers.convert(PEERS["ort int8"], module, (torch.ones(1, 4),))}
+    (found,) = runner.run(a_workload(1.0, [], baselines=baselines), None, [1], budget=0.0)
+    assert found.failures == {"ort int8": "onnxruntime is not installed (pip install lamina[peers])"}
+    target = a_target(workloads="made_up/*", metric="speedup", baseline="ort int8", at_least={})
+    (verdict,) = judged(target, found)
+    assert verdict.status == "not judged"
+    assert verdict.reason.endswith("onnxruntime is not installed (pip install lamina[peers])")
+
+
+def test_onnx_runtime_exports_a_module_once(monkeypatch):
+    peer = peers.OnnxRuntime(int8=True)
+    if peer.available() is not None:
+        assert "not installed" in peer.available()
+        return
+    exported = []
+    export = peers._export_onnx
+    monkeypatch.setattr(peers, "_export_onnx", lambda *args: exported.append(args) or export(*args))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+    for batch, times in ((2, 1), (2, 1), (3, 2)):
+        peer.prepare(model, (torch.ones(batch, 8),))()
+        assert len(exported) == times, "once for each shape of the inputs"
+    del model, exported[:]
+    gc.collect()
+    assert not peer._exported, "what was exported goes with the module"
+
+
+def test_both_doors_of_a_model_are_timed_and_must_answer_right(monkeypatch):
+    from lamina.bench.suite import model as suite
+
+    monkeypatch.setattr(suite, "TWO_DOORS", ("vit_mnist",))
+    model, example_inputs = suite.build("vit_mnist", 1)
+    workload = suite.workload("vit_mnist", 1, lambda: None)
+    assert set(workload.variants) == {"swapped", "compiled"}
+    inputs = suite.Inputs(model, example_inputs, None, 0)
+    with torch.inference_mode():
+        for prepare in workload.variants.values():
+            assert suite._check(inputs, prepare(inputs)()).ok
+        monkeypatch.setattr(suite, "MAX_MODEL_ERROR", -1.0)  # which no answer keeps
+        for prepare in workload.variants.values():
+            with pytest.raises(ValueError, match=r"relative output error .* exceeds"):
+                prepare(inputs)
 
 
 def test_a_workload_without_its_packages_is_skipped_with_the_reason():

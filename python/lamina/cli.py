@@ -153,7 +153,7 @@ def bench(
                     [workload for workload in chosen if workload.op == op],
                     counts,
                     peers=list(PEERS.values()) if peers else (),
-                    budget=0.2 if quick else 0.5,
+                    budget=0.2 if quick else 0.4,
                     cold_cache_bytes=machine.cache_bytes(here) if cold else None,
                     progress=_reporter(progress, op),
                 )

@@ -243,8 +243,8 @@ class _Job:
         self._section(subject, main, others, prepared, seconds, quality)
 
     def ops(self) -> None:
-        """Every workload of the single ops: what the roofline and the targets are about."""
-        chosen = workloads.select(tags=("op",))
+        """The quick workloads of the single ops: what the roofline and the targets are about. `make bench` has all."""
+        chosen = workloads.select(tags=("op", "quick"))
         with self._progress("single ops") as progress:
             found, skipped = runner.run_all(
                 chosen,

@@ -70,7 +70,7 @@ def _workload(model: str, b: int, h: int, hkv: int, q: int, s: int, d: int, dv: 
         flops=lambda inputs: 2 * scores * (d + dv),
         bytes=lambda inputs: width * b * (h * q * (d + dv) + hkv * s * (d + dv)) + mask_bytes,
         precision=lambda inputs: "float32" if dtype == "float32" else "bf16",
-        tags=frozenset({"op", model, dtype, mask} | ({"quick"} if q * s <= 128 * 203 else set())),
+        tags=frozenset({"op", model, dtype, mask} | ({"quick"} if q * s <= 512 * 512 else set())),
         module=lambda inputs: (_Sdpa(inputs.options), (inputs.q, inputs.k, inputs.v)),
     )
 

