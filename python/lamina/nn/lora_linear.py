@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear
-from lamina.ops.int8_linear import PackedInt8Weight, pack_int8_weight
+from lamina.ops.int8_linear import PackedInt8Weight, pack_int8_weight, unpack_int8_weight
+from lamina.quant.weights import dequantize_weight
 
 
 class LoRALinear(nn.Module):
@@ -97,7 +98,9 @@ class LoRALinear(nn.Module):
         if not bool(update.isfinite().all()):
             raise ValueError("LoRALinear: the update has NaN or infinity")
         if isinstance(self.base, Int8Linear):
-            packed = pack_int8_weight(self.base.weight + update)
+            # Not base.weight, which is rounded to the model's dtype.
+            codes = unpack_int8_weight(self.base.packed_weight, self.in_features)
+            packed = pack_int8_weight(dequantize_weight(codes, self.base.packed_weight.scale) + update)
             self._unmerged = (self.base, self.base.packed_weight)
             self.base._set_packed(packed)
         else:

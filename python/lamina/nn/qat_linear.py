@@ -66,7 +66,9 @@ class QATLinear(nn.Linear):
         scale = self.input_scale
         x = fake_quantize_rows(input) if scale is None else fake_quantize_static(input, scale)
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(x, fake_quantize_weight(self.weight), bias).to(input.dtype)
+        # Autocast would round the codes' values once more.
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(x, fake_quantize_weight(self.weight), bias).to(input.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
