@@ -6,11 +6,9 @@
 Importing lamina never initialises CUDA and needs no network.
 """
 
-from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-from typing import Any as _Any
 
-from lamina import integrations, nn, ops, quant, reference
+from lamina import compile, integrations, nn, ops, quant, reference
 from lamina._backends import force_isa, info
 from lamina.accelerate import Accelerated, accelerate
 from lamina.configs import FusedAttention, Int8Dynamic, Int8Static
@@ -30,6 +28,7 @@ __all__ = [
     "SwapReport",
     "__version__",
     "accelerate",
+    "compile",
     "force_isa",
     "info",
     "integrations",
@@ -41,10 +40,3 @@ __all__ = [
     "save",
     "swap_",
 ]
-
-
-def __getattr__(name: str) -> _Any:
-    # On first use: the compiler's front end takes a second to import, and torch.compile finds the backend by itself.
-    if name == "compile":
-        return _import_module("lamina.compile")
-    raise AttributeError(f"module 'lamina' has no attribute '{name}'")

@@ -68,6 +68,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.tensor: "tensor",
     torch.reshape: "view",
     torch.split: "split",
+    torch.split_with_sizes: "split",
     operator.getitem: "getitem",
 }
 _METHODS: dict[str, str] = {
@@ -116,7 +117,9 @@ _PARAMETERS: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 # Kinds that say nothing about numbers: they never count as work left to eager.
 FREE = {"view", "transpose", "getitem", "split", "contiguous", "tensor"}
-_FREE_METHODS = {"size", "expand", "unsqueeze", "squeeze", "permute", "dim", "numel", "chunk", "unbind", "narrow"}
+_VIEWS = {"view", "transpose", "getitem", "split", "contiguous"}
+_VIEW_METHODS = {"expand", "unsqueeze", "squeeze", "permute", "chunk", "unbind", "narrow"}
+_FREE_METHODS = {"size", "dim", "numel"} | _VIEW_METHODS
 
 
 class CaptureError(RuntimeError):
@@ -186,10 +189,17 @@ def strip_casts(value: Any, inner: list[fx.Node]) -> Any:
     return value
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """The one activation of the linear kernels that torch has no function for."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def activation_of(node: fx.Node) -> tuple[str, fx.Node] | None:
     """(name, input) of an elementwise activation that the linear kernels know."""
     of_kind = kind(node)
-    if of_kind in ("relu", "silu") and is_tensor(node.args[0] if node.args else None):
+    if node.target is quick_gelu:
+        return "quick_gelu", node.args[0]
+    if of_kind in ("relu", "silu", "tanh") and is_tensor(node.args[0] if node.args else None):
         return of_kind, node.args[0]
     if of_kind == "gelu" and node.args:
         return {"none": "gelu", "tanh": "gelu_tanh"}[operands(node)["approximate"]], node.args[0]
@@ -343,10 +353,13 @@ class Captured:
         static = isinstance(value, nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
         return value if static else None
 
-    def call(self, target: Callable, args: tuple, kwargs: dict[str, Any] | None = None, *, at: fx.Node) -> fx.Node:
-        """A new call in front of `at`, with its fake value."""
+    def call(
+        self, target: Callable | str, args: tuple, kwargs: dict[str, Any] | None = None, *, at: fx.Node
+    ) -> fx.Node:
+        """A new call in front of `at`, of a function or of a method by its name, with its fake value."""
+        create = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         with self.graph.inserting_before(at):
-            node = self.graph.call_function(target, args, kwargs or {})
+            node = create(target, args, kwargs or {})
         for key in ("nn_module_stack", "stack_trace"):
             if key in at.meta:
                 node.meta[key] = at.meta[key]
@@ -416,9 +429,14 @@ class Captured:
             for node in fold.outputs:
                 self.graph.erase_node(node)
 
+    @property
+    def writers(self) -> list[fx.Node]:
+        """The nodes that write to a tensor, or may."""
+        return [node for node in self.graph.nodes if writes(node)]
+
     def movable(self, nodes: tuple[fx.Node, ...] | list[fx.Node], root: fx.Node) -> bool:
         """Whether `nodes` may run where `root` stands: nothing writes to a tensor in between."""
-        if not any(writes(node) for node in self.graph.nodes):
+        if not self.writers:
             return True
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         places = [order[node] for node in (*nodes, root)]
@@ -464,6 +482,13 @@ def where(node: fx.Node) -> str:
     ):
         path = path.replace(old, new)
     return path.removeprefix(".")
+
+
+def is_view(node: Any) -> bool:
+    """Whether a node's result has the numbers of its first argument, in the same order of rows or another."""
+    if not isinstance(node, fx.Node) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    return kind(node) in _VIEWS or (node.op == "call_method" and node.target in _VIEW_METHODS)
 
 
 def is_free(node: fx.Node) -> bool:

@@ -1,5 +1,9 @@
 """A fused graph to a callable: generated Python over direct calls, with the folded constants as further arguments.
 
+lamina's ops are called past the dispatcher, which costs more than some of them do: the graph is for the CPU, and
+nothing in it needs a gradient. Only while something looks on (a profiler, a dispatch mode) are they called as ops that
+it can see.
+
 A call of the result first checks that the parameters behind the constants are the ones they were made from: same
 tensor, same memory, same version. One that was replaced or written to makes its constants again.
 """
@@ -9,16 +13,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._C import _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 
-from lamina.compile.capture import Captured, Fold
+from lamina.compile.capture import Captured, Fold, fake
+from lamina.ops.library import CPU_IMPLEMENTATIONS
 
 
 class Lowered:
-    """Callable on the inputs Dynamo passes; safe to call from several threads at once."""
+    """Callable on the inputs Dynamo passes; safe to call from several threads at once.
 
-    def __init__(self, run: Callable[..., Any], folds: list[Fold], example_inputs: list[Any]) -> None:
+    run: takes the graph's inputs and the folded constants; watched: the same over registered ops.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], watched: Callable[..., Any], folds: list[Fold], example_inputs: list[Any]
+    ) -> None:
         self._run = run
+        self._watched = watched
         self._folds = folds
         self._lock = threading.Lock()
         self._state: tuple[tuple, tuple[Tensor, ...]] = ((), ())
@@ -31,6 +44,8 @@ class Lowered:
             if now is not tensor or now._version != version or now.data_ptr() != pointer:
                 constants = self._refresh(inputs)
                 break
+        if _len_torch_dispatch_stack() or _profiler_enabled():
+            return self._watched(*inputs, *constants)
         return self._run(*inputs, *constants)
 
     def _refresh(self, inputs: Any) -> tuple[Tensor, ...]:
@@ -47,11 +62,26 @@ def lower(captured: Captured, fallback: str) -> Callable[..., Any]:
     captured.drop_unused()
     captured.graph.lint()
     captured.module.recompile()
-    # Plain forward: Module.__call__ would look for hooks on every run.
-    run: Callable[..., Any] = captured.module.forward
     if fallback == "inductor":
-        run = _inductor(captured)
-    return Lowered(run, captured.folds, captured.example_inputs) if captured.folds else run
+        run = watched = _inductor(captured)
+    else:
+        # Plain forward: Module.__call__ would look for hooks on every run.
+        run, watched = _direct(captured).forward, captured.module.forward
+    return Lowered(run, watched, captured.folds, captured.example_inputs)
+
+
+def _direct(captured: Captured) -> fx.GraphModule:
+    """The same graph with lamina's ops replaced by the functions that implement them."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(captured.graph, {}))
+    for node in graph.nodes:
+        if node.target in CPU_IMPLEMENTATIONS and all(t.device.type == "cpu" for t in _tensors(node)):
+            node.target = CPU_IMPLEMENTATIONS[node.target]
+    return fx.GraphModule(captured.module, graph)
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    return [fake(n) for n in (node, *node.all_input_nodes) if isinstance(fake(n), Tensor)]
 
 
 def _inductor(captured: Captured) -> Callable[..., Any]:

@@ -10,6 +10,9 @@ import torch
 
 LIBRARY = torch.library.Library("lamina", "DEF")
 
+# The CPU implementation of each op: what a compiled graph calls where nothing needs the dispatcher.
+CPU_IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable] = {}
+
 
 def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | None = None) -> torch._ops.OpOverload:
     """Define `lamina::<schema>` with its CPU and fake implementation; returns the op to call.
@@ -28,4 +31,7 @@ def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | N
         backward, setup_context = autograd
         torch.library.register_autograd(f"lamina::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.lamina, packet), overload or "default")
+    op = getattr(getattr(torch.ops.lamina, packet), overload or "default")
+    if autograd is None:
+        CPU_IMPLEMENTATIONS[op] = cpu
+    return op

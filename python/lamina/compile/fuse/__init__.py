@@ -7,6 +7,8 @@ from lamina.compile.fuse.clean import clean, contiguous
 from lamina.compile.fuse.linear import epilogues, join_views, quantize_linears
 from lamina.compile.fuse.merge import merge, share_quantization
 from lamina.compile.fuse.norm import norms, rms_norms
+from lamina.compile.fuse.precision import bfloat16_attention
+from lamina.compile.fuse.views import views
 
 
 def fuse(captured: Captured, int8: bool = False) -> None:
@@ -21,6 +23,8 @@ def fuse(captured: Captured, int8: bool = False) -> None:
     merge(captured)
     share_quantization(captured)
     attention(captured)
+    bfloat16_attention(captured)
     norms(captured)
     captured.evaluate_all()
     contiguous(captured)
+    views(captured)

@@ -1,12 +1,12 @@
 """Activations that models spell out, given their one name again.
 
 GPT-2's GELU is eight elementwise calls over the widest tensor of the model (Hendrycks and Gimpel 2016,
-arXiv:1606.08415, the tanh form); SiLU is sometimes x * sigmoid(x).
+arXiv:1606.08415, the tanh form); SiLU is sometimes x * sigmoid(x), and CLIP's GELU x * sigmoid(1.702 x).
 """
 
 import torch.nn.functional as F
 
-from lamina.compile.capture import Captured, fake, is_tensor, match
+from lamina.compile.capture import Captured, fake, is_tensor, match, quick_gelu
 
 _INNER = ("add", 1.0, ("tanh", ("mul", 0.7978845608, ("add", "x", ("mul", 0.044715, ("pow", "x", 3.0))))))
 _SPELLINGS = (
@@ -14,6 +14,7 @@ _SPELLINGS = (
     (("mul", 0.5, ("mul", "x", _INNER)), F.gelu, {"approximate": "tanh"}, "gelu_tanh"),
     (("mul", "x", ("mul", 0.5, _INNER)), F.gelu, {"approximate": "tanh"}, "gelu_tanh"),
     (("mul", "x", ("sigmoid", "x")), F.silu, {}, "silu"),
+    (("mul", "x", ("sigmoid", ("mul", 1.702, "x"))), quick_gelu, {}, "quick_gelu"),
 )
 
 

@@ -5,6 +5,8 @@ attention spell it out: a product with the transposed keys, a scale before or af
 softmax, sometimes in float32 and cast back, and a product with the values.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -15,6 +17,7 @@ from lamina.ops.attention import MAX_HEAD_SIZE
 
 _attention = torch.ops.lamina.attention.default
 _DTYPES = (torch.float32, torch.bfloat16)
+_Sums = dict[tuple[fx.Node, fx.Node], fx.Node]
 # What models write for "never look there"; whatever is below it leaves no weight in float32 either.
 _MINUS_INFINITY = -1e4
 
@@ -30,8 +33,9 @@ def attention(captured: Captured) -> None:
             values["dropout_p"],
             "attention",
         )
+    sums: _Sums = {}
     for node in captured.nodes("matmul"):
-        _spelled_out(captured, node)
+        _spelled_out(captured, node, sums)
 
 
 def _route(captured: Captured, node: fx.Node, tensors: tuple, rest: tuple, dropout: float, pattern: str) -> None:
@@ -74,7 +78,7 @@ def _refused(tensors: tuple, rest: tuple, dropout: float) -> str | None:
     return None
 
 
-def _spelled_out(captured: Captured, root: fx.Node) -> None:
+def _spelled_out(captured: Captured, root: fx.Node, sums: _Sums) -> None:
     weights, value = operands(root)["input"], operands(root)["mat2"]
     inner: list[fx.Node] = []
     weights = strip_casts(weights, inner)
@@ -110,9 +114,9 @@ def _spelled_out(captured: Captured, root: fx.Node) -> None:
     if not captured.private(inner, root):
         captured.left[root] = "its scores or weights are used elsewhere too"
         return
-    if not captured.movable(inner, root) or len(mask_parts) > 1:
+    if not captured.movable(inner, root):
         return
-    mask = _mask(captured, mask_parts, root, fake(query).dtype)
+    mask = _mask(captured, mask_parts, root, fake(query).dtype, sums) if mask_parts else None
     if mask_parts and mask is None:
         return
     tensors = (query, keys.args[0], value, mask)
@@ -157,15 +161,24 @@ def _is_lowest(value: object) -> bool:
     return plain is not None and plain <= _MINUS_INFINITY
 
 
-def _mask(captured: Captured, parts: list[tuple[str, fx.Node]], root: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    if not parts:
+def _mask(
+    captured: Captured, parts: list[tuple[str, fx.Node]], root: fx.Node, dtype: torch.dtype, sums: _Sums
+) -> fx.Node | None:
+    """The one mask of a call, or None. Several addends (position biases, padding) are summed once for all layers."""
+    if not all(isinstance(fake(mask), Tensor) for _, mask in parts):
         return None
-    how, mask = parts[0]
-    value = fake(mask)
-    if not isinstance(value, Tensor):
+    if len(parts) == 1 and parts[0][0] != "add":
+        how, mask = parts[0]
+        if fake(mask).dtype is not torch.bool:
+            return None
+        return mask if how == "keep" else captured.call(torch.logical_not, (mask,), at=root)
+    masks = tuple(mask for _, mask in reversed(parts))
+    if any(how != "add" for how, _ in parts) or any(fake(mask).dtype not in (torch.float32, dtype) for mask in masks):
         return None
-    if how == "add":
-        return mask if value.dtype in (torch.float32, dtype) else None
-    if value.dtype is not torch.bool:
-        return None
-    return mask if how == "keep" else captured.call(torch.logical_not, (mask,), at=root)
+    total = masks[0]
+    for mask in masks[1:]:
+        # A mask that is written to between two layers is not the same mask.
+        if (total, mask) not in sums or captured.writers:
+            sums[total, mask] = captured.call(operator.add, (total, mask), at=root)
+        total = sums[total, mask]
+    return total

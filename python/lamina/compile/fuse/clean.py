@@ -9,8 +9,9 @@ import operator
 
 import torch
 from torch import Tensor, fx
+from torch._prims_common import is_contiguous_or_false
 
-from lamina.compile.capture import Captured, fake, is_tensor, kind, operands, writes
+from lamina.compile.capture import Captured, fake, is_tensor, kind, operands
 
 # Calls whose result is memory of their own, whatever their arguments are.
 _FRESH = {
@@ -49,15 +50,8 @@ def contiguous(captured: Captured) -> None:
     """Runs last: whether a tensor is contiguous depends on the layout the other passes gave it."""
     for node in captured.nodes("contiguous"):
         source = node.args[0]
-        if len(node.args) == 1 and not node.kwargs and is_tensor(source) and _is_contiguous(fake(source)):
+        if len(node.args) == 1 and not node.kwargs and is_tensor(source) and is_contiguous_or_false(fake(source)):
             captured.replace(node, source, "contiguous of contiguous")
-
-
-def _is_contiguous(value: Tensor) -> bool:
-    # Sizes that are not known yet would put a guard on the question.
-    if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
-        return False
-    return value.is_contiguous()
 
 
 def _cast(captured: Captured, node: fx.Node) -> None:
@@ -93,7 +87,7 @@ def _concatenation(captured: Captured, node: fx.Node) -> None:
     if len(full) != 1 or len(full) == len(tensors) or fake(full[0]).dtype != fake(node).dtype:
         return
     # The copy may be left out only where nobody could tell: nothing writes, and no input of the graph is handed out.
-    if any(writes(other) for other in captured.graph.nodes) or _comes_from_input(full[0]):
+    if captured.writers or _comes_from_input(full[0]):
         return
     captured.replace(node, full[0], "concatenation with nothing")
 
