@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+import lamina.ops  # noqa: F401  (registers the ops this module names)
+
 _INT8_LINEAR = torch.ops.lamina.int8_linear.default
 
 _FUNCTIONS: dict[Any, str] = {
