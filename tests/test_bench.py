@@ -789,6 +789,11 @@ def a_section(name: str, title: str, **changes) -> dict:
         "bytes_before": 4_000_000,
         "bytes_after": 1_000_000,
         "accelerate_seconds": 1.5,
+        "form": "swapped layers, compiled",
+        "forms": [
+            {"name": "swapped layers", "speedup": 3.0, "error": 0.01, "seconds": 1.0, "reason": "<layers>"},
+            {"name": "swapped layers, compiled", "speedup": 3.5, "error": 0.01, "seconds": 4.0, "reason": "2 x linear"},
+        ],
         "training": {"epochs": 3, "seconds": 4.0, "seed": 0},
         "ranking": None,
     }
@@ -894,6 +899,12 @@ def test_the_page_shows_row_counts_side_by_side():
     grid = re.sub(r"<[^>]*>|\s+", " ", shown[shown.index('class="grid"') : shown.index("<details>")])
     assert "1 row 16 rows 128 rows 197 rows" in re.sub(" +", " ", grid)
     assert re.search(r"768x768 +a and b +3.00x .*2.00x .*0.50x .*1.50x", grid)
+
+
+def test_the_page_says_how_the_whole_model_runs(html):
+    layers = section_of(html, "layers", "ops")
+    assert "&lt;layers&gt;" in layers
+    assert re.search(r"swapped layers, compiled</b>.*?3\.50x.*?2 x linear", layers, re.DOTALL)
 
 
 def test_batches_are_counted_in_words():

@@ -341,6 +341,7 @@ class View:
             (workload, _batch_label(workload, section["unit"])) for workload in (section["main"], *section["others"])
         ]
         return {
+            "forms": [],  # results of earlier runs have none
             **section,
             "batches": batches,
             "batch": batches[0][1],

