@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 import lamina
 from lamina.reference.attention import attention as attention_reference
+from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_linear import int8_linear as int8_linear_reference
 from lamina.reference.int8_linear import requantize
 from lamina.reference.layer_norm import layer_norm as layer_norm_reference
+from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 
@@ -48,8 +50,8 @@ class Suite:
 
     op: str
     cases: tuple[Case, ...]
-    truth: Callable[..., Tensor]
-    check: Callable[[Tensor, tuple], None]
+    truth: Callable[..., Tensor | tuple[Tensor, ...]]
+    check: Callable[[Tensor | tuple[Tensor, ...], tuple], None]
     own_kernel: bool = True
 
     def case(self, case_id: str) -> Case:
@@ -699,6 +701,149 @@ def rms_norm_check(actual: Tensor, inputs: tuple) -> None:
 def rms_norm_suite() -> Suite:
     # Rows, strides and the loops over a row are layer_norm's: half of its cases is enough.
     return Suite("rms_norm", _unique(_norm_cases("rms_norm")[::2]), rms_norm_truth, rms_norm_check)
+
+
+# -- lstm, gru
+
+
+def _rnn_case(
+    name: str,
+    op: str,
+    *,
+    t: int = 3,
+    b: int = 2,
+    i: int = 5,
+    h: int = 7,
+    layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    biases: bool = True,
+    proj: int = 0,
+    states: bool = True,
+    lengths: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    tags: str = "",
+) -> Case:
+    """`lengths`, falling, makes packed input of that many sequences. Weights are torch's own initial ones."""
+    module = getattr(torch.nn, op.upper())
+    options = {"proj_size": proj} if proj else {}
+
+    def make(generator: torch.Generator) -> tuple:
+        layer = module(i, h, layers, biases, batch_first, 0.0, bidirectional, **options)
+        weights = [((2 * torch.rand(w.shape, generator=generator) - 1) / h**0.5).to(dtype) for w in layer._flat_weights]
+        parts, batch, sizes = layers * (2 if bidirectional else 1), b, None
+        if lengths is not None:
+            batch = len(lengths)
+            sizes = torch.tensor([sum(length > step for length in lengths) for step in range(lengths[0])])
+            x = torch.randn(int(sizes.sum()), i, generator=generator)
+        else:
+            x = torch.randn(*((b, t) if batch_first else (t, b)), i, generator=generator)
+        widths = (proj or h, h)[: 2 if op == "lstm" else 1]
+        starts = [torch.randn(parts, batch, w, generator=generator).to(dtype) if states else None for w in widths]
+        return LAYOUTS[layout](x.to(dtype)), sizes, *starts, weights, biases, layers, bidirectional, batch_first
+
+    words = set(tags.split())
+    if b == 0:
+        words.add("empty")
+    if layout != "contiguous":
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    if lengths is not None:
+        words.add("nd")
+    return Case(name, make, frozenset(words))
+
+
+def _rnn_cases(op: str) -> tuple[Case, ...]:
+    def case(name: str, **options) -> Case:
+        return _rnn_case(name, op, **options)
+
+    cases = [
+        case("no_batch", b=0),
+        case("ones", t=1, b=1, i=1, h=1, tags="one"),
+        case("one_step", t=1, b=1, i=40, h=64, tags="one"),
+        case("primes", t=5, b=3, i=13, h=29, layers=2, bidirectional=True, tags="odd"),
+        # Units: panels of 16, registers of 4, 8 and 16.
+        *(case(f"units_{h}", h=h, tags="odd") for h in (3, 15, 16, 17, 33)),
+        # Rows: tiles of 6 and 7 (AVX-512), 3 and 4 (the others), and one more or less.
+        *(case(f"batch_{b}", b=b, h=19, tags="odd") for b in (1, 3, 4, 5, 6, 7, 8, 13)),
+        case("no_biases", biases=False, bidirectional=True),
+        case("no_states", states=False, layers=2, bidirectional=True),
+        case("batch_first", batch_first=True, layers=2, bidirectional=True, t=4, b=3),
+        case("batch_first_one", batch_first=True, b=1, t=6),
+        case("packed", lengths=(6, 4, 4, 1), h=18, layers=2, bidirectional=True, tags="odd"),
+        case("packed_equal", lengths=(3, 3)),
+        case("bf16", dtype=torch.bfloat16, h=24, t=5),
+        case("bf16_packed", dtype=torch.bfloat16, lengths=(4, 2), bidirectional=True),
+        *(case(f"layout_{name}", t=4, b=3, h=12, layout=name) for name in ("transposed", "sliced", "every_second")),
+        case("layout_batch_repeated", t=4, b=3, layout="batch_repeated", batch_first=True),
+        # More rows than one chunk of input gates, and steps worth two threads.
+        case("threads", t=26, b=16, i=33, h=80, layers=2, bidirectional=True, tags="threads"),
+        case("threads_long", t=90, b=1, i=20, h=160, tags="threads odd"),
+        case("threads_packed", lengths=(40, 31, 30, 13, 8, 1), i=24, h=150, bidirectional=True, tags="threads"),
+    ]
+    if op == "lstm":
+        cases += [
+            case("projected", h=20, proj=3, layers=2, bidirectional=True, t=4),
+            case("projected_wide", h=150, proj=70, b=5, biases=False, tags="odd"),
+            case("projected_packed", h=33, proj=17, lengths=(5, 5, 2), bidirectional=True, batch_first=True),
+            case("threads_projected", t=7, b=12, h=200, proj=130, bidirectional=True, layers=2, tags="threads"),
+        ]
+    return tuple(cases)
+
+
+def _rnn_truth(reference, inputs: tuple) -> tuple[Tensor, ...]:
+    x, sizes, *states, weights, _, layers, bidirectional, batch_first = inputs
+    directions = 2 if bidirectional else 1
+    if states[0] is None:
+        batch = x.shape[0 if batch_first else 1]
+        gates = 4 if len(states) == 2 else 3
+        states = [x.new_zeros(layers * directions, batch, weights[0].shape[0] // gates) for _ in states]
+    doubles = [s.double() for s in states]
+    return reference(x.double(), sizes, *doubles, [w.double() for w in weights], layers, bidirectional, batch_first)
+
+
+def _rnn_check(op: str, truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    x, sizes, *states, weights, biases, layers, bidirectional, batch_first = inputs
+    if states[0] is None:
+        states = [torch.zeros_like(t, dtype=x.dtype) for t in truth[1:]]
+    start = tuple(states) if len(states) > 1 else states[0]
+    options = (biases, layers, 0.0, False, bidirectional)
+    eager = getattr(torch, op)
+    if sizes is None:
+        yardsticks = eager(x, start, weights, *options, batch_first)
+    else:
+        yardsticks = eager(x, sizes, start, weights, *options)
+    for name, ours, theirs, right in zip(("output", "h_n", "c_n"), actual, yardsticks, truth, strict=False):
+        assert ours.dtype == x.dtype
+        # Each of the four gates of a step may be off by its bound; what an earlier step was off by fades.
+        floor = tolerances.eps(x.dtype) * _largest(right) + 4 * tolerances.GATE_ERROR
+        tolerances.assert_composite(ours, theirs, right, floor=floor, what=name)
+
+
+def lstm_truth(*inputs) -> tuple[Tensor, ...]:
+    return _rnn_truth(lstm_reference, inputs)
+
+
+def lstm_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    _rnn_check("lstm", lstm_truth(*inputs), actual, inputs)
+
+
+def lstm_suite() -> Suite:
+    return Suite("lstm", _rnn_cases("lstm"), lstm_truth, lstm_check)
+
+
+def gru_truth(*inputs) -> tuple[Tensor, ...]:
+    return _rnn_truth(gru_reference, inputs)
+
+
+def gru_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    _rnn_check("gru", gru_truth(*inputs), actual, inputs)
+
+
+def gru_suite() -> Suite:
+    return Suite("gru", _rnn_cases("gru"), gru_truth, gru_check)
 
 
 SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import PAIR_IDS, PAIRS, SUITES
 from tolerances import assert_exact
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import lamina
 
@@ -65,7 +66,7 @@ def test_cases_repeat():
     """The same seed gives the same inputs, or a failure could not be replayed."""
     for suite in SUITES.values():
         case = suite.cases[-1]
-        for first, second in zip(case.inputs(5), case.inputs(5), strict=True):
+        for first, second in zip(tree_leaves(case.inputs(5)), tree_leaves(case.inputs(5)), strict=True):
             assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
         assert not torch.equal(case.inputs(5)[0], case.inputs(6)[0])
 
@@ -80,7 +81,7 @@ def test_matches_float64(suite, case, seed):
 def test_inputs_are_not_written(suite, case, seed):
     inputs, before = case.inputs(seed), case.inputs(seed)
     op_of(suite)(*inputs)
-    for tensor, expected in zip(inputs, before, strict=True):
+    for tensor, expected in zip(tree_leaves(inputs), tree_leaves(before), strict=True):
         if isinstance(tensor, torch.Tensor):
             assert_exact(tensor, expected)
 
@@ -89,7 +90,7 @@ def test_inputs_are_not_written(suite, case, seed):
 def test_strides_do_not_matter(suite, case, seed):
     """The same values in another place of memory give the same bits."""
     inputs = case.inputs(seed)
-    plain = tuple(t.contiguous().clone() if isinstance(t, torch.Tensor) else t for t in inputs)
+    plain = tree_map_only(torch.Tensor, lambda t: t.contiguous().clone(), inputs)
     assert_same(op_of(suite)(*inputs), op_of(suite)(*plain))
 
 
@@ -99,7 +100,7 @@ def test_fake_agrees_with_real(suite, case, seed):
     real = op_of(suite)(*inputs)
     mode = torch._subclasses.FakeTensorMode()
     with mode:
-        fake = op_of(suite)(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in inputs))
+        fake = op_of(suite)(*tree_map_only(torch.Tensor, mode.from_tensor, inputs))
     for promised, given in zip(outputs(fake), outputs(real), strict=True):
         assert promised.shape == given.shape
         assert promised.dtype == given.dtype
@@ -180,21 +181,22 @@ class Call(torch.nn.Module):
 
     def __init__(self, op: torch._ops.OpOverload, inputs: tuple):
         super().__init__()
-        self.op, self.inputs = op, [None if isinstance(i, torch.Tensor) else i for i in inputs]
-        self.places = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+        leaves, self.form = tree_flatten(inputs)
+        self.op, self.leaves = op, [None if isinstance(i, torch.Tensor) else i for i in leaves]
+        self.places = [i for i, value in enumerate(leaves) if isinstance(value, torch.Tensor)]
 
     def forward(self, *tensors: torch.Tensor):
-        arguments = list(self.inputs)
+        leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
-            arguments[place] = tensor
-        return self.op(*arguments)
+            leaves[place] = tensor
+        return self.op(*tree_unflatten(leaves, self.form))
 
 
 @tagged("odd", most=3)
 def test_export(suite, case, seed):
     inputs = case.inputs(seed)
     module = Call(op_of(suite), inputs)
-    tensors = tuple(i for i in inputs if isinstance(i, torch.Tensor))
+    tensors = tuple(i for i in tree_leaves(inputs) if isinstance(i, torch.Tensor))
     exported = torch.export.export(module, tensors)
     calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     assert op_of(suite) in calls
@@ -206,7 +208,7 @@ def test_meta_tensors_give_shapes(suite):
     """On device meta the dispatcher runs the fake implementation: shapes without memory."""
     case = next(case for case in suite.cases if "odd" in case.tags)
     inputs = case.inputs()
-    meta = op_of(suite)(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in inputs))
+    meta = op_of(suite)(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
     for shapes, real in zip(outputs(meta), outputs(op_of(suite)(*inputs)), strict=True):
         assert shapes.device.type == "meta"
         assert shapes.shape == real.shape

@@ -12,6 +12,7 @@ Truth is float64. NaN and infinities must be where the truth has them. Failures 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ EPS_ACC = torch.finfo(torch.float32).eps
 
 # Relative error of the vectorised 2^x in float32, csrc/cpu/vec/math.h.
 EXP2_ERROR = 2.4e-7
+
+# Absolute error of a sigmoid or tanh gate of a recurrent cell, csrc/cpu/kernels/rnn_cell.h.
+GATE_ERROR = 3e-7
 
 # |actual - truth| <= absolute + relative * |x| of each fused activation, beside the rounding to the output's dtype.
 #
@@ -64,8 +68,12 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def assert_exact(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """The same dtype, shape and bits; a NaN equals any NaN."""
+def assert_exact(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor], what: str = "") -> None:
+    """The same dtype, shape and bits; a NaN equals any NaN. Of several tensors, one by one."""
+    if not isinstance(actual, Tensor):
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_exact(a, e, f"{what or 'tensor'} [{i}]")
+        return
     _same_form(actual, expected, what)
     same = _bits(actual) == _bits(expected)
     if actual.is_floating_point():

@@ -6,12 +6,15 @@
 #include "bindings/tensor_view.h"
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
+#include "ops/gru.h"
 #include "ops/int8_linear.h"
 #include "ops/layer_norm.h"
+#include "ops/lstm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
 #include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
+#include "ops/rnn.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
 #include "cuda/device.h"
@@ -41,6 +44,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("attention", &attention, no_gil);
 
+  m.def("gru", &gru, no_gil);
+
   m.def("int8_linear", &int8_linear, no_gil);
   m.def("int8_linear_pack", &int8_linear_pack, no_gil);
   m.def("int8_linear_unpack", &int8_linear_unpack, no_gil);
@@ -49,6 +54,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm", &layer_norm, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("quantize_rows", &quantize_rows, no_gil);
+
+  m.def("lstm", &lstm, no_gil);
+  m.def("rnn_fingerprint", &rnn_fingerprint, no_gil);
 
 #ifdef LAMINA_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -51,4 +51,57 @@ void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
   parallel_tasks(shares, [&](int64_t i) { body(count * i / shares, count * (i + 1) / shares); });
 }
 
+// The threads of one parallel_team call, as one of them sees it.
+class Team {
+ public:
+  Team(std::atomic<int>& arrived, std::atomic<int>& round, int index, int count)
+      : index(index), count(count), arrived_(arrived), round_(round) {}
+
+  const int index, count;
+
+  // Returns when all threads have come here; what any wrote before is visible to all. Spins for some 50 us, since the
+  // threads of a recurrent layer meet every few microseconds, then sleeps: the other may not be running at all.
+  void barrier() {
+    if (count == 1) return;
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      round_.notify_all();
+      return;
+    }
+    for (int spins = 0; spins < 4000; ++spins) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      __builtin_ia32_pause();
+    }
+    round_.wait(round, std::memory_order_acquire);
+  }
+
+  // The share [begin, end) of [0, total) of this thread.
+  int64_t begin(int64_t total) const { return total * index / count; }
+  int64_t end(int64_t total) const { return total * (index + 1) / count; }
+
+ private:
+  std::atomic<int>& arrived_;
+  std::atomic<int>& round_;
+};
+
+// Calls body(team) once on each of at most `threads` threads at the same time. The body must not throw: the others
+// would wait for ever.
+template <class Body>
+void parallel_team(int threads, const Body& body) {
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> round{0};
+  if (threads <= 1) {
+    Team team(arrived, round, 0, 1);
+    body(team);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Team team(arrived, round, omp_get_thread_num(), omp_get_num_threads());
+    body(team);
+  }
+}
+
 }  // namespace lamina

@@ -22,6 +22,16 @@ def attention(
     scale: float,
     out: Tensor,
 ) -> None: ...
+def gru(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    weights: Tensor,
+    layers: int,
+    bidirectional: bool,
+    output: Tensor,
+    h_n: Tensor,
+) -> None: ...
 def int8_linear(
     x: Tensor,
     data: Tensor,
@@ -57,3 +67,16 @@ def rms_norm(
     sum: Tensor | None,
 ) -> None: ...
 def quantize_rows(x: Tensor, scale: Tensor | None, codes: Tensor, scales: Tensor) -> None: ...
+def lstm(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Tensor,
+    layers: int,
+    bidirectional: bool,
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+) -> None: ...
+def rnn_fingerprint(weights: list[Tensor]) -> int: ...

@@ -11,7 +11,7 @@ from importlib.metadata import version as _version
 from lamina import compile, integrations, nn, ops, quant, reference
 from lamina._backends import force_isa, info
 from lamina.accelerate import Accelerated, accelerate
-from lamina.configs import FusedAttention, Int8Dynamic, Int8Static
+from lamina.configs import FusedAttention, FusedRNN, Int8Dynamic, Int8Static
 from lamina.errors import FormatError
 from lamina.serialization import load_, save
 from lamina.swap import LayerDecision, SwapReport, swap_
@@ -22,6 +22,7 @@ __all__ = [
     "Accelerated",
     "FormatError",
     "FusedAttention",
+    "FusedRNN",
     "Int8Dynamic",
     "Int8Static",
     "LayerDecision",

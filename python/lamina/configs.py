@@ -55,9 +55,14 @@ class FusedAttention(Config):
     """Attention -> lamina.ops.attention: transformers models (attn_implementation="lamina") and reference models."""
 
 
+@dataclass(frozen=True)
+class FusedRNN(Config):
+    """nn.LSTM, nn.GRU -> lamina.nn.LSTM, GRU: all layers, directions and steps in one call, in the weights' dtype."""
+
+
 ConfigLike = Config | Sequence[Config] | Mapping[str, Config | Sequence[Config] | None]
 
-AUTO: tuple[Config, ...] = (Int8Dynamic(), FusedAttention())
+AUTO: tuple[Config, ...] = (Int8Dynamic(), FusedAttention(), FusedRNN())
 
 
 def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:

@@ -16,10 +16,11 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lamina.configs import Config, ConfigLike, FusedAttention, Int8Dynamic, Int8Static, resolve
+from lamina.configs import Config, ConfigLike, FusedAttention, FusedRNN, Int8Dynamic, Int8Static, resolve
 from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
+from lamina.nn.rnn import GRU, LSTM
 from lamina.quant.calibration import Calibration, observe
 from lamina.quant.observers import make_observer
 from lamina.running import FilterFn
@@ -205,7 +206,10 @@ def _prepare(
 
 
 def describe(module: nn.Module) -> str:
-    """ "Linear(768, 3072)": the type and, for linear layers, inputs and outputs."""
+    """ "Linear(768, 3072)": the type and, for linear and recurrent layers, inputs and outputs."""
+    if isinstance(module, nn.RNNBase):
+        ours = "lamina " if isinstance(module, LSTM | GRU) else ""
+        return f"{ours}{type(module).__name__}({module.input_size}, {module.hidden_size})"
     linear = module if isinstance(module, nn.Linear) else as_linear(module)
     if linear is None:
         return type(module).__name__
@@ -425,6 +429,25 @@ def _transformers_attention(site: Site) -> Candidate | str:
         apply=switch("lamina"),
         revert=switch(was),
     )
+
+
+_FUSED_RNNS: dict[type[nn.Module], type[LSTM | GRU]] = {nn.LSTM: LSTM, nn.GRU: GRU}
+
+
+@handles(FusedRNN)
+def _fused_rnn(site: Site, config: Config) -> Candidate | str | None:
+    module = site.module
+    if not isinstance(module, nn.LSTM | nn.GRU):
+        return None
+    fused = _FUSED_RNNS.get(type(module))
+    if fused is None:
+        return f"{type(module).__name__} is a subclass of nn.{module.mode} and may compute something else"
+    weight = module.weight_ih_l0
+    if weight.device.type != "cpu":
+        return f"the weights are on {weight.device}, and the fused {module.mode} runs on the CPU"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {weight.dtype}, and the fused {module.mode} takes float32 and bfloat16"
+    return replacement(site, lambda: fused.from_float(module))
 
 
 def ordered(found: Sequence[Candidate]) -> list[Candidate]:

@@ -4,5 +4,6 @@ from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
+from lamina.nn.rnn import GRU, LSTM
 
-__all__ = ["Int8Linear", "LoRALinear", "QATLinear", "ScaledDotProductAttention"]
+__all__ = ["GRU", "LSTM", "Int8Linear", "LoRALinear", "QATLinear", "ScaledDotProductAttention"]

@@ -1,16 +1,20 @@
 """Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
 
 from lamina.ops.attention import attention
+from lamina.ops.gru import gru
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
 from lamina.ops.layer_norm import layer_norm
+from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
 
 __all__ = [
     "PackedInt8Weight",
     "attention",
+    "gru",
     "int8_linear",
     "layer_norm",
+    "lstm",
     "pack_int8_weight",
     "quantize_rows",
     "rms_norm",

@@ -1,0 +1,232 @@
+"""lamina.nn.LSTM and GRU: torch's own samples of the layers, state_dict, compile, swap_ and accelerate."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from tolerances import GATE_ERROR, assert_exact
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves
+
+import lamina
+from lamina import models
+
+CLASSES = {nn.LSTM: lamina.nn.LSTM, nn.GRU: lamina.nn.GRU}
+
+
+def samples():
+    """The grid of PyTorch's own module tests (module_inputs_torch_nn_RNN_GRU, _LSTM): every switch, input without a
+    batch and packed, with a state and without; input with a batch besides."""
+    switches = itertools.product((False, True), repeat=3)
+    for (bias, batch_first, bidirectional), torch_class in itertools.product(list(switches), CLASSES):
+        for proj in (0, 2) if torch_class is nn.LSTM else (0,):
+            for kind in ("one", "packed", "batch"):
+                for with_state in (False, True):
+                    options = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+                    options |= {"proj_size": proj} if proj else {}
+                    words = [name for name, on in options.items() if on] + ["state"] * with_state
+                    yield pytest.param(
+                        torch_class, options, kind, with_state, id="-".join([torch_class.__name__, kind, *words])
+                    )
+
+
+def sample_inputs(torch_class, options: dict, kind: str, with_state: bool) -> tuple:
+    """For layers of 2 inputs and 3 units, 2 layers."""
+    parts = 4 if options["bidirectional"] else 2
+    batch = {"one": (), "packed": (2,), "batch": (4,)}[kind]
+    x = torch.randn(3, 2) if kind == "one" else torch.randn(4, 5, 2)
+    if kind == "packed":
+        x = pack_padded_sequence(torch.randn(5, 2, 2), torch.tensor([5, 3]))
+    if kind == "batch":
+        batch = (4,) if options["batch_first"] else (5,)
+    if not with_state:
+        return (x,)
+    h_0, c_0 = torch.randn(parts, *batch, options.get("proj_size", 3)), torch.randn(parts, *batch, 3)
+    return x, ((h_0, c_0) if torch_class is nn.LSTM else h_0)
+
+
+def tensors(output) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tuple(output)) if isinstance(t, torch.Tensor)]
+
+
+def both(torch_class, *args, **kwargs):
+    layer = torch_class(*args, **kwargs).eval()
+    return layer, CLASSES[torch_class].from_float(layer)
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        if isinstance(b, torch.Tensor):
+            torch.testing.assert_close(a, b, atol=8 * GATE_ERROR, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("torch_class", "options", "kind", "with_state"), list(samples()))
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_torchs_own_samples(torch_class, options, kind, with_state, gradient):
+    layer, ours = both(torch_class, 2, 3, 2, **options)
+    inputs = sample_inputs(torch_class, options, kind, with_state)
+    with torch.set_grad_enabled(gradient):
+        expected, actual = tensors(layer(*inputs)), tensors(ours(*inputs))
+    assert len(expected) == len(actual) > 1
+    assert_close(actual, expected)
+    if gradient:
+        expected[0].square().sum().backward()
+        grads = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        layer.zero_grad()
+        actual[0].square().sum().backward()
+        assert grads
+        for mine, theirs in zip([p.grad for p in ours.parameters() if p.grad is not None], grads, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("torch_class", CLASSES)
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_packed_sequences_with_states(torch_class, enforce_sorted):
+    layer, ours = both(torch_class, 5, 18, 2, bidirectional=True)
+    lengths = torch.tensor([7, 5, 5, 1] if enforce_sorted else [5, 1, 7, 5])
+    packed = pack_padded_sequence(torch.randn(7, 4, 5), lengths, enforce_sorted=enforce_sorted)
+    state = torch.randn(4, 4, 18)
+    hx = (state, torch.randn(4, 4, 18)) if torch_class is nn.LSTM else state
+    with torch.no_grad():
+        for start in (None, hx):
+            (output, last), (right, right_last) = ours(packed, start), layer(packed, start)
+            assert isinstance(output, PackedSequence)
+            assert_close(output.data, right.data)
+            for mine, theirs in zip(output[1:], right[1:], strict=True):
+                assert (mine is theirs is None) or torch.equal(mine, theirs)
+            assert_close(last, right_last)
+
+
+@pytest.mark.parametrize("torch_class", CLASSES)
+def test_bad_calls_fail_in_torchs_words(torch_class):
+    layer, ours = both(torch_class, 5, 8)
+    state = torch.zeros(1, 3, 8)
+    good = (state, state) if torch_class is nn.LSTM else state
+    wrong = torch.zeros(1, 2, 8)
+    calls = [
+        (torch.zeros(0, 3, 5),),
+        (torch.zeros(4, 3, 6),),
+        (torch.zeros(4, 3, 2, 5),),
+        (torch.zeros(4, 3, 5).double(),),
+        (torch.zeros(4, 3, 5), (wrong, wrong) if torch_class is nn.LSTM else wrong),
+        (torch.zeros(4, 5), good),
+    ]
+    for arguments in calls:
+        with pytest.raises((RuntimeError, ValueError)) as theirs:
+            layer(*arguments)
+        with pytest.raises(type(theirs.value)) as mine:
+            ours(*arguments)
+        assert str(mine.value).replace("lamina", "") == str(theirs.value)
+
+
+@pytest.mark.parametrize("torch_class", CLASSES)
+def test_state_dict_is_torchs(torch_class):
+    layer, ours = both(torch_class, 5, 8, 2, bidirectional=True)
+    assert list(ours.state_dict()) == list(layer.state_dict())
+    assert all(a is b for a, b in zip(ours.parameters(), layer.parameters(), strict=True))
+    fresh = CLASSES[torch_class](5, 8, 2, bidirectional=True).eval()
+    x = torch.randn(3, 2, 5)
+    with torch.no_grad():
+        before = fresh(x)
+        fresh.load_state_dict(layer.state_dict())
+        assert_exact(tree_leaves(fresh(x)), tree_leaves(ours(x)))
+        assert not torch.equal(before[0], ours(x)[0])
+        assert_exact(tree_leaves(copy.deepcopy(fresh)(x)), tree_leaves(ours(x)))
+    assert repr(ours) == repr(layer)
+
+
+@pytest.mark.parametrize("torch_class", CLASSES)
+def test_training_is_torchs(torch_class):
+    """Dropout draws the same numbers, and an optimizer's step is seen by the next evaluation."""
+    layer, ours = both(torch_class, 5, 8, 2, dropout=0.5)
+    x = torch.randn(4, 3, 5)
+    layer.train(), ours.train()
+    torch.manual_seed(1)
+    expected = layer(x)[0]
+    torch.manual_seed(1)
+    assert_exact(ours(x)[0], expected)
+    ours.eval(), layer.eval()
+    with torch.no_grad():
+        before = ours(x)[0]
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)
+    ours.train()(x)[0].square().sum().backward()
+    optimizer.step()
+    ours.eval()
+    with torch.no_grad():
+        assert not torch.equal(ours(x)[0], before)
+        assert_close(ours(x), layer(x))
+
+
+@pytest.mark.parametrize("torch_class", CLASSES)
+@pytest.mark.parametrize("move", ["double", "bfloat16"])
+def test_other_dtypes(torch_class, move):
+    layer, ours = both(torch_class, 5, 24)
+    layer, ours = getattr(layer, move)(), getattr(copy.deepcopy(ours), move)()
+    x = getattr(torch.randn(4, 3, 5), move)()
+    with torch.no_grad():
+        actual, expected = ours(x), layer(x)
+    for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert a.dtype == b.dtype == x.dtype
+        torch.testing.assert_close(a, b, atol=2e-2 if move == "bfloat16" else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("torch_class", CLASSES)
+def test_compiles_and_exports_in_one_graph(torch_class):
+    """torch.compile breaks the graph at nn.LSTM itself."""
+    _, ours = both(torch_class, 5, 8, 2, batch_first=True)
+    x = torch.randn(3, 4, 5)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = tree_leaves(ours(x))
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        assert_exact(tree_leaves(compiled(x)), expected)
+        exported = torch.export.export(ours, (x,))
+        assert_exact(tree_leaves(exported.module()(x)), expected)
+    op = getattr(torch.ops.lamina, torch_class.__name__.lower()).default
+    assert op in [node.target for node in exported.graph.nodes]
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_swap_replaces_the_classifiers_layers(name):
+    model = models.create(name).eval()
+    inputs = models.example_inputs(name, 3)
+    with torch.no_grad():
+        expected = model(*inputs)
+        report = lamina.swap_(model, lamina.FusedRNN())
+        (decision,) = report.swapped
+        assert decision.was == f"{name.upper()}(28, 128)"
+        assert decision.now == f"lamina {name.upper()}(28, 128)"
+        assert_close(model(*inputs), expected)
+    assert lamina.swap_(model, lamina.FusedRNN()).decisions == ()
+
+
+def test_swap_leaves_what_it_cannot_take():
+    class Own(nn.LSTM):
+        pass
+
+    model = nn.ModuleDict({"own": Own(3, 4), "wide": nn.GRU(3, 4).double(), "good": nn.GRU(3, 4)})
+    report = lamina.swap_(model, lamina.FusedRNN())
+    reasons = {d.fqn: d.reason for d in report.left}
+    assert reasons == {
+        "own": "Own is a subclass of nn.LSTM and may compute something else",
+        "wide": "the weights are torch.float64, and the fused GRU takes float32 and bfloat16",
+    }
+    assert [d.fqn for d in report.swapped] == ["good"]
+    with pytest.raises(TypeError, match=r"^LSTM\.from_float: expected nn\.LSTM, got Own$"):
+        lamina.nn.LSTM.from_float(model["own"])
+
+
+def test_accelerate_takes_seq2seq_and_keeps_its_answers():
+    """Encoder and decoder, packed and streaming: greedy decoding feeds one step at a time."""
+    model = models.create("seq2seq").eval()
+    inputs = models.example_inputs("seq2seq", 2)
+    fast = lamina.accelerate(model, inputs, config=lamina.FusedRNN(), min_speedup=0.0).model
+    assert isinstance(fast.encoder, lamina.nn.GRU)
+    assert isinstance(fast.decoder, lamina.nn.GRU)
+    lengths = torch.tensor([24, 9])
+    with torch.no_grad():
+        assert_close(fast(*inputs, lengths), model(*inputs, lengths))
+        assert_exact(fast.greedy_decode(inputs[0], 6, lengths), model.greedy_decode(inputs[0], 6, lengths))
