@@ -18,7 +18,9 @@ ACTIVATIONS = {
     "relu": nn.ReLU(),
     "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU(approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
 }
 
 
@@ -321,11 +323,101 @@ def test_conversions_leave_the_scales_float32(layer, convert):
     assert layer._packed.dtype == torch.int8
 
 
-def test_memory(linear):
-    big = Int8Linear(1024, 1024)
-    held = sum(t.nbytes for t in [*big.parameters(), *big.buffers()])
-    assert held <= 0.27 * 4 * 1024 * 1024
-    assert "_packed" not in big.state_dict()
+@pytest.mark.parametrize(("k", "n"), [(768, 768), (768, 3072), (3072, 768), (1000, 1001)])
+def test_memory(k, n):
+    """One copy of the weight, in memory and on disk; after a call as well."""
+    floats, layer = nn.Linear(k, n), Int8Linear(k, n)
+    layer(torch.randn(3, k))
+    size = sum(t.nbytes for t in floats.parameters())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors_of(layer)}
+    assert sum(storages.values()) <= 0.27 * size
+    assert "_packed" not in layer.state_dict()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    assert file.tell() <= 0.27 * size
+
+
+def _tensors_of(layer: nn.Module):
+    """Everything the layer holds, registered or not."""
+    return [t for t in [*layer.parameters(), *layer.buffers(), *vars(layer).values()] if isinstance(t, torch.Tensor)]
+
+
+# -- static input scale and output dtype
+
+
+def test_input_scale_is_static(linear):
+    scale = torch.tensor(0.02)
+    layer = Int8Linear.from_float(linear, input_scale=scale)
+    assert Int8Linear.from_float(linear).input_scale is None
+    x = torch.randn(7, 20)
+    assert_exact(layer(x), lamina.ops.int8_linear(x, layer.packed_weight, layer.bias, x_scale=scale))
+    assert_lossy(layer(x.clamp(-2.5, 2.5)), linear(x.clamp(-2.5, 2.5)), min_sqnr_db=INT8_LAYER_SQNR_DB - 3)
+    assert_exact(
+        layer(x * 1000),
+        lamina.ops.int8_linear((x * 1000).clamp(-2.54, 2.54), layer.packed_weight, layer.bias, x_scale=scale),
+    )
+    scale.fill_(1.0)
+    assert layer.input_scale.item() == pytest.approx(0.02)
+    assert "input_scale=0.02" in repr(layer)
+    assert Int8Linear.from_float(linear, input_scale=0.02).input_scale.shape == ()
+
+
+def test_input_scale_is_in_the_state_dict(linear):
+    static, dynamic = Int8Linear.from_float(linear, input_scale=0.02), Int8Linear.from_float(linear)
+    assert list(static.state_dict()) == ["bias", "input_scale", "weight", "weight_scale"]
+    fresh = Int8Linear(20, 30)
+    assert fresh.load_state_dict(static.state_dict()) == nn.modules.module._IncompatibleKeys([], [])
+    assert_exact(fresh.input_scale, static.input_scale)
+    assert fresh.input_scale.data_ptr() != static.input_scale.data_ptr()
+    x = torch.randn(3, 20)
+    assert_exact(fresh(x), static(x))
+    # And back: a scale belongs to its weight.
+    fresh.load_state_dict(dynamic.state_dict())
+    assert fresh.input_scale is None
+    assert_exact(fresh(x), dynamic(x))
+
+
+@pytest.mark.parametrize("convert", ["half", "double", "bfloat16"])
+def test_conversions_leave_the_input_scale_float32(linear, convert):
+    layer = getattr(Int8Linear.from_float(linear, input_scale=0.02), convert)()
+    assert_exact(layer.input_scale, torch.tensor(0.02))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_refuses_an_input_scale_that_is_not_positive(linear, layer, scale):
+    with pytest.raises(ValueError, match=r"Int8Linear: input_scale is .*, but must be finite and at least 1e-36"):
+        Int8Linear.from_float(linear, input_scale=scale)
+    before = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match=r"input_scale is .*, but must be finite"):
+        layer.load_state_dict({**layer.state_dict(), "input_scale": torch.tensor(scale)})
+    same_layer(layer, before)
+    assert layer.input_scale is None
+
+
+def test_refuses_an_input_scale_per_channel(linear):
+    with pytest.raises(ValueError, match=r"Int8Linear: input_scale has shape \[20\], but must be a scalar"):
+        Int8Linear.from_float(linear, input_scale=torch.ones(20))
+
+
+def test_out_dtype(linear):
+    x = torch.randn(3, 20)
+    layer = Int8Linear.from_float(linear, out_dtype=torch.bfloat16)
+    assert_exact(layer(x), Int8Linear.from_float(linear)(x).bfloat16())
+    assert Int8Linear(4, 4, out_dtype="float32")(torch.randn(2, 4).bfloat16()).dtype == torch.float32
+    assert layer.options() == {"activation": None, "out_dtype": "bfloat16"}
+    assert "out_dtype=torch.bfloat16" in repr(layer)
+    for wrong in (torch.float64, "int8", "no such"):
+        with pytest.raises(ValueError, match=r"Int8Linear: out_dtype is .*, but must be None, torch.float32 or"):
+            Int8Linear(4, 4, out_dtype=wrong)
+
+
+def test_a_static_layer_survives_lamina_save(linear, tmp_path):
+    model = nn.Sequential(Int8Linear.from_float(linear, "relu", input_scale=0.02, out_dtype=torch.bfloat16))
+    lamina.save(model, tmp_path / "m.safetensors")
+    fresh = nn.Sequential(nn.Linear(20, 30))
+    lamina.load_(fresh, tmp_path / "m.safetensors")
+    x = torch.randn(3, 20)
+    assert_exact(fresh(x), model(x))
 
 
 # -- compile, export, gradients

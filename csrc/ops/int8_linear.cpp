@@ -65,12 +65,13 @@ Activation parse_activation(const std::string& name) {
 
 // int8 codes -> the same with the offset.
 void add_offset(const TensorView& x, const OffsetCodes& to) {
-  const int64_t rows = x.size(0), k = x.size(1), column = x.stride(1);
-  const int64_t grain = std::max<int64_t>(1, tuning::kQuantizeWorkPerThread / std::max<int64_t>(k, 1));
-  parallel_ranges(rows, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, tuning::kQuantizeWorkPerThread / std::max<int64_t>(x.size(1), 1));
+  parallel_ranges(x.size(0), grain, [&](int64_t begin, int64_t end) {
+    // By value: a store of bytes may change anything that is only referred to, and the loop would not vectorize.
+    const int64_t k = x.size(1), column = x.stride(1);
     for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* from = x.as<uint8_t>() + row * x.stride(0);
-      uint8_t* codes = to.codes + row * to.ld;
+      const uint8_t* __restrict from = x.as<uint8_t>() + row * x.stride(0);
+      uint8_t* __restrict codes = to.codes + row * to.ld;
       if (column == 1) {
         for (int64_t i = 0; i < k; ++i) codes[i] = from[i] ^ 0x80;
       } else {
@@ -109,8 +110,7 @@ struct Call {
 
 EpilogueMatrix part_of(const EpilogueMatrix& m, int64_t row, int64_t column) {
   if (!m.data) return m;
-  const int64_t bytes = m.format == EpilogueMatrix::f32 ? 4 : m.format == EpilogueMatrix::b16 ? 2 : 1;
-  return {static_cast<char*>(m.data) + (row * m.ld + column) * bytes, m.ld, m.format};
+  return {static_cast<char*>(m.data) + (row * m.ld + column) * m.format, m.ld, m.format};
 }
 
 void multiply(const OffsetCodes& x, int64_t rows, const PackedShape& shape, const Call& call) {
@@ -126,25 +126,22 @@ void multiply(const OffsetCodes& x, int64_t rows, const PackedShape& shape, cons
     const int64_t r = task / by_panels, p = task % by_panels;
     const int64_t row_end = std::min(rows, tiles * (r + 1) / by_rows * 6);
     const int64_t panel_begin = shape.panels * p / by_panels, panel_end = shape.panels * (p + 1) / by_panels;
+    const int64_t first = panel_begin * kPanel;
     for (int64_t row = tiles * r / by_rows * 6; row < row_end; row += block) {
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const int64_t n = panel * kPanel;
-        gemm({.codes = x.codes + row * x.ld,
-              .ld_codes = x.ld,
-              .x_scales = x.scales + row,
-              .rows = std::min(block, row_end - row),
-              .k_padded = shape.k_padded,
-              .panel = call.data + shape.offset(panel),
-              .width = shape.width(panel),
-              .channels = shape.channels(panel),
-              .compensation = call.compensation + n,
-              .w_scales = call.scale + n,
-              .bias = call.bias ? call.bias + n : nullptr,
-              .residual = part_of(call.residual, row, n),
-              .activation = call.activation,
-              .out = part_of(call.out, row, n),
-              .out_inverse = call.out_inverse});
-      }
+      gemm({.codes = x.codes + row * x.ld,
+            .ld_codes = x.ld,
+            .x_scales = x.scales + row,
+            .rows = std::min(block, row_end - row),
+            .k_padded = shape.k_padded,
+            .panels = call.data + shape.offset(panel_begin),
+            .channels = std::min(shape.n, panel_end * kPanel) - first,
+            .compensation = call.compensation + first,
+            .w_scales = call.scale + first,
+            .bias = call.bias ? call.bias + first : nullptr,
+            .residual = part_of(call.residual, row, first),
+            .activation = call.activation,
+            .out = part_of(call.out, row, first),
+            .out_inverse = call.out_inverse});
     }
   });
 }

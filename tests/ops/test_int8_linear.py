@@ -25,6 +25,7 @@ from lamina.ops import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_i
 from lamina.ops.int8_linear import ACTIVATIONS as FUSED
 from lamina.quant import dequantize_weight, quantize_weight
 from lamina.reference.int8_linear import int8_linear as reference
+from lamina.reference.int8_linear import requantize
 
 ACTIVATIONS = list(FUSED)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -589,6 +590,190 @@ def test_the_bias_of_a_training_layer_is_taken():
     bias = torch.nn.Parameter(torch.randn(6))
     with torch.no_grad():
         assert_exact(int8_linear(torch.ones(1, 5), packed, bias), int8_linear(torch.ones(1, 5), packed, bias.detach()))
+
+
+# -- the ends of the epilogue
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_residual_is_added_before_the_activation(activation, residual_dtype, isa, generator):
+    """After bias, each rounded once: the order is part of the contract."""
+    x, packed = torch.randn(13, 50, generator=generator), pack_int8_weight(torch.randn(70, 50, generator=generator))
+    bias = torch.randn(70, generator=generator)
+    residual = torch.randn(13, 70, generator=generator).to(residual_dtype)
+    with lamina.force_isa(isa):
+        expected = int8_linear(x, packed, bias) + residual.float()
+        expected = expected.relu() if activation == "relu" else expected
+        assert_exact(int8_linear(x, packed, bias, residual=residual, activation=activation), expected)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 13])
+def test_codes_and_floats_are_bit_equal_on_every_isa(m, activation, generator):
+    """No fused multiply-add before the activation, so nothing rounds differently."""
+    x, packed = torch.randn(m, 333, generator=generator), pack_int8_weight(torch.randn(300, 333, generator=generator))
+    bias, residual = torch.randn(300, generator=generator), torch.randn(m, 300, generator=generator)
+    arguments = {"activation": activation, "residual": residual}
+    codes, floats = [], []
+    for isa in _C.available_isas():
+        with lamina.force_isa(isa):
+            codes.append(int8_linear(x, packed, bias, out_scale=torch.tensor(0.31), **arguments))
+            floats.append(int8_linear(x, packed, bias, **arguments))
+    for isa, ours, wide in zip(_C.available_isas(), codes, floats, strict=True):
+        assert_exact(ours, codes[0], isa)
+        assert_exact(wide, floats[0], isa)
+
+
+def test_an_int8_output_is_the_rounded_float_output(isa, generator):
+    x, packed = torch.randn(13, 50, generator=generator), pack_int8_weight(torch.randn(70, 50, generator=generator))
+    scale = torch.tensor(0.125)
+    with lamina.force_isa(isa):
+        for activation in ACTIVATIONS:
+            y = int8_linear(x, packed, activation=activation)
+            assert_exact(int8_linear(x, packed, activation=activation, out_scale=scale), requantize(y, scale))
+    assert int8_linear(x, packed).abs().max() / 0.125 > 127, "nothing was clamped"
+
+
+def test_the_next_layer_takes_codes_as_they_are(isa, generator):
+    """Two layers without a float tensor between them: the same as quantizing it with that static scale."""
+    x = torch.randn(13, 50, generator=generator)
+    first, second = (pack_int8_weight(torch.randn(n, k, generator=generator)) for n, k in ((70, 50), (20, 70)))
+    scale = torch.tensor(0.25)
+    with lamina.force_isa(isa):
+        codes = int8_linear(x, first, activation="relu", out_scale=scale)
+        expected = int8_linear(int8_linear(x, first, activation="relu"), second, x_scale=scale)
+        assert_exact(int8_linear(codes, second, x_scale=scale), expected)
+
+
+@DTYPES
+def test_a_bad_row_is_nan_with_a_static_scale_too(dtype, isa, generator):
+    x = torch.randn(9, 37, generator=generator).to(dtype)
+    x[4, 5], x[7, 36] = float("nan"), float("inf")
+    packed = pack_int8_weight(torch.randn(70, 37, generator=generator))
+    with lamina.force_isa(isa):
+        y = int8_linear(x, packed, x_scale=torch.tensor(0.05))
+    assert y[[4, 7]].isnan().all()
+    assert y[[0, 1, 2, 3, 5, 6, 8]].isfinite().all()
+
+
+def test_codes_of_minus_128_are_taken_as_they_are(isa):
+    """Somebody else's quantizer may give them."""
+    x = torch.full((5, 300), -128, dtype=torch.int8)
+    packed = pack_int8_weight(torch.full((70, 300), -127, dtype=torch.int8), torch.ones(70))
+    with lamina.force_isa(isa):
+        y = int8_linear(x, packed, x_scale=torch.tensor(1.0))
+    assert_exact(y, torch.full((5, 70), 128.0 * 127 * 300))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
+def test_out_dtype_rounds_once(dtype, out_dtype, isa, generator):
+    x, packed = torch.randn(13, 50, generator=generator).to(dtype), pack_int8_weight(torch.randn(70, 50))
+    with lamina.force_isa(isa):
+        wide = int8_linear(x.float(), packed, activation="gelu")
+        assert_exact(int8_linear(x, packed, activation="gelu", out_dtype=out_dtype), wide.to(out_dtype))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_with_residual_and_static_scale(activation, generator):
+    """x, bias and residual see what is before the activation; rounding and clamping count as the identity."""
+    x = torch.randn(2, 3, 20, generator=generator).requires_grad_()
+    bias = torch.randn(33, generator=generator).requires_grad_()
+    residual = torch.randn(2, 3, 33, generator=generator).bfloat16().requires_grad_()
+    packed = pack_int8_weight(torch.randn(33, 20, generator=generator))
+    scale, grad = torch.tensor(0.02), torch.randn(2, 3, 33, generator=generator)
+    y = int8_linear(x, packed, bias, activation=activation, residual=residual, x_scale=scale)
+    y.backward(grad)
+    before = int8_linear(x.detach(), packed, bias.detach(), residual=residual.detach(), x_scale=scale).requires_grad_()
+    plain = FUSED[activation](grad, before.detach())
+    assert_exact(residual.grad, plain.bfloat16())
+    assert_exact(bias.grad, plain.flatten(0, -2).sum(0))
+    weight = dequantize_weight(unpack_int8_weight(packed, 20), packed.scale)
+    assert_exact(x.grad, plain @ weight)
+
+
+def test_an_int8_output_has_no_gradient(generator):
+    x = torch.randn(3, 20, generator=generator).requires_grad_()
+    y = int8_linear(x, pack_int8_weight(torch.randn(5, 20)), out_scale=torch.tensor(0.1))
+    assert not y.requires_grad
+
+
+def test_residual_and_output_may_be_slices(packed):
+    x, whole = torch.randn(4, 5), torch.randn(4, 20)
+    out = torch.full((4, 20), 7.0)
+    _C.int8_linear(x, *packed, None, "none", whole[:, 2:8], None, None, out[:, 3:9])
+    assert_exact(out[:, 3:9].contiguous(), int8_linear(x, packed, residual=whole[:, 2:8].clone()))
+    out[:, 3:9] = 7.0
+    assert (out == 7.0).all()
+
+
+# -- what bad input gets there
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 6), (6,), (1, 2, 6), (2, 1), ()])
+def test_refuses_a_residual_of_another_shape(shape, packed):
+    with pytest.raises(ValueError, match=r"int8_linear: residual has shape \[.*\], but must be \[2, 6\]") as error:
+        int8_linear(torch.ones(2, 5), packed, residual=torch.ones(shape))
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8, torch.int32], ids=str)
+def test_refuses_a_residual_of_another_dtype(dtype, packed):
+    with pytest.raises(ValueError, match=r"int8_linear: residual is .*, but must be float32 or bfloat16") as error:
+        int8_linear(torch.ones(2, 5), packed, residual=torch.ones(2, 6).to(dtype))
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["x_scale", "out_scale"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-37, float("inf"), float("nan")])
+def test_refuses_scales_that_are_not_positive(name, value, packed):
+    match = f"int8_linear: {name} is .*, but must be finite and at least 1e-36"
+    with pytest.raises(ValueError, match=match) as error:
+        int8_linear(torch.ones(2, 5), packed, **{name: torch.tensor(value)})
+    one_sentence(error)
+    with pytest.raises(ValueError, match=match if name == "x_scale" else "x is int8, but x_scale"):
+        int8_linear(torch.ones(2, 5, dtype=torch.int8), packed, **{name: torch.tensor(value)})
+
+
+@pytest.mark.parametrize("name", ["x_scale", "out_scale"])
+def test_refuses_scales_of_another_dtype(name, packed):
+    with pytest.raises(ValueError, match=f"int8_linear: {name} is float64, but must be float32"):
+        int8_linear(torch.ones(2, 5), packed, **{name: torch.tensor(0.5, dtype=torch.float64)})
+
+
+def test_refuses_scales_of_another_shape(packed):
+    codes = torch.ones(2, 5, dtype=torch.int8)
+    for shape in ((1,), (3,), (2, 1)):
+        with pytest.raises(ValueError, match=r"int8_linear: x_scale has shape \[.*\], but must be \[\] or"):
+            int8_linear(codes, packed, x_scale=torch.ones(shape))
+    with pytest.raises(ValueError, match=r"int8_linear: x_scale has shape \[2\], but must be \[\]"):
+        int8_linear(torch.ones(2, 5), packed, x_scale=torch.ones(2))
+    with pytest.raises(ValueError, match=r"int8_linear: out_scale has shape \[2\], but must be \[\]"):
+        int8_linear(torch.ones(2, 5), packed, out_scale=torch.ones(2))
+
+
+def test_refuses_codes_without_their_scale(packed):
+    with pytest.raises(
+        ValueError, match="int8_linear: x is int8, but x_scale, which says what its codes mean"
+    ) as error:
+        int8_linear(torch.ones(2, 5, dtype=torch.int8), packed)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8, torch.int32], ids=str)
+def test_refuses_other_output_dtypes(dtype, packed):
+    with pytest.raises(ValueError, match=r"int8_linear: out is .*, but must be float32 or bfloat16"):
+        int8_linear(torch.ones(2, 5), packed, out_dtype=dtype)
+    with pytest.raises(ValueError, match=r"int8_linear: out_dtype .* goes with a float output, but out_scale asks"):
+        int8_linear(torch.ones(2, 5), packed, out_dtype=dtype, out_scale=torch.tensor(0.1))
+
+
+def test_refuses_more_codes_than_int32_can_sum():
+    most = (2**31 - 1) // (128 * 127)
+    packed = pack_int8_weight(torch.zeros(1, most + 1, dtype=torch.int8), torch.ones(1))
+    with pytest.raises(ValueError, match=f"int32 sums of int8 codes are exact only up to {most}"):
+        int8_linear(torch.zeros(1, most + 1, dtype=torch.int8), packed, x_scale=torch.tensor(1.0))
 
 
 # -- the compiled function, called directly

@@ -55,12 +55,14 @@ constexpr Tile kTiles[kMaxRows] = {tile<1>, tile<2>, tile<3>, tile<4>};
 
 void int8_gemm(const Int8GemmArgs& a) {
   int32_t sums[kMaxRows * tuning::kInt8PanelChannels];
-  for_balanced_tiles(a.rows, kMaxRows, [&](int64_t row, int rows) {
-    for (int n = 0; n < a.width; n += 16) {
-      kTiles[rows - 1](a.codes + row * a.ld_codes, a.ld_codes, a.panel + 4 * n, 4 * a.width, a.k_padded,
-                       a.compensation + n, sums + n, a.width);
-    }
-    finish_tile(a, sums, row, rows);
+  for_each_panel(a, 0, [&](const int8_t* panel, int64_t first, int channels, int width) {
+    for_balanced_tiles(a.rows, kMaxRows, [&](int64_t row, int rows) {
+      for (int n = 0; n < width; n += 16) {
+        kTiles[rows - 1](a.codes + row * a.ld_codes, a.ld_codes, panel + 4 * n, 4 * width, a.k_padded,
+                         a.compensation + first + n, sums + n, width);
+      }
+      finish_tile(a, sums, {row, first, rows, channels, width});
+    });
   });
 }
 

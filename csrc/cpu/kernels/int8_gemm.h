@@ -1,5 +1,5 @@
-// Contract of int8_gemm: rows of unsigned codes times one packed panel of int8 weights, with the epilogue that turns
-// exact int32 sums into the layer's output.
+// Contract of int8_gemm: rows of unsigned codes times packed panels of int8 weights, with the epilogue that turns exact
+// int32 sums into the layer's output.
 //
 //   y[m, n] = act(float(sum_k codes[m, k] w[n, k] - compensation[n]) * w_scale[n] * x_scale[m] + bias[n] + residual[m,
 //   n]) out[m, n] = y, or round_half_even(y * out_inverse) clamped to [-127, 127] (NaN gives -127)
@@ -23,7 +23,7 @@ enum class Activation : int { none, relu, gelu, gelu_tanh, quick_gelu, silu, tan
 
 // A matrix of one of the epilogue's formats; data is null where there is none.
 struct EpilogueMatrix {
-  enum Format : int { f32, b16, int8 };
+  enum Format : int { f32 = 4, b16 = 2, int8 = 1 };  // the value is the size of an element in bytes
   void* data = nullptr;
   int64_t ld = 0;  // row stride in elements
   Format format = f32;
@@ -34,11 +34,12 @@ struct Int8GemmArgs {
   int64_t ld_codes;
   const float* x_scales;  // [rows]
   int64_t rows;
-  int64_t k_padded;             // multiple of 4
-  const int8_t* panel;          // [k_padded / 4, width, 4]
-  int width;                    // 16, 32, 48 or 64: channels in the panel, the last ones zero padding
-  int channels;                 // width less the padding
-  const int32_t* compensation;  // [width]
+  int64_t k_padded;  // multiple of 4
+  // Panels of 64 channels one behind the other, each [k_padded / 4, width, 4]. The last is only as wide as the channels
+  // that are left, rounded up to a multiple of 16 with zeros.
+  const int8_t* panels;
+  int64_t channels;
+  const int32_t* compensation;  // [channels rounded up to 16]
   const float* w_scales;        // [channels]
   const float* bias;            // [channels] or null
   EpilogueMatrix residual;      // [rows, channels] or null, f32 or b16

@@ -33,33 +33,51 @@ LAMINA_INLINE void store_to(const EpilogueMatrix& out, int64_t at, F32 y, F32 in
   store_codes(static_cast<uint8_t*>(out.data) + at, code, 0, n);
 }
 
+// Where a block of sums [rows, width] belongs: rows from `row` on, channels from `first` on, `channels` of them.
+struct Block {
+  int64_t row, first;
+  int rows, channels, width;
+};
+
 template <Activation A>
-void finish_rows(const Int8GemmArgs& a, const int32_t* sums, int64_t row, int rows) {
+void finish_rows(const Int8GemmArgs& a, const int32_t* sums, const Block& b) {
   const F32 inverse = set1(a.out_inverse);
-  for (int c = 0; c < a.channels; c += F32::lanes) {
-    const int n = a.channels - c < F32::lanes ? a.channels - c : F32::lanes;
-    const I32 compensation = load_i32(a.compensation + c);
-    const F32 w_scale = load_up_to(a.w_scales + c, n);
-    const F32 bias = a.bias ? load_up_to(a.bias + c, n) : zero();
-    for (int r = 0; r < rows; ++r) {
-      const F32 sum = to_float(load_i32(sums + r * a.width + c) - compensation);
-      F32 y = sum * w_scale * set1(a.x_scales[row + r]) + bias;
-      if (a.residual.data) y = y + load_from(a.residual, (row + r) * a.residual.ld + c, n);
-      store_to(a.out, (row + r) * a.out.ld + c, activate<A>(y), inverse, n);
+  for (int c = 0; c < b.channels; c += F32::lanes) {
+    const int n = b.channels - c < F32::lanes ? b.channels - c : F32::lanes;
+    const int64_t channel = b.first + c;
+    const I32 compensation = load_i32(a.compensation + channel);
+    const F32 w_scale = load_up_to(a.w_scales + channel, n);
+    const F32 bias = a.bias ? load_up_to(a.bias + channel, n) : zero();
+    for (int r = 0; r < b.rows; ++r) {
+      const int64_t row = b.row + r;
+      const F32 sum = to_float(load_i32(sums + r * b.width + c) - compensation);
+      F32 y = sum * w_scale * set1(a.x_scales[row]) + bias;
+      if (a.residual.data) y = y + load_from(a.residual, row * a.residual.ld + channel, n);
+      store_to(a.out, row * a.out.ld + channel, activate<A>(y), inverse, n);
     }
   }
 }
 
-// sums [rows, width] of the rows from `row` on -> out.
-void finish_tile(const Int8GemmArgs& a, const int32_t* sums, int64_t row, int rows) {
+// sums [b.rows, b.width] -> out.
+void finish_tile(const Int8GemmArgs& a, const int32_t* sums, const Block& b) {
   switch (a.activation) {
-    case Activation::none: return finish_rows<Activation::none>(a, sums, row, rows);
-    case Activation::relu: return finish_rows<Activation::relu>(a, sums, row, rows);
-    case Activation::gelu: return finish_rows<Activation::gelu>(a, sums, row, rows);
-    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(a, sums, row, rows);
-    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(a, sums, row, rows);
-    case Activation::silu: return finish_rows<Activation::silu>(a, sums, row, rows);
-    case Activation::tanh: return finish_rows<Activation::tanh>(a, sums, row, rows);
+    case Activation::none: return finish_rows<Activation::none>(a, sums, b);
+    case Activation::relu: return finish_rows<Activation::relu>(a, sums, b);
+    case Activation::gelu: return finish_rows<Activation::gelu>(a, sums, b);
+    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(a, sums, b);
+    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(a, sums, b);
+    case Activation::silu: return finish_rows<Activation::silu>(a, sums, b);
+    case Activation::tanh: return finish_rows<Activation::tanh>(a, sums, b);
+  }
+}
+
+// Calls body(panel's weights, first channel, channels, width) for every panel from channel `start` on.
+template <class Body>
+LAMINA_INLINE void for_each_panel(const Int8GemmArgs& a, int64_t start, const Body& body) {
+  for (int64_t first = start; first < a.channels; first += tuning::kInt8PanelChannels) {
+    const int64_t left = a.channels - first;
+    const int channels = int(left < tuning::kInt8PanelChannels ? left : tuning::kInt8PanelChannels);
+    body(a.panels + first * a.k_padded, first, channels, (channels + 15) / 16 * 16);
   }
 }
 

@@ -34,12 +34,12 @@ LAMINA_INLINE F32 exp2_bf16(F32 x) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// x * sigmoid(z) with z already times log2(e); z is clamped to where the sigmoid is 0 and 1: 2^128 is infinity, its
-// reciprocal 0.
+// x * sigmoid(z) with z already times log2(e), clamped to where the sigmoid is 0 and 1 but for 1e-36.
 LAMINA_INLINE F32 times_sigmoid_log2(F32 x, F32 z) {
   // max and min return the second operand on NaN: z NaN comes only from x NaN, and x * anything keeps it.
-  const F32 clamped = min(max(z, set1(-128.0f)), set1(126.0f));
-  return x * reciprocal(set1(1.0f) + exp2(set1(0.0f) - clamped));
+  const F32 clamped = min(max(z, set1(-120.0f)), set1(120.0f));
+  // x is held as well: -inf times what is left of zero would be -inf.
+  return max(set1(-1e30f), x) * reciprocal_of_normal(set1(1.0f) + exp2(zero() - clamped));
 }
 
 LAMINA_INLINE F32 silu(F32 x) { return times_sigmoid_log2(x, x * set1(kLog2E)); }
@@ -51,7 +51,7 @@ LAMINA_INLINE F32 quick_gelu(F32 x) { return times_sigmoid_log2(x, x * set1(1.70
 LAMINA_INLINE F32 tanh(F32 x) {
   // In this order a NaN stays.
   const F32 z = max(set1(-64.0f), min(set1(64.0f), x * set1(2.0f * kLog2E)));
-  return set1(1.0f) - set1(2.0f) * reciprocal(set1(1.0f) + exp2(z));
+  return set1(1.0f) - set1(2.0f) * reciprocal_of_normal(set1(1.0f) + exp2(z));
 }
 
 // The tanh form of GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x sigmoid(2 sqrt(2/pi) (...)).

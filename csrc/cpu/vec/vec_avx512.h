@@ -86,6 +86,12 @@ LAMINA_INLINE F32 reciprocal(F32 x) {
   return {_mm512_mask_fmadd_ps(y, _mm512_cmp_ps_mask(e, e, _CMP_ORD_Q), e, y)};
 }
 
+// The same where neither x nor its inverse is zero, infinite or subnormal.
+LAMINA_INLINE F32 reciprocal_of_normal(F32 x) {
+  const __m512 y = _mm512_rcp14_ps(x.r);
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(x.r, y, _mm512_set1_ps(1.0f)), y, y)};
+}
+
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[16]) {
   __m512 t[16];

@@ -101,6 +101,7 @@ LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {
 }
 
 LAMINA_INLINE F32 reciprocal(F32 x) { return {1.0f / x.r}; }
+LAMINA_INLINE F32 reciprocal_of_normal(F32 x) { return reciprocal(x); }
 
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[4]) {
