@@ -78,7 +78,12 @@ FLOAT = {
 # And in the model whose linear layers were swapped for int8.
 INT8 = {
     "bert": {"3 int8_linear of one input": LAYERS, "linear + gelu": LAYERS, "linear + residual": 2 * LAYERS},
-    "llama": {"3 int8_linear of one input": LAYERS, "linear + silu": LAYERS, "linear + residual": 2 * LAYERS},
+    "llama": {
+        "3 int8_linear of one input": LAYERS,
+        "rows quantized once for 2 layers": LAYERS,
+        "linear + silu": LAYERS,
+        "linear + residual": 2 * LAYERS,
+    },
     "t5": {"3 int8_linear of one input": 2 * LAYERS, "linear + relu": 2 * LAYERS, "linear + residual": 5 * LAYERS},
     "vit": {"3 int8_linear of one input": LAYERS, "linear + gelu": LAYERS, "linear + residual": 2 * LAYERS},
 }

@@ -264,6 +264,16 @@ def test_no_rows():
 # -- graphs
 
 
+def test_a_pass_that_fails_stops_nobody(monkeypatch):
+    def fail(captured, int8):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(lamina.compile, "fuse", fail)
+    module, x = Block().eval(), torch.randn(2, 5, 64)
+    with torch.no_grad(), pytest.warns(UserWarning, match="KeyError: 'surprise'; the graph runs as it was captured"):
+        close(compiled(module)(x), module(x))
+
+
 def test_nothing_to_compute():
     class Nothing(nn.Module):
         def forward(self, x):

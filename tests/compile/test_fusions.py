@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lamina
+from lamina import _C
 from lamina.compile import CompileReport, explain
 
 EVERY = {"measure": False}
@@ -159,13 +160,21 @@ def test_projections_of_one_input(bias, options, width):
     assert check(module, torch.randn(2, 9, 64), options=options).fused[f"3 {kind} of one input"] == 1
 
 
+def test_layers_that_stay_apart_quantize_their_input_once():
+    module = Of(lambda m, x: F.silu(m.gate(x)) * m.up(x), gate=nn.Linear(64, 96), up=nn.Linear(64, 96))
+    report = check(module, torch.randn(2, 9, 64), options=INT8)
+    assert report.fused["rows quantized once for 2 layers"] == report.fused["linear + silu"] == 1
+
+
 def test_merged_parameters_keep_one_copy_and_their_meaning():
     module, x = three().eval(), torch.randn(9, 64)
     names = list(module.state_dict())
     compiled = torch.compile(module, backend="lamina", options=EVERY)
     with torch.no_grad():
         compiled(x)
-        assert len({m.weight.untyped_storage().data_ptr() for m in (module.a, module.b, module.c)}) == 1
+        assert module.b.weight.data_ptr() == module.a.weight.data_ptr() + module.a.weight.nbytes
+        assert all(p.untyped_storage().nbytes() == p.nbytes for p in module.parameters())  # none keeps the others alive
+        assert_close(copy.deepcopy(module)(x), module(x))
         module.b.weight.mul_(2.0)  # in place: the merged weight has it
         assert_close(compiled(x), module(x))
         module.c.weight = nn.Parameter(torch.randn(64, 64))  # another parameter
@@ -316,6 +325,38 @@ def test_attention_whose_weights_are_returned_stays():
     report = explain(Of(forward), tuple(torch.randn(2, 3, 9, 16) for _ in range(3)), options=EVERY)
     assert not report.fused
     assert any("used elsewhere" in reason for graph in report.graphs for _, reason, _ in graph.eager)
+
+
+def attend(m, x):
+    q, k, v = (layer(x).unflatten(-1, (2, 32)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_attention_between_int8_layers(isa):
+    """In bfloat16 where the processor multiplies it, and only between layers that round to eight bits anyway."""
+    _C.force_isa(isa)
+    layers = {name: nn.Linear(64, 64) for name in ("q", "k", "v", "out")}
+    module, x = Of(attend, **layers).eval(), torch.randn(2, 9, 64)
+    assert "attention in bfloat16" not in explain(module, (x,), options=EVERY).fused
+    with torch.no_grad():
+        truth = module(x)
+        lamina.swap_(module, lamina.Int8Dynamic())
+        report = explain(module, (x,), options=EVERY)
+        actual = torch.compile(module, backend="lamina", options=EVERY)(x)
+    assert report.fused["attention in bfloat16"] == int(isa == "avx512bf16")
+    assert actual.dtype == torch.float32
+    assert_lossy(actual, truth, min_sqnr_db=INT8_LAYER_SQNR_DB - 3)
+
+
+def test_attention_whose_keys_are_returned_stays_in_float32():
+    def forward(m, x):
+        return attend(m, x), m.k(x)
+
+    module = Of(forward, **{name: nn.Linear(64, 64) for name in ("q", "k", "v", "out")})
+    lamina.swap_(module, lamina.Int8Dynamic())
+    with torch.no_grad():
+        out, keys = torch.compile(module.eval(), backend="lamina", options=EVERY)(torch.randn(2, 9, 64))
+    assert out.dtype == keys.dtype == torch.float32
 
 
 def test_attention_with_dropout_stays():

@@ -15,6 +15,7 @@ Graphs that need gradients run as they were captured: call the model under torch
 """
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,21 +106,33 @@ def _compile(
     example_inputs = list(example_inputs)
     reason = _not_ours(example_inputs)
     if reason is not None:
-        _log.info("graph left as it is: %s", reason)
-        if report is not None:
-            report.graphs.append(GraphReport(whole=reason, eager=_left(gm.graph, {}, reason)))
-        if fallback == "inductor":
-            from torch._inductor.compile_fx import compile_fx
-
-            return compile_fx(gm, example_inputs)
-        return gm.forward
+        return _unfused(gm, example_inputs, reason, fallback, report)
     captured = Captured(gm, example_inputs, measure, move_parameters=fallback == "eager")
-    fuse(captured, int8)
+    try:
+        fuse(captured, int8)
+    except Exception as failure:  # a graph that the passes misread is no reason to stop somebody's model
+        reason = f"the passes failed: {type(failure).__name__}: {failure}"
+        warnings.warn(f"lamina backend: {reason}; the graph runs as it was captured", stacklevel=2)
+        _log.info("the passes failed", exc_info=True)
+        return _unfused(gm, example_inputs, reason, fallback, report)
     if report is not None:
         report.graphs.append(
             GraphReport(tuple(captured.fused), _left(captured.graph, captured.left, "no lamina op for it"))
         )
     return lower(captured, fallback)
+
+
+def _unfused(
+    gm: fx.GraphModule, example_inputs: list[Any], reason: str, fallback: str, report: CompileReport | None
+) -> Callable[..., Any]:
+    _log.info("graph left as it is: %s", reason)
+    if report is not None:
+        report.graphs.append(GraphReport(whole=reason, eager=_left(gm.graph, {}, reason)))
+    if fallback == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, example_inputs)
+    return gm.forward
 
 
 def _not_ours(example_inputs: list[Any]) -> str | None:

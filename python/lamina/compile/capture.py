@@ -330,6 +330,8 @@ class Captured:
     def __post_init__(self) -> None:
         # A copy: Dynamo goes on reading the graph it gave away.
         self._constants = 0
+        # Merged weights are found again while they live: lowering makes all constants once more.
+        self._made: list[tuple[Tensor, ...]] = []
         self.graph = fx.Graph()
         self.graph.output(self.graph.graph_copy(self.module.graph, {}))
         self.module = fx.GraphModule(self.module, self.graph)
@@ -405,8 +407,9 @@ class Captured:
                 known.update(zip(fold.outputs, made, strict=True))
             return make(*(known[self.position.get(node, node)] for node in sources))
 
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             values = composed(*(self.example_inputs[i] for i in inputs))
+        self._made.append(values)
         last = next(node for node in self.graph.nodes if node.op != "placeholder")
         outputs = []
         for value in values:

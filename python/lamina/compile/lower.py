@@ -49,7 +49,7 @@ class Lowered:
         return self._run(*inputs, *constants)
 
     def _refresh(self, inputs: Any) -> tuple[Tensor, ...]:
-        with self._lock, torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             made = [tensor for fold in self._folds for tensor in fold.make(*(inputs[i] for i in fold.sources))]
             sources = dict.fromkeys(i for fold in self._folds for i in fold.sources)
             known = tuple((i, inputs[i], inputs[i].data_ptr(), inputs[i]._version) for i in sources)

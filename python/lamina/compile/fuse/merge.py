@@ -5,11 +5,12 @@ its rows once. The results are views of the columns of one tensor; attention tak
 stay apart (their weights are not the model's own, or one has an activation in its epilogue), int8 layers still share
 one quantization.
 
-The merged weight is no second copy of the model: each parameter becomes a view of its rows of it, so that loading or
+The merged weight is no second copy of the model: each parameter moves to its rows of it, so that loading or
 editing the parameter in place edits the merged weight. Parameters that share memory with anything else are left where
 they are, and the merged weight is a copy that is made again when they change.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -143,30 +144,39 @@ def _beside(captured: Captured) -> Callable[..., tuple[Tensor]]:
     return lambda *tensors: (adjacent(tensors, move=captured.move_parameters),)
 
 
+# Merged tensors by the address they start at, for the next graph of the same model.
+_wholes: dict[int, weakref.ref[Tensor]] = {}
+
+
 def adjacent(tensors: tuple[Tensor, ...] | list[Tensor], *, move: bool) -> Tensor:
     """The tensors one behind the other along their first dimension, as one tensor.
 
-    With `move` they become views of its parts where nothing else can notice: each alone owns its memory. Tensors that
-    already lie so are not copied again.
+    With `move` they become parts of its memory where nothing else can notice: each alone owns its own. To torch, and to
+    whoever saves them, each part is a tensor with a storage of exactly its size, as before.
     """
-    first = tensors[0]
-    if _lie_adjacent(tensors):
-        rows = sum(t.shape[0] for t in tensors)
-        return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    known = _wholes.get(tensors[0].data_ptr())
+    whole = None if known is None else known()
+    if whole is not None and _lie_in(whole, tensors):
+        return whole
     whole = torch.cat([t.detach() for t in tensors])
     if move and all(map(_owns_memory, tensors)):
-        for tensor, part in zip(tensors, whole.split([t.shape[0] for t in tensors]), strict=True):
-            tensor.data = part
+        memory = whole.view(-1).view(torch.uint8).numpy()
+        start = 0
+        for tensor in tensors:
+            end = start + tensor.nbytes
+            tensor.data = torch.from_numpy(memory[start:end]).view(tensor.dtype).view(tensor.shape)
+            start = end
+        _wholes[whole.data_ptr()] = weakref.ref(whole)
     return whole
 
 
-def _lie_adjacent(tensors: tuple[Tensor, ...] | list[Tensor]) -> bool:
-    end, storage = tensors[0].data_ptr(), tensors[0].untyped_storage().data_ptr()
+def _lie_in(whole: Tensor, tensors: tuple[Tensor, ...] | list[Tensor]) -> bool:
+    end = whole.data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage or not tensor.is_contiguous():
+        if tensor.data_ptr() != end or tensor.dtype != whole.dtype or not tensor.is_contiguous():
             return False
         end += tensor.nbytes
-    return True
+    return end == whole.data_ptr() + whole.nbytes
 
 
 def _owns_memory(tensor: Tensor) -> bool:
