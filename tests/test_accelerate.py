@@ -860,6 +860,70 @@ def test_a_compiled_model_is_an_ordinary_model(race, tmp_path):
     assert again.report.error < 0.05
 
 
+def test_models_of_one_class_do_not_use_up_each_others_graphs(race):
+    """Dynamo keeps eight graphs for a piece of code; each model brings a frame of its own."""
+    x = torch.randn(4, 32)
+    kept = [lamina.accelerate(Fused().eval(), (x,)) for _ in range(10)]
+    assert {fast.report.form for fast in kept} == {"swapped layers, compiled"}
+    with torch.no_grad():
+        assert all(runs_a_graph(fast.model, x) for fast in kept)
+
+
+def test_a_model_that_is_torchs_own_container(race):
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)).eval(), torch.randn(4, 16)
+    fast = lamina.accelerate(model, (x,))
+    assert fast.report.form == "swapped layers, compiled"
+    with torch.no_grad():
+        assert_lossy(fast.model(x), model(x), min_sqnr_db=INT8_MODEL_SQNR_DB)
+
+
+def test_a_graph_with_nothing_fused_is_not_kept(race):
+    """It could only win by chance."""
+    fast = lamina.accelerate(nn.Sequential(nn.Linear(16, 16)).eval(), (torch.randn(4, 16),))
+    assert fast.report.form == "swapped layers"
+    assert fast.report.forms[1].reason.startswith("nothing in it to fuse; 1 graph")
+
+
+def test_a_model_that_was_compiled_in_place(race):
+    """The copy starts without a graph; the original keeps its own."""
+    model, x = Fused().eval(), torch.randn(4, 32)
+    model.compile(backend="eager")
+    graph = model._compiled_call_impl
+    fast = lamina.accelerate(model, (x,))
+    assert fast.report.form == "swapped layers, compiled"
+    assert model._compiled_call_impl is graph
+
+
+def test_a_wrapped_model_is_refused():
+    with pytest.raises(ValueError, match=r"wrapped by torch\.compile; give the one inside, model\._orig_mod"):
+        lamina.accelerate(torch.compile(mlp(), backend="eager"), (torch.randn(4, 20),))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripted_models_stay_as_they_are(race):
+    model, x = torch.jit.script(mlp()), torch.randn(4, 20)
+    fast = lamina.accelerate(model, (x,))
+    assert (fast.report.form, fast.report.decisions) == ("original", ())
+    assert "it is TorchScript, which Dynamo does not read" in fast.report.forms[0].reason
+    assert_exact(fast.model(x), model(x))
+
+
+def test_models_on_meta_are_refused():
+    with pytest.raises(ValueError, match="the model is on meta and has no values to compute with; load its weights"):
+        accelerate(mlp().to("meta"), (torch.randn(4, 20, device="meta"),))
+
+
+def test_layers_with_a_row_of_zeros():
+    model, x = mlp(), torch.randn(16, 20)
+    with torch.no_grad():
+        model[2].weight[4] = 0
+        model[2].weight[:, 7] = 0
+    fast = accelerate(model, (x,))
+    assert int8_layers(fast.model) == ["0", "2", "4"]
+    with torch.no_grad():
+        assert_lossy(fast.model(x), model(x), min_sqnr_db=INT8_MODEL_SQNR_DB)
+
+
 def test_the_original_is_not_compiled(race):
     model = Fused().eval()
     lamina.accelerate(model, (torch.randn(4, 32),))

@@ -8,7 +8,7 @@ against each other and checked against the original.
 import copy
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import cycle
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lamina.compile import CaptureError, compile_, uncompile_
 from lamina.configs import ConfigLike
 from lamina.running import ExampleInputs, caller, copied, floats, outputs, relative_error
-from lamina.swap import Candidate, FilterFn, LayerDecision, SwapReport, candidates, ordered
+from lamina.swap import Candidate, FilterFn, LayerDecision, SwapReport, candidates, is_compile_wrapper, ordered
 
 Progress = Callable[[str, int, int], None]
 
@@ -147,7 +147,8 @@ def accelerate(
         progress: called as progress(description, done, total).
 
     Raises TypeError for example inputs that are neither tuple nor dict, ValueError if the model gives no floating-point
-    output for them or `compile` is neither "auto" nor False; errors of the model itself pass through.
+    output for them, is on meta or is wrapped by torch.compile already, or `compile` is neither "auto" nor False; errors
+    of the model itself pass through.
 
     >>> fast = lamina.accelerate(model, (x,))
     >>> fast.model(x); print(fast.report)
@@ -155,6 +156,11 @@ def accelerate(
     started = time.perf_counter()
     if compile not in ("auto", False):
         raise ValueError(f"accelerate: compile is {compile!r}; use 'auto' or False")
+    if is_compile_wrapper(model):
+        raise ValueError(
+            "accelerate: the model is wrapped by torch.compile; give the one inside, model._orig_mod, which is "
+            "compiled here where that is faster"
+        )
     call = caller(example_inputs, _INPUTS)
     if max_model_error is None:
         max_model_error = 5 * max_error
@@ -170,6 +176,10 @@ def accelerate(
         expected = outputs(caller(example_inputs, _INPUTS), original)
         if not expected:
             raise ValueError("accelerate: the model gives no floating-point output for the example inputs")
+        if any(output.is_meta for output in expected):
+            raise ValueError(
+                "accelerate: the model is on meta and has no values to compute with; load its weights first"
+            )
         found = list(candidates(work, config, filter_fn))
         decided = {c.fqn: c for c in found if isinstance(c, LayerDecision)}
         tried = ordered([c for c in found if isinstance(c, Candidate)])
@@ -270,17 +280,22 @@ class _Race:
             self.forms.append(replace(form, seconds=seconds, reason=" ".join(str(failure).split())[:200]))
             return False
         why = None
-        if form.error > self.max_model_error:
+        if not report.fused:
+            why = "nothing in it to fuse"
+        elif form.error > self.max_model_error:
             why = f"error {form.error:.1e} is above max_model_error {self.max_model_error:g}"
         else:
-            before, after = self._against_original()
-            form = replace(form, speedup=before / after)
-            gain = (before / after) / (self.before / self.after)
-            if name.startswith(self.form):
-                gain = self._against_layers()
+            # The same layers with and without the graph are compared directly, others by way of the original.
+            gain = self._against_layers() if name.startswith(self.form) else None
+            if gain is None or gain >= _COMPILED_GAIN:
+                before, after = self._against_original()
+                form = replace(form, speedup=before / after)
+                gain = gain or before / after / (self.before / self.after)
+            else:
+                form = replace(form, speedup=gain * self.before / self.after)
             if gain < _COMPILED_GAIN:
                 why = f"{gain:.2f}x the speed of {self.form}, below {_COMPILED_GAIN:g}"
-            elif before / after < self.min_speedup:
+            elif form.speedup < self.min_speedup:
                 why = f"below min_speedup {self.min_speedup:g}"
         if why is not None:
             uncompile_(self.work)
@@ -321,26 +336,31 @@ class _ForSizes:
         self._compiled = module._compiled_call_impl
         parameters = inspect.signature(module.forward).parameters.values()
         self._names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
-        self._like = self._describe(args, kwargs)
+        self._positional = isinstance(example_inputs, tuple)
+        example = self._named(example_inputs, {}) if self._positional else example_inputs
+        self._keys = tuple(example)
+        self._like = _describe_call(example)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or self._describe(args, kwargs) != self._like:
-            return self._plain(*args, **kwargs)
-        # Inference mode, and tensors made in it, would each need a graph of their own.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._compiled(*map(_ordinary, args), **{name: _ordinary(value) for name, value in kwargs.items()})
+        if not torch.is_grad_enabled():
+            given = self._named(args, kwargs)
+            if _describe_call(given) == self._like and len(given) == len(args) + len(kwargs):
+                # Inference mode, tensors made in it, and another way to write the call would each need their own graph.
+                with torch.inference_mode(False), torch.no_grad():
+                    values = {key: _ordinary(given.get(key)) for key in self._keys}
+                    return self._compiled(*values.values()) if self._positional else self._compiled(**values)
+        return self._plain(*args, **kwargs)
 
-    def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-        """What a graph is compiled for: the arguments by name, sizes of tensors, and the state Dynamo guards."""
-        found = {"": (torch.get_num_threads(), torch.is_autocast_enabled("cpu"))}
-        for i, value in enumerate(args):
-            if value is not None:
-                found[self._names[i] if i < len(self._names) else i] = _describe(value)
-        for name, value in kwargs.items():
-            if value is not None:
-                found[name] = _describe(value)
-        return found
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+        """The arguments by name; positional ones that have none by position."""
+        names = (*self._names, *range(len(self._names), len(args)))
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _describe_call(arguments: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """What a graph is compiled for: the arguments, sizes of tensors, and the state Dynamo guards."""
+    state = torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    return {key: _describe(value) for key, value in arguments.items() if value is not None}, state
 
 
 def _ordinary(value: Any) -> Any:
@@ -351,7 +371,7 @@ def _ordinary(value: Any) -> Any:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype, value.requires_grad
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):

@@ -219,6 +219,15 @@ def describe(module: nn.Module) -> str:
 def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = None) -> SwapReport:
     """Replace the layers of `model` that `config` concerns, in place; nothing is measured.
 
+    Works on the layers a model is made of, whatever the model: nn.Linear and transformers' Conv1D for the linear
+    configs, attention of any transformers model that can exchange it for FusedAttention. A module that stands in several
+    places is replaced in all of them. A head that shares its weight with an embedding gets a copy of its own while the
+    embedding keeps its floats; the report says by how much memory grows then.
+
+    Left alone, with the reason in the report: layers in other dtypes than float32 and bfloat16, on other devices than
+    the CPU, with NaN or infinite weights, with hooks, parametrized or patched, compiled by torch.compile, subclasses
+    that may compute something else, and layers whose parent reads their weight instead of calling them.
+
     Args:
         model: any module. The weights of replaced layers no longer train; gradients still flow through them.
         config: a config, a sequence of configs, or a policy
@@ -257,8 +266,7 @@ def replacement(
         return "its forward was replaced by another function, which may compute something else"
     if getattr(site.module, "_compiled_call_impl", None) is not None:
         return "it is compiled by torch.compile; swap first, then compile"
-    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported, which takes a second
-    if dynamo is not None and any(isinstance(parent, dynamo.OptimizedModule) for parent, _ in site.places):
+    if any(is_compile_wrapper(parent) for parent, _ in site.places):
         return "torch.compile holds on to it; swap first, then compile"
     try:
         new = build()
@@ -283,6 +291,12 @@ def replacement(
         revert=put(site.module),
         note=note(new) if note is not None else "",
     )
+
+
+def is_compile_wrapper(module: nn.Module) -> bool:
+    """Whether `module` is what torch.compile(module) returns."""
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported, which takes a second
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 # Modules whose forward reads the weights of their Linear children instead of calling them.

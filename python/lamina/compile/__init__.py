@@ -199,8 +199,13 @@ def compile_(
 
     >>> report = lamina.compile.compile_(model, (x,)); print(report)
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(f"{type(module).__name__} cannot be compiled: it is TorchScript, which Dynamo does not read")
     report = CompileReport()
-    module.compile(backend=_Reporting(dict(options or {}), report), dynamic=dynamic)
+    graph = torch.compile(
+        _own_frame(module._call_impl), backend=_Reporting(dict(options or {}), report), dynamic=dynamic
+    )
+    module._compiled_call_impl = graph
     try:
         with torch.no_grad():
             if isinstance(example_inputs, Mapping):
@@ -221,6 +226,20 @@ def compile_(
 def uncompile_(module: nn.Module) -> None:
     """Undo `compile_`: calls run the module's own forward again."""
     module._compiled_call_impl = None
+
+
+def _own_frame(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` from a frame with code of its own.
+
+    Dynamo reads no frame of torch itself, such as nn.Sequential.forward, unless another one calls it. And it keeps
+    graphs by code, a few for each: models of one class would use up each other's.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace()
+    return run
 
 
 class _Reporting:
