@@ -220,9 +220,9 @@ def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = Non
     """Replace the layers of `model` that `config` concerns, in place; nothing is measured.
 
     Works on the layers a model is made of, whatever the model: nn.Linear and transformers' Conv1D for the linear
-    configs, attention of any transformers model that can exchange it for FusedAttention. A module that stands in several
-    places is replaced in all of them. A head that shares its weight with an embedding gets a copy of its own while the
-    embedding keeps its floats; the report says by how much memory grows then.
+    configs, attention of any transformers model that can exchange it for FusedAttention. A module that stands in
+    several places is replaced in all of them. A head that shares its weight with an embedding gets a copy of its own
+    while the embedding keeps its floats; the report says by how much memory grows then.
 
     Left alone, with the reason in the report: layers in other dtypes than float32 and bfloat16, on other devices than
     the CPU, with NaN or infinite weights, with hooks, parametrized or patched, compiled by torch.compile, subclasses
