@@ -107,6 +107,14 @@ LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {
 LAMINA_INLINE F32 reciprocal(F32 x) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), x.r)}; }
 LAMINA_INLINE F32 reciprocal_of_normal(F32 x) { return reciprocal(x); }
 
+// table[low four bits of each lane].
+LAMINA_INLINE F32 lookup16(const float* table, F32 bits) {
+  const __m256i at = _mm256_castps_si256(bits.r);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), at);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), at);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)))};
+}
+
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[8]) {
   __m256 t[8];

@@ -92,6 +92,11 @@ LAMINA_INLINE F32 reciprocal_of_normal(F32 x) {
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(x.r, y, _mm512_set1_ps(1.0f)), y, y)};
 }
 
+// table[low four bits of each lane].
+LAMINA_INLINE F32 lookup16(const float* table, F32 bits) {
+  return {_mm512_permutexvar_ps(_mm512_castps_si512(bits.r), _mm512_load_ps(table))};
+}
+
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[16]) {
   __m512 t[16];

@@ -103,6 +103,12 @@ LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {
 LAMINA_INLINE F32 reciprocal(F32 x) { return {1.0f / x.r}; }
 LAMINA_INLINE F32 reciprocal_of_normal(F32 x) { return reciprocal(x); }
 
+// table[low four bits of each lane].
+LAMINA_INLINE F32 lookup16(const float* table, F32 bits) {
+  const i32x4 at = (i32x4)bits.r & 15;
+  return {f32x4{table[at[0]], table[at[1]], table[at[2]], table[at[3]]}};
+}
+
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[4]) {
   const f32x4 low01 = __builtin_shufflevector(r[0].r, r[1].r, 0, 4, 1, 5);
