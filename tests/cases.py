@@ -22,6 +22,8 @@ from lamina.reference.layer_norm import layer_norm as layer_norm_reference
 from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
+from lamina.reference.weight_only_linear import dequantize
+from lamina.reference.weight_only_linear import weight_only_linear as weight_only_linear_reference
 
 
 @dataclass(frozen=True)
@@ -844,6 +846,172 @@ def gru_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
 
 def gru_suite() -> Suite:
     return Suite("gru", _rnn_cases("gru"), gru_truth, gru_check)
+
+
+# -- weight_only_linear
+
+
+def _packed_weight(weight: Tensor, group: int) -> tuple:
+    """The op's arguments that hold the weight: (data, scale, compensation)."""
+    if group:
+        return lamina.ops.pack_int4_weight(weight, group_size=group).data, None, None
+    return tuple(lamina.ops.pack_int8_weight(weight))
+
+
+def _weight_only_linear_case(
+    *lead: int,
+    k: int,
+    n: int,
+    group: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    bias: torch.dtype | None = torch.float32,
+    bias_step: int = 1,
+    activation: str = "none",
+    tags: str = "",
+) -> Case:
+    like = _int8_linear_case(
+        *lead, k=k, n=n, dtype=dtype, layout=layout, bias=bias, bias_step=bias_step, activation=activation, tags=tags
+    )
+
+    def make(generator: torch.Generator) -> tuple:
+        x, *_, b, _ = like.make(generator)
+        weight = torch.randn(n, k, generator=generator) / max(k, 1) ** 0.25
+        return x, *_packed_weight(weight, group), b, n, group, activation
+
+    return Case(f"{f'int4g{group}' if group else 'int8'}-{like.id}", make, like.tags)
+
+
+def _weight_only_linear_cases() -> list[Case]:
+    case = _weight_only_linear_case
+    bf16 = torch.bfloat16
+    cases = []
+    for group in (0, 32):
+        cases += [
+            case(0, k=8, n=8, group=group),
+            case(3, k=0, n=5, group=group),
+            case(3, k=8, n=0, group=group),
+            case(1, k=1, n=1, group=group, tags="one"),
+            case(k=17, n=19, group=group, tags="odd"),
+            case(2, 3, 5, k=24, n=10, group=group, dtype=bf16),
+            # Rows: tiles of 2, 6 and 8, and one more or less; 64 whose sums are held at once.
+            *(case(m, k=40, n=24, group=group, tags="odd") for m in (2, 3, 5, 7, 9, 65)),
+            # Channels: registers of 4, 8 and 16, panels of 64.
+            *(case(5, k=20, n=n, group=group, tags="odd") for n in (15, 16, 49, 65, 129)),
+            # Inputs: groups of 4, blocks of 16 and 32, pieces of 64.
+            *(case(5, k=k, n=21, group=group, tags="odd") for k in (2, 3, 16, 31, 33, 64, 65)),
+            *(case(3, k=k, n=21, group=group, dtype=bf16, tags="odd") for k in (15, 33)),
+            *(case(7, k=37, n=41, group=group, layout=name) for name in ("transposed", "sliced", "rows_repeated")),
+            case(7, k=37, n=41, group=group, dtype=bf16, layout="every_third"),
+            case(5, k=33, n=70, group=group, activation="silu", dtype=bf16, bias=bf16),
+            case(5, k=33, n=70, group=group, bias=None, activation="gelu"),
+            case(5, k=33, n=70, group=group, bias=bf16, bias_step=3, activation="relu"),
+            # Large enough for several threads, by panels and by rows.
+            case(3, k=515, n=900, group=group, tags="threads odd"),
+            case(600, k=130, n=63, group=group, tags="threads odd"),
+        ]
+    # Groups of several blocks, and a last one that is shorter by blocks and by inputs.
+    cases += [case(m, k=k, n=37, group=group, tags="odd") for group, m, k in ((64, 1, 31), (96, 5, 300), (128, 2, 193))]
+    return cases
+
+
+def _weight_only_weight(data: Tensor, scale: Tensor | None, out_features: int, in_features: int, group: int) -> Tensor:
+    if group == 0:
+        packed = lamina.ops.PackedInt8Weight(data, scale, data)
+        return dequantize(lamina.ops.unpack_int8_weight(packed, in_features), scale)
+    packed = lamina.ops.PackedInt4Weight(data, out_features, group)
+    return dequantize(*lamina.ops.unpack_int4_weight(packed, in_features), group)
+
+
+def weight_only_linear_truth(x, data, scale, compensation, bias, out_features, group_size, activation) -> Tensor:
+    weight = _weight_only_weight(data, scale, out_features, x.shape[-1], group_size)
+    return weight_only_linear_reference(x, weight, bias, activation)
+
+
+def weight_only_linear_check(actual: Tensor, inputs: tuple) -> None:
+    x, data, scale, _, bias, out_features, group_size, activation = inputs
+    assert actual.dtype == x.dtype
+    weight = _weight_only_weight(data, scale, out_features, x.shape[-1], group_size)
+    linear = weight_only_linear_reference(x, weight, bias)
+    rows = x.double().abs()
+    magnitude = rows @ weight.abs().T + (0.0 if bias is None else 2 * bias.double().abs())
+    # With VNNI x is fixed point below its row's largest: see FIXED_POINT_ERROR.
+    largest = rows.amax(dim=-1, keepdim=True) if x.shape[-1] else rows.new_zeros(*x.shape[:-1], 1)
+    fixed_point = tolerances.FIXED_POINT_ERROR * largest * weight.abs().sum(dim=1)
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    extra = slope * fixed_point + tolerances.activation_error(activation, linear)
+    tolerances.assert_sum(
+        actual,
+        weight_only_linear_truth(*inputs),
+        # The products, two scales and the bias.
+        terms=x.shape[-1] + 3,
+        magnitude=slope * magnitude,
+        extra=extra,
+        what=activation,
+    )
+
+
+def weight_only_linear_suite() -> Suite:
+    return Suite(
+        "weight_only_linear", tuple(_weight_only_linear_cases()), weight_only_linear_truth, weight_only_linear_check
+    )
+
+
+# -- weight_only_linear_backward
+
+
+def _weight_only_linear_backward_case(*lead: int, k: int, n: int, group: int, **rest) -> Case:
+    like = _int8_linear_backward_case(*lead, k=k, n=n, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        grad, *_ = like.make(generator)
+        weight = torch.randn(n, k, generator=generator) / max(n, 1) ** 0.5
+        return grad, *_packed_weight(weight, group)[:2], k, group
+
+    return Case(f"{f'int4g{group}' if group else 'int8'}-{like.id}", make, like.tags)
+
+
+def weight_only_linear_backward_truth(grad, data, scale, in_features, group_size) -> Tensor:
+    return grad.double() @ _weight_only_weight(data, scale, grad.shape[-1], in_features, group_size)
+
+
+def weight_only_linear_backward_check(actual: Tensor, inputs: tuple) -> None:
+    grad, data, scale, in_features, group_size = inputs
+    weight = _weight_only_weight(data, scale, grad.shape[-1], in_features, group_size)
+    magnitude = grad.double().abs() @ weight.abs()
+    # The dequantized weight is rounded to the dtype of grad before the product.
+    rounding = tolerances.eps(grad.dtype) * magnitude
+    tolerances.assert_sum(
+        actual,
+        weight_only_linear_backward_truth(*inputs),
+        terms=grad.shape[-1],
+        magnitude=magnitude,
+        extra=rounding,
+    )
+
+
+def weight_only_linear_backward_suite() -> Suite:
+    case = _weight_only_linear_backward_case
+    cases = []
+    for group in (0, 64):
+        cases += [
+            case(0, k=8, n=8, group=group),
+            case(2, 3, k=0, n=4, group=group),
+            case(1, k=1, n=1, group=group, tags="one"),
+            case(k=17, n=19, group=group, tags="odd"),
+            case(5, k=77, n=67, group=group, tags="odd"),
+            case(2, 3, k=24, n=10, group=group),
+            case(7, k=37, n=41, group=group, dtype=torch.bfloat16),
+            case(7, k=37, n=41, group=group, layout="sliced"),
+            case(131, k=197, n=257, group=group, tags="threads odd"),
+        ]
+    return Suite(
+        "weight_only_linear_backward",
+        tuple(cases),
+        weight_only_linear_backward_truth,
+        weight_only_linear_backward_check,
+        own_kernel=False,
+    )
 
 
 SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}

@@ -52,6 +52,8 @@ LAST_TABLE = {
     ("gru", torch.bfloat16): "gru_cell_table",
     ("lstm", torch.float32): "lstm_cell_table",
     ("lstm", torch.bfloat16): "lstm_cell_table",
+    ("weight_only_linear", torch.float32): "weight_only_gemm_f32_table",
+    ("weight_only_linear", torch.bfloat16): "weight_only_gemm_bf16_table",
     ("layer_norm", torch.float32): "norm_rows_f32_table",
     ("layer_norm", torch.bfloat16): "norm_rows_bf16_table",
     ("rms_norm", torch.float32): "norm_rows_f32_table",

@@ -136,7 +136,7 @@ def test_refuses_other_numbers_of_features(layer, features):
 
 def test_what_is_known_of_the_weight_costs_no_values(layer, monkeypatch):
     """T5 asks for its weight's dtype on every call."""
-    module = sys.modules["lamina.nn.int8_linear"]
+    module = sys.modules["lamina.nn.packed_linear"]
     monkeypatch.setattr(module, "unpack_int8_weight", lambda *args: pytest.fail("the weight was computed"))
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)

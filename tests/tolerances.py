@@ -26,6 +26,10 @@ EXP2_ERROR = 2.4e-7
 # Absolute error of a sigmoid or tanh gate of a recurrent cell, csrc/cpu/kernels/rnn_cell.h.
 GATE_ERROR = 3e-7
 
+# weight_only_linear with VNNI: a row is rounded to multiples of a power of two of which its largest value is at least
+# 8355711 / 2, so that rounding moves a value by at most this part of the largest.
+FIXED_POINT_ERROR = 1 / 8355711
+
 # |actual - truth| <= absolute + relative * |x| of each fused activation, beside the rounding to the output's dtype.
 #
 # gelu: piecewise cubics, 5e-6; beyond |x| = 4.75 what is left of |x| Phi(-|x|) is held at 5e-6.
@@ -62,6 +66,10 @@ ACTIVATION_SLOPE = {
 # whose noises add up keeps 10 log10(12) = 11 dB less.
 INT8_LAYER_SQNR_DB = 35.0
 INT8_MODEL_SQNR_DB = 24.0
+
+# int4 in groups of 32: a step is an eighth of the largest of a group, 2.1 standard deviations of normal data. Its
+# noise of (2.1 / 8)^2 / 12 leaves 22.4 dB, less what values beyond code 7 lose. Weights only, so a layer keeps it.
+INT4_LAYER_SQNR_DB = 20.5
 
 
 def eps(dtype: torch.dtype) -> float:

@@ -15,6 +15,7 @@
 #include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
 #include "ops/rnn.h"
+#include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
 #include "cuda/device.h"
@@ -54,6 +55,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm", &layer_norm, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("quantize_rows", &quantize_rows, no_gil);
+  m.def("weight_only_linear", &weight_only_linear, no_gil);
+  m.def("weight_only_linear_pack", &weight_only_linear_pack, no_gil);
+  m.def("weight_only_linear_unpack", &weight_only_linear_unpack, no_gil);
+  m.def("weight_only_linear_packed_size", &weight_only_linear_packed_size);
 
   m.def("lstm", &lstm, no_gil);
   m.def("rnn_fingerprint", &rnn_fingerprint, no_gil);

@@ -28,6 +28,26 @@ inline constexpr long kInt8WorkPerThread = 1L << 20;
 // Fewer elements than this are not worth waking another thread for.
 inline constexpr long kQuantizeWorkPerThread = 1L << 15;
 
+// -- weight_only_gemm
+
+// Inputs of a panel that are floats at once where the kernel multiplies floats: 64 of 64 channels are 16 KiB, half of a
+// small L1. A multiple of the int4 block.
+inline constexpr int kWeightOnlyPiece = 64;
+
+// Bytes of weights between the one that is read and the one that is asked for from memory: in one stream for int8, in
+// each of the four slices of a panel for int4. Without, reading from memory is a quarter slower.
+inline constexpr int kWeightOnlyAhead = 8192;
+inline constexpr int kWeightOnlyAheadInt4 = 4096;
+
+// Prepared rows that stay in L2 while panels of weights pass over them.
+inline constexpr int kWeightOnlyRowBlockBytes = 384 * 1024;
+
+// Rows that are prepared at once: as many as keep the scratch memory small, beyond which weights are read again.
+inline constexpr int kWeightOnlyChunkBytes = 8 * 1024 * 1024;
+
+// Fewer multiply-adds than this are not worth waking a second thread for (about 5 us on one core).
+inline constexpr long kWeightOnlyWorkPerThread = 1L << 18;
+
 // -- attention
 
 // Keys that go by between two steps of the online softmax. With 64 rows their scores are 64 KiB, as are K and V at head

@@ -7,6 +7,7 @@
 #include "cpu/kernels/int8_gemm.h"
 #include "cpu/tuning.h"
 #include "ops/checks.h"
+#include "ops/epilogue.h"
 #include "ops/parallel.h"
 #include "ops/quantize_rows.h"
 #include "ops/workspace.h"
@@ -50,17 +51,6 @@ struct PackedShape {
   }
   fail(kOp, "packed_weight.data has ", bytes, " bytes, but a weight [", shape.n, ", ", shape.k, "] takes ",
        shape.bytes());
-}
-
-Activation parse_activation(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "quick_gelu") return Activation::quick_gelu;
-  if (name == "silu") return Activation::silu;
-  if (name == "tanh") return Activation::tanh;
-  fail(kOp, "activation '", name, "' is unknown; use none, relu, gelu, gelu_tanh, quick_gelu, silu or tanh");
 }
 
 // int8 codes -> the same with the offset.
@@ -144,23 +134,6 @@ void multiply(const OffsetCodes& x, int64_t rows, const PackedShape& shape, cons
             .out_inverse = call.out_inverse});
     }
   });
-}
-
-// bias as contiguous float32; a copy lives in `frame`.
-const float* float_bias(const TensorView& bias, int64_t n, WorkspaceFrame& frame) {
-  check_dtype(kOp, "bias", bias, {DType::float32, DType::bfloat16});
-  check_shape(kOp, "bias", bias, {n});
-  if (bias.dtype == DType::float32 && bias.is_contiguous()) return bias.as<float>();
-  float* copy = frame.take<float>(n);
-  for (int64_t i = 0; i < n; ++i) {
-    if (bias.dtype == DType::float32) {
-      copy[i] = bias.as<float>()[i * bias.stride(0)];
-    } else {
-      const uint32_t bits = uint32_t(bias.as<bf16>()[i * bias.stride(0)].bits) << 16;
-      std::memcpy(&copy[i], &bits, 4);
-    }
-  }
-  return copy;
 }
 
 EpilogueMatrix epilogue_matrix(const char* what, const TensorView& t, int64_t rows, int64_t n) {
@@ -264,9 +237,9 @@ void int8_linear(const TensorView& x, const TensorView& data, const TensorView& 
   Call call{.data = data.as<int8_t>(),
             .compensation = compensation.as<int32_t>(),
             .scale = scale.as<float>(),
-            .bias = bias ? float_bias(*bias, shape.n, frame) : nullptr,
+            .bias = bias ? float_bias(kOp, *bias, shape.n, frame) : nullptr,
             .residual = {},
-            .activation = parse_activation(activation),
+            .activation = parse_activation(kOp, activation),
             .out = {},
             .out_inverse = 0};
   if (residual) {

@@ -51,6 +51,26 @@ class Int8Static(Config):
 
 
 @dataclass(frozen=True)
+class Int8WeightOnly(Config):
+    """nn.Linear -> lamina.nn.Int8WeightOnlyLinear: int8 weights per channel, float activations; for few rows."""
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(Config):
+    """nn.Linear -> lamina.nn.Int4WeightOnlyLinear: int4 weights in groups of inputs, float activations; for few rows.
+
+    group_size: inputs that share a scale, a multiple of 32. 32 takes 14.1% of the float32 bytes; larger groups take
+    less and are less accurate.
+    """
+
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.group_size <= 0 or self.group_size % 32:
+            raise ValueError(f"Int4WeightOnly: group_size is {self.group_size}, but must be a positive multiple of 32")
+
+
+@dataclass(frozen=True)
 class FusedAttention(Config):
     """Attention -> lamina.ops.attention: transformers models (attn_implementation="lamina") and reference models."""
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from lamina.errors import FormatError
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
-from lamina.ops.int8_linear import pack_int8_weight
+from lamina.nn.packed_linear import PackedLinear
+from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 FORMAT_VERSION = 1
 
 # The layers that take the place of a linear one. Each has `options()`, the constructor's keyword arguments in JSON.
-_LAYERS = (Int8Linear,)
+_LAYERS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear)
 
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -76,7 +77,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
 def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     """Load a file written by `save` into `model`, in place; returns the metadata given to `save`.
 
-    `model` is the float model or one already swapped: nn.Linear layers become Int8Linear where the file has them.
+    `model` is the float model or one already swapped: nn.Linear layers become what the file has in their places.
 
     Raises FileNotFoundError, and FormatError if the file is truncated, foreign, from a newer lamina or does not fit the
     model. Everything is checked first: on an error the model is as it was.
@@ -91,28 +92,28 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     rest = {name: t for name, t in tensors.items() if not name.startswith(inside)} if inside else tensors
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if not (inside and name.startswith(inside))}
     quantized_here = {
-        f"{fqn}.{name}"
+        fqn: module
         for fqn, module in model.named_modules()
-        if isinstance(module, Int8Linear) and fqn not in replacements
-        for name in ("weight_scale", "input_scale")
+        if isinstance(module, PackedLinear) and fqn not in replacements
     }
-    missing = sorted(own.keys() - rest.keys() - quantized_here)
+    found_here = {f"{fqn}.{name}" for fqn in quantized_here for name in ("weight_scale", "input_scale")}
+    missing = sorted(own.keys() - rest.keys() - found_here)
     surplus = sorted(rest.keys() - own.keys())
     if missing or surplus:
         raise FormatError(f"{path.name} does not fit this model: {_names('lacks', missing)}{_names('has', surplus)}")
+    packed = {f"{fqn}.weight" for fqn in quantized_here}
     for name, tensor in rest.items():
-        if tensor.shape != own[name].shape:
+        if name not in packed and tensor.shape != own[name].shape:
             raise FormatError(
                 f"{path.name} does not fit this model: {name} is {list(tensor.shape)}, "
                 f"but {list(own[name].shape)} in the model"
             )
-    for fqn, module in model.named_modules():
-        if isinstance(module, Int8Linear) and fqn not in replacements:
-            weight, scale = rest[f"{fqn}.weight"], rest.get(f"{fqn}.weight_scale")
-            try:
-                pack_int8_weight(weight, None if weight.is_floating_point() else scale)
-            except ValueError as error:
-                raise FormatError(f"{path.name} does not fit this model: {fqn}.weight: {error}") from None
+    for fqn, module in quantized_here.items():
+        name = f"{fqn}.weight"
+        try:
+            module.pack_saved(rest[name], rest.get(f"{fqn}.weight_scale"), name)
+        except ValueError as error:
+            raise FormatError(f"{path.name} does not fit this model: {error}") from None
 
     for fqn, layer in replacements.items():
         parent, _, child = fqn.rpartition(".")
@@ -169,10 +170,11 @@ def _build_layers(
         linear = target if isinstance(target, _LAYERS) else as_linear(target)
         if linear is None:
             raise FormatError(f"{path.name} does not fit this model: '{fqn}' is a {type(target).__name__}")
-        if not fqn or tuple(weight.shape) != (linear.out_features, linear.in_features):
+        shape = made.saved_shape(linear.out_features, linear.in_features)
+        if not fqn or tuple(weight.shape) != shape:
             raise FormatError(
                 f"{path.name} does not fit this model: {fqn}.weight is {list(weight.shape)}, "
-                f"but [{linear.out_features}, {linear.in_features}] in the model"
+                f"but {list(shape)} in the model"
             )
         state = {name.removeprefix(f"{fqn}."): t for name, t in tensors.items() if name.startswith(f"{fqn}.")}
         sizes = linear.in_features, linear.out_features, linear.bias is not None

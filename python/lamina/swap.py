@@ -4,6 +4,7 @@ A handler turns one config into candidates; it is registered for the config's ty
 knows a model by name, and a layer that cannot be taken is never an error: it is left alone and the report says why.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,22 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lamina.configs import Config, ConfigLike, FusedAttention, FusedRNN, Int8Dynamic, Int8Static, resolve
+from lamina.configs import (
+    Config,
+    ConfigLike,
+    FusedAttention,
+    FusedRNN,
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8Static,
+    Int8WeightOnly,
+    resolve,
+)
 from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.rnn import GRU, LSTM
+from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.quant.calibration import Calibration, observe
 from lamina.quant.observers import make_observer
 from lamina.running import FilterFn
@@ -394,6 +406,17 @@ def _int8_static(site: Site, config: Config) -> Candidate | str | None:
         return Int8Linear.from_float(linear, input_scale=config.calibration.scale(site.fqn))
 
     return replace_linear(site, build)
+
+
+@handles(Int8WeightOnly)
+def _int8_weight_only(site: Site, config: Config) -> Candidate | str | None:
+    return replace_linear(site, Int8WeightOnlyLinear.from_float)
+
+
+@handles(Int4WeightOnly)
+def _int4_weight_only(site: Site, config: Int4WeightOnly) -> Candidate | str | None:
+    build = functools.partial(Int4WeightOnlyLinear.from_float, group_size=config.group_size)
+    return replace_linear(site, build, kernels="int4 kernels")
 
 
 @handles(FusedAttention)

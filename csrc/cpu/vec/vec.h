@@ -8,6 +8,7 @@
 //   round_even, to_codes              round half to even, the one rounding rule of the library
 //   max, min                          return the second operand when either is NaN
 //   transpose, reduce_add_each        of as many registers as one has lanes
+//   shift_left, shift_right(I32)      by n < 32 bits; to the right the sign comes in
 //   max(I32), abs_bits                order floats by their bits: exact, and a NaN wins over everything
 #pragma once
 

@@ -157,6 +157,9 @@ LAMINA_INLINE float reduce_add(F32 x) {
 LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm256_set1_epi32(x)}; }
 LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.r, b.r)}; }
+LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.r, b.r)}; }
+LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm256_slli_epi32(x.r, n)}; }
+LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm256_srai_epi32(x.r, n)}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.r)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) {
   return {_mm256_and_si256(_mm256_castps_si256(x.r), _mm256_set1_epi32(0x7fffffff))};

@@ -150,6 +150,9 @@ LAMINA_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x.r); }
 LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.r, b.r)}; }
+LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.r, b.r)}; }
+LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm512_slli_epi32(x.r, unsigned(n))}; }
+LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm512_srai_epi32(x.r, unsigned(n))}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.r)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) {
   return {_mm512_and_si512(_mm512_castps_si512(x.r), _mm512_set1_epi32(0x7fffffff))};

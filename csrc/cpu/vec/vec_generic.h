@@ -145,6 +145,12 @@ LAMINA_INLINE I32 operator-(I32 a, I32 b) {
   typedef uint32_t u32x4 __attribute__((vector_size(16)));
   return {(i32x4)((u32x4)a.r - (u32x4)b.r)};
 }
+LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {a.r & b.r}; }
+LAMINA_INLINE I32 shift_left(I32 x, int n) {
+  typedef uint32_t u32x4 __attribute__((vector_size(16)));
+  return {(i32x4)((u32x4)x.r << uint32_t(n))};
+}
+LAMINA_INLINE I32 shift_right(I32 x, int n) { return {x.r >> n}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {__builtin_convertvector(x.r, f32x4)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) { return {(i32x4)x.r & 0x7fffffff}; }
 LAMINA_INLINE I32 max(I32 a, I32 b) { return {a.r > b.r ? a.r : b.r}; }

@@ -5,5 +5,15 @@ from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
 from lamina.nn.rnn import GRU, LSTM
+from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
-__all__ = ["GRU", "LSTM", "Int8Linear", "LoRALinear", "QATLinear", "ScaledDotProductAttention"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Int4WeightOnlyLinear",
+    "Int8Linear",
+    "Int8WeightOnlyLinear",
+    "LoRALinear",
+    "QATLinear",
+    "ScaledDotProductAttention",
+]

@@ -7,16 +7,26 @@ from lamina.ops.layer_norm import layer_norm
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
+from lamina.ops.weight_only_linear import (
+    PackedInt4Weight,
+    pack_int4_weight,
+    unpack_int4_weight,
+    weight_only_linear,
+)
 
 __all__ = [
+    "PackedInt4Weight",
     "PackedInt8Weight",
     "attention",
     "gru",
     "int8_linear",
     "layer_norm",
     "lstm",
+    "pack_int4_weight",
     "pack_int8_weight",
     "quantize_rows",
     "rms_norm",
+    "unpack_int4_weight",
     "unpack_int8_weight",
+    "weight_only_linear",
 ]

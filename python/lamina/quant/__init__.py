@@ -6,7 +6,14 @@ Names are imported when they are first used: the ops need `weights`, and what ne
 from importlib import import_module
 from typing import Any
 
-from lamina.quant.weights import dequantize_weight, quantize_weight
+from lamina.quant.weights import (
+    dequantize_weight,
+    dequantize_weight_groups,
+    pack_nibbles,
+    quantize_weight,
+    quantize_weight_groups,
+    unpack_nibbles,
+)
 
 _HOME = {
     "Calibration": "calibration",
@@ -29,7 +36,15 @@ _HOME = {
     "smooth_": "smooth",
 }
 
-__all__ = [*_HOME, "dequantize_weight", "quantize_weight"]
+__all__ = [
+    *_HOME,
+    "dequantize_weight",
+    "dequantize_weight_groups",
+    "pack_nibbles",
+    "quantize_weight",
+    "quantize_weight_groups",
+    "unpack_nibbles",
+]
 
 
 def __getattr__(name: str) -> Any:

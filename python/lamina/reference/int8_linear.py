@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lamina.reference.quantize_rows import quantize_rows
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "none": lambda x: x,
     "relu": torch.relu,
     "gelu": F.gelu,
@@ -38,7 +38,7 @@ def int8_linear(
         y = y + bias.double()
     if residual is not None:
         y = y + residual.double()
-    return _ACTIVATIONS[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def requantize(y: Tensor, out_scale: Tensor) -> Tensor:

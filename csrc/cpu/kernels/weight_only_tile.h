@@ -1,0 +1,37 @@
+// The part of weight_only_gemm that every variant shares: bias, activation and the output of one tile.
+#pragma once
+
+#include "cpu/kernels/int8_tile.h"
+#include "cpu/kernels/weight_only_gemm.h"
+
+namespace lamina::LAMINA_ISA {
+namespace {
+
+template <Activation A, class Out>
+void finish_values(const WeightOnlyGemmArgs<Out>& a, const float* values, int64_t row, int rows) {
+  for (int c = 0; c < a.channels; c += F32::lanes) {
+    const int n = a.channels - c < F32::lanes ? a.channels - c : F32::lanes;
+    const F32 bias = a.bias ? load_up_to(a.bias + c, n) : zero();
+    for (int r = 0; r < rows; ++r) {
+      const F32 y = load(values + r * tuning::kInt8PanelChannels + c) + bias;
+      store_up_to(a.out + (row + r) * a.ldo + c, activate<A>(y), n);
+    }
+  }
+}
+
+// values [rows, 64], already scaled, of the rows from `row` on -> out.
+template <class Out>
+void finish_values(const WeightOnlyGemmArgs<Out>& a, const float* values, int64_t row, int rows) {
+  switch (a.activation) {
+    case Activation::none: return finish_values<Activation::none>(a, values, row, rows);
+    case Activation::relu: return finish_values<Activation::relu>(a, values, row, rows);
+    case Activation::gelu: return finish_values<Activation::gelu>(a, values, row, rows);
+    case Activation::gelu_tanh: return finish_values<Activation::gelu_tanh>(a, values, row, rows);
+    case Activation::quick_gelu: return finish_values<Activation::quick_gelu>(a, values, row, rows);
+    case Activation::silu: return finish_values<Activation::silu>(a, values, row, rows);
+    case Activation::tanh: return finish_values<Activation::tanh>(a, values, row, rows);
+  }
+}
+
+}  // namespace
+}  // namespace lamina::LAMINA_ISA

@@ -1,0 +1,17 @@
+// What the linear ops have in common at their end: the activation by name, and the bias.
+#pragma once
+
+#include <string>
+
+#include "cpu/kernels/int8_gemm.h"
+#include "ops/tensor.h"
+#include "ops/workspace.h"
+
+namespace lamina {
+
+Activation parse_activation(const char* op, const std::string& name);
+
+// bias [n] float32 or bfloat16 as contiguous float32; a copy lives in `frame`.
+const float* float_bias(const char* op, const TensorView& bias, int64_t n, WorkspaceFrame& frame);
+
+}  // namespace lamina

@@ -1,0 +1,201 @@
+"""weight_only_linear: a linear layer with int8 or int4 weights and float activations, for memory-bound decoding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamina import _C
+from lamina.ops.int8_linear import ACTIVATIONS, PackedInt8Weight, unpack_int8_weight
+from lamina.ops.library import define
+from lamina.quant.weights import dequantize_weight, dequantize_weight_groups, quantize_weight_groups
+
+
+class PackedInt4Weight(NamedTuple):
+    """An int4 weight [N, K] with its scales, in the order the kernels read it. One layout serves every instruction set.
+
+    data: uint8 [packed bytes], two codes a byte and a bfloat16 scale for each group of a channel; out_features: N;
+    group_size: inputs that share a scale, weight = code * scale.
+    """
+
+    data: Tensor
+    out_features: int
+    group_size: int
+
+
+def pack_int4_weight(weight: Tensor, scale: Tensor | None = None, *, group_size: int = 32) -> PackedInt4Weight:
+    """Pack a weight [N, K] for `weight_only_linear`.
+
+    `weight` is floating point and quantized here (`lamina.quant.quantize_weight_groups`), or int8 codes in [-8, 7] with
+    their `scale` [N, ceil(K / group_size)]. `group_size` is a multiple of 32; the last group of a channel may be
+    shorter. Raises ValueError for NaN or infinite values or scales and for codes outside [-8, 7].
+
+    >>> packed = lamina.ops.pack_int4_weight(torch.randn(3072, 768))
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"pack_int4_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
+    if weight.device.type != "cpu":
+        raise ValueError(f"pack_int4_weight: weight is on {weight.device}, but int4 kernels run on the CPU")
+    if weight.is_floating_point():
+        if scale is not None:
+            raise ValueError("pack_int4_weight: scale goes with int8 codes, but the weight is floating point")
+        weight, scale = quantize_weight_groups(weight, group_size)
+    elif scale is None:
+        raise ValueError("pack_int4_weight: codes need their scale")
+    n, k = weight.shape
+    data = torch.empty(_C.weight_only_linear_packed_size(n, k, group_size), dtype=torch.uint8)
+    _C.weight_only_linear_pack(weight.contiguous(), scale.detach().to(torch.bfloat16).contiguous(), group_size, data)
+    return PackedInt4Weight(data, n, group_size)
+
+
+def unpack_int4_weight(packed: PackedInt4Weight, in_features: int) -> tuple[Tensor, Tensor]:
+    """(codes int8 [N, in_features], scale bfloat16 [N, groups]) of a packed weight.
+
+    `pack_int4_weight(codes, scale, group_size=packed.group_size)` is the inverse.
+    """
+    data, n, group_size = packed
+    codes = torch.empty(n, in_features, dtype=torch.int8)
+    scale = torch.empty(n, -(-in_features // group_size), dtype=torch.bfloat16)
+    _C.weight_only_linear_unpack(data, group_size, codes, scale)
+    return codes, scale
+
+
+def _cpu(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    compensation: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> Tensor:
+    if x.ndim == 0:
+        raise ValueError("weight_only_linear: x is a scalar, but must have at least one dimension, [..., K]")
+    out = x.new_empty(*x.shape[:-1], out_features)
+    # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    out_rows = out if out.ndim == 2 else out.view(rows.shape[0], out_features)
+    _C.weight_only_linear(rows, data, scale, compensation, bias, group_size, activation, out_rows)
+    return out
+
+
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    compensation: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> Tensor:
+    torch._check(x.ndim >= 1, lambda: "weight_only_linear: x must have at least one dimension")
+    torch._check(x.dtype in (torch.float32, torch.bfloat16), lambda: f"weight_only_linear: x is {x.dtype}")
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_op = define(
+    "weight_only_linear(Tensor x, Tensor data, Tensor? scale, Tensor? compensation, Tensor? bias, int out_features, "
+    "int group_size, str activation) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def _backward_cpu(grad: Tensor, data: Tensor, scale: Tensor | None, in_features: int, group_size: int) -> Tensor:
+    if group_size == 0:
+        weight = dequantize_weight(unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features), scale)
+    else:
+        packed = PackedInt4Weight(data, grad.shape[-1], group_size)
+        weight = dequantize_weight_groups(*unpack_int4_weight(packed, in_features), group_size)
+    return grad @ weight.to(grad.dtype)
+
+
+def _backward_fake(grad: Tensor, data: Tensor, scale: Tensor | None, in_features: int, group_size: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+_backward_op = define(
+    "weight_only_linear_backward(Tensor grad, Tensor data, Tensor? scale, SymInt in_features, int group_size) -> "
+    "Tensor",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+
+
+def traced_int4_weight(packed: PackedInt4Weight, in_features: int) -> Tensor:
+    """The dequantized weight [N, in_features], float32, by an op that graphs can hold: the gradient of the identity."""
+    return _backward_op(torch.eye(packed.out_features), packed.data, None, in_features, packed.group_size)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The gradient of the layer with its dequantized weight, which is what the forward computes."""
+
+    @staticmethod
+    def forward(ctx, x, data, scale, compensation, bias, out_features, group_size, activation):
+        ctx.save_for_backward(x, data, scale, compensation, bias)
+        ctx.constants = out_features, group_size, activation
+        return _op(x, data, scale, compensation, bias, out_features, group_size, activation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, data, scale, compensation, bias = ctx.saved_tensors
+        out_features, group_size, activation = ctx.constants
+        if activation != "none":
+            before = _op(x, data, scale, compensation, bias, out_features, group_size, "none")
+            grad = ACTIVATIONS[activation](grad, before)
+        x_grad = _backward_op(grad, data, scale, x.shape[-1], group_size) if ctx.needs_input_grad[0] else None
+        bias_grad = None
+        if bias is not None and ctx.needs_input_grad[4]:
+            bias_grad = grad.flatten(0, -2).sum(0).to(bias.dtype) if grad.ndim > 1 else grad.to(bias.dtype)
+        return x_grad, None, None, None, bias_grad, None, None, None
+
+
+def call_weight_only_linear(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    compensation: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> Tensor:
+    """The op on loose tensors, with a gradient where one is asked for; why not by torch.library: see int8_linear."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _WithGradient.apply(x, data, scale, compensation, bias, out_features, group_size, activation)
+    return _op(x, data, scale, compensation, bias, out_features, group_size, activation)
+
+
+def weight_only_linear(
+    x: Tensor,
+    packed_weight: PackedInt8Weight | PackedInt4Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """`activation(x @ weight.T + bias)` where only the weight is quantized.
+
+    Made for few rows, where reading the weight is what takes the time: int8 is a quarter of its float32 bytes, int4
+    with its scales 14%. Activations keep the precision of float32. Processors with VNNI hold each row as 24-bit fixed
+    point below its largest magnitude (an error of at most 2^-23 of that) and sum exactly in int32; others sum in
+    float32. A row that holds NaN or infinity gives NaN with VNNI, and what IEEE arithmetic gives elsewhere. The
+    gradient for x and bias is that of the layer with the dequantized weight.
+
+    Args:
+        x: [..., K] float32 or bfloat16, any strides.
+        packed_weight: of a weight [N, K], from `pack_int8_weight` (one scale per output channel; the same as for
+            `int8_linear`) or `pack_int4_weight` (one scale per group of inputs).
+        bias: [N] float32 or bfloat16.
+        activation: None, "relu", "gelu" (exact, within 6e-6), "gelu_tanh", "quick_gelu", "silu" or "tanh".
+
+    Returns [..., N] of x's dtype. Raises ValueError when shapes or dtypes do not fit.
+
+    >>> y = lamina.ops.weight_only_linear(x, lamina.ops.pack_int4_weight(linear.weight), linear.bias)
+    """
+    if isinstance(packed_weight, PackedInt4Weight):
+        data, out_features, group_size = packed_weight
+        return call_weight_only_linear(x, data, None, None, bias, out_features, group_size, activation or "none")
+    data, scale, compensation = packed_weight
+    return call_weight_only_linear(x, data, scale, compensation, bias, scale.shape[0], 0, activation or "none")
