@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lamina
-from lamina.nn import Int8Linear, LoRALinear
+from lamina.nn import Int4WeightOnlyLinear, Int8Linear, Int8WeightOnlyLinear, LoRALinear
 from lamina.ops import unpack_int8_weight
 from lamina.quant import add_lora_, dequantize_weight, load_lora_, merge_lora_, save_lora
 
@@ -23,6 +23,8 @@ def bases() -> dict[str, nn.Module]:
         "no_bias": nn.Linear(20, 30, bias=False),
         "int8": Int8Linear.from_float(nn.Linear(20, 30)),
         "bfloat16": nn.Linear(20, 30).bfloat16(),
+        "int8_weight_only": Int8WeightOnlyLinear.from_float(nn.Linear(20, 30)),
+        "int4": Int4WeightOnlyLinear.from_float(nn.Linear(20, 30)),
         "int8_bfloat16": Int8Linear.from_float(nn.Linear(20, 30).bfloat16()),
     }
 
@@ -119,7 +121,7 @@ def test_conv1d_of_transformers():
         ({"rank": 0}, "rank is 0, but must be at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0, but must be at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"base": nn.Conv2d(1, 1, 1)}, "base is a Conv2d, but must be nn.Linear or Int8Linear"),
+        ({"base": nn.Conv2d(1, 1, 1)}, "base is a Conv2d, but must be nn.Linear or a quantized one of lamina's"),
         ({"base": Int8Linear(4, 4, activation="gelu")}, "base applies gelu inside, but the update belongs before it"),
     ],
 )
@@ -140,7 +142,7 @@ def test_merge_and_unmerge(kind):
     assert layer.merged
     layer.merge()  # once is enough
     # A float weight is rounded once more, an int8 one quantized anew.
-    exact = 120 if kind in ("float", "no_bias") else INT8_LAYER_SQNR_DB
+    exact = {"float": 120, "no_bias": 120, "int4": 18}.get(kind, INT8_LAYER_SQNR_DB)
     assert_lossy(layer(x), before, min_sqnr_db=exact)
     assert not torch.equal(layer.weight, weight)
     layer.unmerge()
@@ -196,11 +198,12 @@ def test_merging_leaves_a_tied_embedding_alone():
 # -- a whole model
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_add_lora(int8):
+@pytest.mark.parametrize("config", [None, INT8, lamina.Int4WeightOnly()], ids=["float", "int8", "int4"])
+def test_add_lora(config):
     model, x = mlp(), torch.randn(4, 20)
-    if int8:
-        lamina.swap_(model, INT8)
+    if config is not None:
+        lamina.swap_(model, config)
+    base = type(model[0])
     expected = model(x)
     report = add_lora_(model, rank=3, filter_fn=lambda module, fqn: fqn != "2")
     assert [d.fqn for d in report.swapped] == ["0", "4"]
@@ -209,7 +212,7 @@ def test_add_lora(int8):
     wanted = {f"{i}.lora_{part}" for i in (0, 4) for part in "ab"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
     assert add_lora_(model).swapped[0].fqn == "2"  # what has an adapter keeps it
-    assert isinstance(model[0].base, Int8Linear if int8 else nn.Linear)
+    assert type(model[0].base) is base
 
 
 def test_training_over_an_int8_base():

@@ -110,6 +110,33 @@ def test_trains_what_int8_computes(dtype, scale, bias):
             assert_sum(actual, truth, terms=50, magnitude=magnitude, extra=magnitude * EPS_ACC)
 
 
+@pytest.mark.parametrize(
+    "config", [lamina.Int8WeightOnly(), lamina.Int4WeightOnly(group_size=32)], ids=["int8", "int4"]
+)
+def test_weight_only_trains_what_runs(config):
+    model, x = nn.Sequential(nn.Linear(50, 40)), torch.randn(9, 50)
+    plain = copy.deepcopy(model)
+    prepare_qat_(model, config)
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+    expected = model(x)
+    assert "input=float" in repr(model)
+    assert len(convert_(model).swapped) == 1
+    lamina.swap_(plain, config)
+    assert type(model[0]) is type(plain[0])
+    assert_lossy(model(x), expected, min_sqnr_db=100)
+
+
+def test_weight_only_arguments_that_exclude_each_other():
+    with pytest.raises(ValueError, match="QATLinear: input_scale is for a quantized input"):
+        QATLinear(4, 4, input_scale=0.1, weight_only=True)
+    with pytest.raises(ValueError, match="QATLinear: group_size is for int4 weights"):
+        QATLinear(4, 4, group_size=32)
+
+
 def test_autocast_rounds_nothing_twice():
     layer, x = QATLinear(20, 30), torch.randn(4, 20)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""LoRALinear: a frozen linear layer, float or int8, and a small trained update of its weight."""
+"""LoRALinear: a frozen linear layer, float or quantized, and a small trained update of its weight."""
 
 import math
 
@@ -6,27 +6,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear
-from lamina.ops.int8_linear import PackedInt8Weight, pack_int8_weight, unpack_int8_weight
-from lamina.quant.weights import dequantize_weight
+from lamina.nn.packed_linear import PackedLinear
 
 
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B A dropout(x), where only A and B train (Hu et al. 2021, arXiv:2106.09685).
 
-    The base is frozen; over an `Int8Linear` it takes a quarter of the memory (the idea of QLoRA, Dettmers et al. 2023,
-    arXiv:2305.14314), and gradients flow through it to the input, straight through the rounding. B begins with zeros:
-    at first the layer computes exactly what its base does.
+    The base is frozen; quantized, it takes a quarter (int8) or an eighth (int4) of the memory (the idea of QLoRA,
+    Dettmers et al. 2023, arXiv:2305.14314), and gradients flow through it to the input, straight through the rounding.
+    B begins with zeros: at first the layer computes exactly what its base does.
 
     Args:
-        base: nn.Linear (or GPT-2's Conv1D), or `Int8Linear` without a fused activation.
+        base: nn.Linear (or GPT-2's Conv1D), or one of lamina's quantized layers without a fused activation.
         rank: rows of A, columns of B; at least 1.
         alpha: the update is multiplied by alpha / rank.
         dropout: share of the update's inputs that are dropped in training.
 
     Parameters: lora_a [rank, in_features] (Kaiming uniform), lora_b [out_features, rank] (zeros), in the base's dtype,
-    float32 over int8. Raises ValueError for arguments that do not fit.
+    float32 over a quantized one. Raises ValueError for arguments that do not fit.
 
     >>> layer = lamina.nn.LoRALinear(lamina.nn.Int8Linear.from_float(nn.Linear(768, 768)), rank=8)
     """
@@ -37,9 +35,11 @@ class LoRALinear(nn.Module):
             raise ValueError(f"LoRALinear: rank is {rank}, but must be at least 1")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"LoRALinear: dropout is {dropout}, but must be at least 0 and below 1")
-        linear = base if isinstance(base, Int8Linear) else as_linear(base)
+        linear = base if isinstance(base, PackedLinear) else as_linear(base)
         if linear is None:
-            raise ValueError(f"LoRALinear: base is a {type(base).__name__}, but must be nn.Linear or Int8Linear")
+            raise ValueError(
+                f"LoRALinear: base is a {type(base).__name__}, but must be nn.Linear or a quantized one of lamina's"
+            )
         if getattr(base, "activation", None) is not None:
             raise ValueError(
                 f"LoRALinear: base applies {base.activation} inside, but the update belongs before it; "
@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha = rank, alpha
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
-        dtype = torch.float32 if isinstance(base, Int8Linear) else linear.weight.dtype
+        dtype = torch.float32 if isinstance(base, PackedLinear) else linear.weight.dtype
         device = linear.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
@@ -89,18 +89,18 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to the base's weight: the layer then costs what its base does.
 
-        An int8 weight is quantized anew, so that outputs change by its rounding: half a step of each channel's largest
-        weight / 127 at most. The former weight is kept for `unmerge`. Raises ValueError if the update has NaN.
+        A quantized weight is quantized anew, so that outputs change by its rounding: in int8, half a step of each
+        channel's largest weight / 127 at most. The former weight is kept for `unmerge`. Raises ValueError if the update
+        has NaN.
         """
         if self.merged:
             return
         update = self.update()
         if not bool(update.isfinite().all()):
             raise ValueError("LoRALinear: the update has NaN or infinity")
-        if isinstance(self.base, Int8Linear):
+        if isinstance(self.base, PackedLinear):
             # Not base.weight, which is rounded to the model's dtype.
-            codes = unpack_int8_weight(self.base.packed_weight, self.in_features)
-            packed = pack_int8_weight(dequantize_weight(codes, self.base.packed_weight.scale) + update)
+            packed = self.base._pack(self.base._dequantize(False) + update, None)
             self._unmerged = (self.base, self.base.packed_weight)
             self.base._set_packed(packed)
         else:
@@ -117,8 +117,8 @@ class LoRALinear(nn.Module):
         base, former = self._unmerged
         if base is not self.base:
             raise RuntimeError("LoRALinear: the base was exchanged after merge(), so there is nothing to put back")
-        if isinstance(base, Int8Linear):
-            base._set_packed(PackedInt8Weight(*former))
+        if isinstance(base, PackedLinear):
+            base._set_packed(former)
         else:
             (base.weight,) = former
         self._unmerged = None

@@ -6,7 +6,12 @@ The codes are those of the kernels, so that what is trained is what runs later.
 import torch
 from torch import Tensor
 
-from lamina.quant.weights import dequantize_weight, quantize_weight
+from lamina.quant.weights import (
+    dequantize_weight,
+    dequantize_weight_groups,
+    quantize_weight,
+    quantize_weight_groups,
+)
 
 
 def fake_quantize_weight(weight: Tensor) -> Tensor:
@@ -17,6 +22,11 @@ def fake_quantize_weight(weight: Tensor) -> Tensor:
     >>> y = F.linear(x, fake_quantize_weight(layer.weight))
     """
     return _Through.apply(weight, dequantize_weight(*quantize_weight(weight)))
+
+
+def fake_quantize_groups(weight: Tensor, group_size: int) -> Tensor:
+    """weight [N, K] -> float32 [N, K] that an int4 weight with one scale per group of inputs stands for; as above."""
+    return _Through.apply(weight, dequantize_weight_groups(*quantize_weight_groups(weight, group_size), group_size))
 
 
 def fake_quantize_rows(x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lamina.errors import FormatError
-from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear
 from lamina.nn.lora_linear import LoRALinear
+from lamina.nn.packed_linear import PackedLinear
 from lamina.running import FilterFn
 from lamina.serialization import load_, save
 from lamina.swap import (
@@ -31,11 +31,11 @@ def add_lora_(
 ) -> SwapReport:
     """Put a LoRA adapter beside every linear layer of `model`, in place, and freeze everything else.
 
-    Swap to int8 first to train over an int8 base. The optimizer takes what is left to train:
+    Swap to int8 or int4 first to train over a quantized base. The optimizer takes what is left to train:
     `[p for p in model.parameters() if p.requires_grad]`.
 
     Args:
-        model: float, or with `Int8Linear` layers.
+        model: float, or with quantized layers.
         rank, alpha, dropout: as in `lamina.nn.LoRALinear`.
         filter_fn: `filter_fn(module, fqn) -> bool`, False leaves the layer without an adapter.
 
@@ -62,7 +62,7 @@ def add_lora_(
 def _adaptable(site: Site) -> bool:
     if any(isinstance(parent, LoRALinear) for parent, _ in site.places):
         return False  # the base of an adapter
-    return isinstance(site.module, Int8Linear) or as_linear(site.module) is not None
+    return isinstance(site.module, PackedLinear) or as_linear(site.module) is not None
 
 
 def _judge(site: Site, rank: int, alpha: float, dropout: float) -> Candidate | str:
@@ -81,8 +81,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def merge_lora_(model: nn.Module) -> SwapReport:
     """Add every adapter to the weight beside it and take the adapters out, in place: for inference.
 
-    Int8 weights are quantized anew (see `LoRALinear.merge`). To take adapters back out again later, call `merge` and
-    `unmerge` of the layers instead.
+    Quantized weights are quantized anew (see `LoRALinear.merge`). To take adapters back out again later, call `merge`
+    and `unmerge` of the layers instead.
 
     >>> lamina.quant.merge_lora_(model)
     """
