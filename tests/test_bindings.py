@@ -258,3 +258,84 @@ def test_probes_take_keywords_and_refuse_nonsense():
     assert _C.probe_read_bandwidth(bytes=1 << 20, threads=1, seconds=0.01) > 0
     with pytest.raises(ValueError, match="float64"):
         _C.probe_peak(kind="float64", threads=1, seconds=0.01)
+
+
+# -- calls that go round PyTorch's dispatcher
+
+
+def norm(x):
+    return lamina.ops.rms_norm(x, x.shape[-1:])
+
+
+PLAIN = (torch.randn(2, 3), torch.nn.Parameter(torch.randn(3)), None, 1, 2.0, True, "x", (3,), [3], torch.Size([3]))
+
+
+def test_an_ordinary_call_skips_the_dispatcher():
+    assert _C.skips_dispatcher(PLAIN)
+    with torch.inference_mode():
+        assert _C.skips_dispatcher((*PLAIN, torch.randn(2)))
+    with torch.no_grad():
+        assert _C.skips_dispatcher(PLAIN)
+    assert _C.skips_dispatcher(())
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        torch.randn(2).as_subclass(Subclass),
+        torch.nn.Buffer(torch.randn(2)).as_subclass(Subclass),
+        torch.randn(2, device="meta"),
+        torch.randn(2, 2, dtype=torch.complex64).conj().imag,
+        object(),
+        np.ones(3),
+    ],
+    ids=lambda argument: type(argument).__name__,
+)
+def test_what_is_not_plain_goes_through_the_dispatcher(argument):
+    assert not _C.skips_dispatcher((*PLAIN, argument))
+
+
+def test_a_lazy_negation_is_seen():
+    x = torch.randn(4, 6, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    assert_exact(norm(x), norm(x.resolve_neg().clone()))
+
+
+def test_modes_and_tracers_see_the_call():
+    x = torch.randn(4, 6)
+    expected = norm(x)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Listen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for mode in (Watch, Listen):
+        seen = []
+        with mode():
+            assert_exact(norm(x), expected)
+        assert torch.ops.lamina.rms_norm.default in seen, mode
+
+    q, other = torch.randn(2, 1, 2, 5, 8).unbind()
+    traced = torch.jit.trace(lambda q: lamina.ops.attention(q, q, q), (q,), check_trace=False)
+    assert "lamina::attention" in str(traced.graph)
+    assert_exact(traced(other), lamina.ops.attention(other, other, other))
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(norm)(x)
+    assert torch.ops.lamina.rms_norm.default in {node.target for node in graph.graph.nodes}
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        norm(x)
+    assert "lamina::rms_norm" in {event.name for event in profile.events()}
+
+    assert not torch.func.functionalize(lambda t: torch.tensor(_C.skips_dispatcher((t,))))(x)
+    assert _C.skips_dispatcher((x,))

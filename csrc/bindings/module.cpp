@@ -1,8 +1,9 @@
-// lamina._C: what the compiled module offers, in one list. Every function releases the GIL; arguments are checked in
+// lamina._C: what the compiled module offers, in one list. Every op releases the GIL; arguments are checked in
 // csrc/ops, which knows nothing of Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/dispatcher.h"
 #include "bindings/tensor_view.h"
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_isa", [] { return isa_name(last_isa()); });
   m.def("poison_workspace", &WorkspaceFrame::set_poison);
   m.def("max_threads", [] { return max_threads(); });
+
+  m.def("skips_dispatcher", &skips_dispatcher);
 
   m.def("probe_peak", &probe_peak, no_gil, py::arg("kind"), py::arg("threads"), py::arg("seconds"));
   m.def("probe_read_bandwidth", &probe_read_bandwidth, no_gil, py::arg("bytes"), py::arg("threads"),

@@ -16,11 +16,10 @@ def _new_output(query: Tensor, value: Tensor) -> Tensor:
     A query that was projected as [B, L, H * D] lies as [B, L, H, D]; then so does the output, and the caller's
     `transpose(1, 2).reshape(B, L, H * Dv)` copies nothing.
     """
-    batch, heads, length, head_size = query.shape
-    _, head_stride, row_stride, last_stride = query.stride()
-    if last_stride == 1 and head_size == value.shape[3]:
+    if query.stride(3) == 1 and query.size(3) == value.size(3):
         return torch.empty_like(query)  # same order, and a microsecond less than by hand
-    if head_stride < row_stride:
+    batch, heads, length, _ = query.shape
+    if query.stride(1) < query.stride(2):
         return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     return query.new_empty(batch, heads, length, value.shape[3])
 
@@ -28,6 +27,8 @@ def _new_output(query: Tensor, value: Tensor) -> Tensor:
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> bool:
     """Whether the inputs are [B, H, L, D] each, with nothing to broadcast but the mask."""
     q, k, v = query.shape, key.shape, value.shape
+    if q == k == v and len(q) == 4 and attn_mask is None:
+        return True
     return (
         len(q) == len(k) == len(v) == 4
         and q[0] == k[0] == v[0]
@@ -79,7 +80,7 @@ def _cpu(
     if not _is_plain(query, key, value, attn_mask, enable_gqa):
         query, key, value, attn_mask, leading = _as_plain(query, key, value, attn_mask, enable_gqa)
     if scale is None:
-        scale = query.shape[3] ** -0.5
+        scale = query.size(3) ** -0.5
     out = _new_output(query, value)
     _C.attention(query, key, value, attn_mask, is_causal, scale, out)
     return out if leading is None else out.reshape(*leading, *out.shape[2:])
