@@ -165,7 +165,7 @@ void run(const NormRows& c, const TensorView& x_view, const TensorView* residual
                             .n = n,
                             .eps = float(c.eps),
                             .centred = c.centred,
-                            .scratch = sizeof(T) == sizeof(float) ? nullptr : frame.take<float>(size_t(n))};
+                            .scratch = sizeof(T) == sizeof(float) ? nullptr : frame.take<float>(2 * size_t(n))};
     // Rows that lie evenly go together, others one by one.
     for (int64_t row = begin; row < end; row += args.rows) {
       args.rows = plain ? end - begin : 1;

@@ -26,7 +26,7 @@ struct NormRowsArgs {
   int64_t rows, n;
   float eps;
   bool centred;    // layer norm; else root mean square norm
-  float* scratch;  // [n] where T is bf16
+  float* scratch;  // [2, n] where T is bf16
 };
 
 extern const KernelTable<void(const NormRowsArgs<float>&)> norm_rows_f32_table;
