@@ -86,13 +86,18 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
   const int64_t blocks = (rows + tuning::kAttentionTaskRows - 1) / tuning::kAttentionTaskRows;
   const int64_t tasks = batch * (heads / together) * blocks;
   const double work = double(batch * heads) * double(queries) * double(keys) * double(head_size + value_size);
-  // Tasks go out in shares: one where a second thread would not pay, else small ones, for an even load.
+  // Tasks go out in shares: one where a second thread would not pay, else several for each, for an even load.
   const bool alone = work < 2 * double(tuning::kAttentionWorkPerThread);
-  const int64_t shares = alone ? 1 : std::min(tasks, int64_t(4 * work / tuning::kAttentionWorkPerThread));
+  const int64_t most = max_threads() == 1 ? 1 : tuning::kAttentionSharesPerThread * max_threads();
+  const int64_t shares = alone ? 1 : std::min({tasks, most, int64_t(4 * work / tuning::kAttentionWorkPerThread)});
 
   const bool is_float = query.dtype == DType::float32;
   const auto kernel = (is_float ? attention_f32_table : attention_bf16_table).get();
   const int64_t size = is_float ? 4 : 2;
+  const int64_t head_bytes = size * keys * (head_size + value_size);
+  const bool far =
+      head_bytes >= tuning::kAttentionFarHeadBytes &&
+      batch * (2 * heads * queries * head_size * size + key.size(1) * head_bytes) >= tuning::kAttentionFarBytes;
   const auto at = [size](const TensorView& t, int64_t b, int64_t h) {
     return t.as<char>() + (b * t.stride(0) + h * t.stride(1)) * size;
   };
@@ -100,10 +105,15 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
   parallel_tasks(shares, [&](int64_t share) {
     WorkspaceFrame frame;
     float* scratch = frame.take<float>(attention_scratch_floats(int(head_size), int(value_size)));
-    for (int64_t task = tasks * share / shares; task < tasks * (share + 1) / shares; ++task) {
+    const int64_t end = tasks * (share + 1) / shares;
+    for (int64_t task = tasks * share / shares; task < end; ++task) {
       const int64_t b = task / blocks / (heads / together), h = task / blocks % (heads / together) * together;
+      // The head after this one, when this is the last task that works on this one's keys.
+      const int64_t next = far && task + 1 < end && (task + 1) % blocks == 0 ? (task + 1) / blocks : -1;
+      const int64_t next_b = next / (heads / together), next_h = next % (heads / together) * together;
       // Causal blocks grow with the query: the longest first, so that none is left alone at the end.
       const int64_t block = is_causal ? blocks - 1 - task % blocks : task % blocks;
+      const int64_t next_row = is_causal && together == 1 ? (blocks - 1) * tuning::kAttentionTaskRows : 0;
       const int64_t row = block * tuning::kAttentionTaskRows;
       kernel({.q = at(query, b, h),
               .q_head = query.stride(1),
@@ -131,6 +141,10 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
               .causal = is_causal,
               .first_row = row,
               .rows = std::min<int64_t>(tuning::kAttentionTaskRows, rows - row),
+              .far = far,
+              .next_q = next < 0 ? nullptr : at(query, next_b, next_h) + next_row * query.stride(2) * size,
+              .next_k = next < 0 ? nullptr : at(key, next_b, next_h / group),
+              .next_v = next < 0 ? nullptr : at(value, next_b, next_h / group),
               .scratch = scratch});
     }
   });

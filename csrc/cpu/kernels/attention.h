@@ -37,7 +37,13 @@ struct AttentionArgs {
   bool causal;  // query i takes keys j <= i
 
   int64_t first_row, rows;  // the rows to compute; at most tuning::kAttentionTaskRows
-  float* scratch;           // attention_scratch_floats() of them, 64-byte aligned
+
+  // Whether the tensors are too large to wait in cache: rows to be written are then fetched into L2 beforehand, and so
+  // is what the call after this one begins to read and this one does not (with the same strides; null: no such call).
+  bool far;
+  const void *next_q, *next_k, *next_v;
+
+  float* scratch;  // attention_scratch_floats() of them, 64-byte aligned
 };
 
 // Upper bound over every ISA: packed Q, scores, mask and sums of a row block, K and V of a chunk.

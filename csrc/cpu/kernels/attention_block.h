@@ -29,7 +29,7 @@
 //   multiply_add(a, b, c)             c + a * b, word by word
 //   load_words(p, n)                  n <= lanes * per_word adjacent elements as words, zero behind them
 //   gather_words(p, stride, n)        the same, elements apart
-//   exp2(x)                           as exact as the weights need
+//   exp2(x)                           as exact as the weights need, for x <= 0; 0 for -inf, NaN stays NaN
 //   join(w)                           weights of per_word keys, a register each -> one register of words
 //   join_adjacent(w, to)              per_word registers of adjacent keys' weights -> words in memory
 //   nonzero_bits(word)                all ones in the elements of a word that are not 0
@@ -127,11 +127,10 @@ inline void transpose_bits(uint64_t (&m)[64]) {
   }
 }
 
-// Scores in log2 units less the row's maximum -> weights. The bound keeps -inf out of exp2, where it would give NaN;
-// max returns its second operand on NaN, so NaN scores pass.
+// Scores in log2 units less the row's maximum -> weights.
 template <class Math>
 LAMINA_INLINE F32 weight_of(F32 score, F32 maximum) {
-  return Math::exp2(max(set1(-200.0f), score - maximum));
+  return Math::exp2(score - maximum);
 }
 
 // What the S tiles of one chunk share.
@@ -315,6 +314,43 @@ __attribute__((noinline)) void value_tile(const ValueTiles<typename Math::Storag
   *t.watch = watch;
 }
 
+// Fetches rows into L2 that will soon be written or read, a few at each step: they may lie a page apart (heads of one
+// merged projection), where no hardware prefetcher follows, and stores that miss hold up what comes after them.
+class Prefetch {
+ public:
+  // [rows, row_bytes], `stride` bytes apart; `writes`: they are to be written.
+  void add(const void* first, int64_t stride, int64_t row_bytes, int64_t rows, bool writes) {
+    if (rows > 0) parts_[count_++] = {static_cast<const char*>(first), stride, row_bytes, rows, writes};
+    rows_ += rows;
+  }
+  void set_steps(int64_t steps) { rows_per_step_ = (rows_ + steps - 1) / steps; }
+
+  LAMINA_INLINE void step() {
+    for (int64_t i = 0; i < rows_per_step_ && part_ < count_; ++i) {
+      Part& p = parts_[part_];
+      for (int64_t byte = 0; byte < p.row_bytes; byte += 64) {
+        if (p.writes) {
+          __builtin_prefetch(p.row + byte, 1, 2);
+        } else {
+          __builtin_prefetch(p.row + byte, 0, 2);
+        }
+      }
+      p.row += p.stride;
+      if (--p.rows == 0) ++part_;
+    }
+  }
+
+ private:
+  struct Part {
+    const char* row;
+    int64_t stride, row_bytes, rows;
+    bool writes;
+  };
+  Part parts_[4];
+  int count_ = 0, part_ = 0;
+  int64_t rows_ = 0, rows_per_step_ = 0;
+};
+
 template <class Math>
 class Block {
   using T = typename Math::Storage;
@@ -324,6 +360,7 @@ class Block {
   // `careful`: see [NOTE] Excluded keys.
   Block(const AttentionArgs& args, int64_t first_row, int rows, bool careful)
       : a_(args),
+        first_row_(first_row),
         rows_(rows),
         vectors_((rows + kLanes - 1) / kLanes),
         words_((args.head_size + kPerWord - 1) / kPerWord),
@@ -362,6 +399,22 @@ class Block {
     for (int v = vectors_ - 2; v >= 0; --v) first_limit_[v] = smaller(first_limit_[v], first_limit_[v + 1]);
     same_mask_ = true;
     for (int r = 1; r < rows; ++r) same_mask_ = same_mask_ && mask_offset_[r] == mask_offset_[0];
+  }
+
+  // While the last chunk is multiplied: the rows to be written after it, and what the next call reads.
+  void look_ahead(int keys) {
+    constexpr int64_t kSize = sizeof(T);
+    ahead_ = Prefetch();
+    ahead_.add(static_cast<const T*>(a_.out) + out_offset_[0], a_.out_row * kSize, a_.value_size * kSize,
+               first_row_ / a_.queries == (first_row_ + rows_ - 1) / a_.queries ? rows_ : 0, true);
+    if (a_.next_k && first_row_ + rows_ == a_.first_row + a_.rows) {
+      const int64_t chunk = smaller(a_.keys, int64_t{tuning::kAttentionChunk});
+      const int64_t queries = smaller(a_.queries, int64_t{tuning::kAttentionTaskRows});
+      ahead_.add(a_.next_k, a_.k_row * kSize, a_.head_size * kSize, chunk, false);
+      ahead_.add(a_.next_q, a_.q_row * kSize, a_.head_size * kSize, queries, false);
+      ahead_.add(a_.next_v, a_.v_row * kSize, a_.value_size * kSize, chunk, false);
+    }
+    ahead_.set_steps(keys * vectors_ / kTileSums + 1);
   }
 
   // False when something not finite came out although keys were excluded: to be done again, carefully.
@@ -592,6 +645,7 @@ class Block {
       if constexpr (kShort) {
         short_weights(first, n, masked, is_last);
       } else {
+        if (is_last && a_.far) look_ahead(n);
         weights(first, n, masked, is_last);
       }
       load_values(first, n);
@@ -675,6 +729,7 @@ class Block {
           default: score_keys<4>(t, keys, key, v, limited);
         }
       }
+      ahead_.step();
       j = key + keys;
     }
     for (int v = 0; v < vectors_; ++v) {
@@ -903,8 +958,10 @@ class Block {
   }
 
   const AttentionArgs& a_;
+  const int64_t first_row_;
   const int rows_, vectors_, words_, columns_;
   const bool careful_;
+  Prefetch ahead_;
   bool same_mask_;      // whether all rows have one mask row
   int mask_begin_ = 0;  // where the narrowed chunk starts in kept_ or added_
   int64_t end_;         // keys that any row takes

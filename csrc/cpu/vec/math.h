@@ -21,17 +21,6 @@ LAMINA_INLINE F32 exp2(F32 x) {
   return scale_exponent(p, n);
 }
 
-// The same with a polynomial of degree 3, relative error 1e-4: for results that are rounded to bfloat16.
-LAMINA_INLINE F32 exp2_bf16(F32 x) {
-  const F32 n = round_even(x);
-  const F32 f = x - n;
-  F32 p = set1(5.5171669e-2f);
-  p = fmadd(p, f, set1(2.4261112e-1f));
-  p = fmadd(p, f, set1(6.9326099e-1f));
-  p = fmadd(p, f, set1(9.9992807e-1f));
-  return scale_exponent(p, n);
-}
-
 constexpr float kLog2E = 1.4426950408889634f;
 
 // x * sigmoid(z) with z already times log2(e), clamped to where the sigmoid is 0 and 1 but for 1e-36.
