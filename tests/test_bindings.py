@@ -267,7 +267,10 @@ def norm(x):
     return lamina.ops.rms_norm(x, x.shape[-1:])
 
 
-PLAIN = (torch.randn(2, 3), torch.nn.Parameter(torch.randn(3)), None, 1, 2.0, True, "x", (3,), [3], torch.Size([3]))
+PLAIN = (
+    *(torch.randn(2, 3), torch.nn.Parameter(torch.randn(3)), [torch.randn(2), torch.randn(3)]),
+    *(None, 1, 2.0, True, "x", (3,), [3], torch.Size([3]), torch.float32),
+)
 
 
 def test_an_ordinary_call_skips_the_dispatcher():
@@ -297,6 +300,7 @@ class Subclass(torch.Tensor):
 )
 def test_what_is_not_plain_goes_through_the_dispatcher(argument):
     assert not _C.skips_dispatcher((*PLAIN, argument))
+    assert not _C.skips_dispatcher((*PLAIN, [torch.randn(2), argument]))
 
 
 def test_a_lazy_negation_is_seen():

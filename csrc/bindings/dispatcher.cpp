@@ -13,6 +13,7 @@ struct Torch {
   PyObject* tensor = nullptr;
   PyObject* parameter = nullptr;
   PyObject* size = nullptr;
+  PyObject* dtype = nullptr;
   PyObject* is_neg = nullptr;  // the method of Tensor, unbound
   PyObject* is_cpu_name = nullptr;
   // Each gives 0, None or False when nobody watches.
@@ -26,6 +27,7 @@ struct Torch {
       tensor = of("torch", "Tensor");
       parameter = of("torch.nn", "Parameter");
       size = of("torch", "Size");
+      dtype = of("torch", "dtype");
       is_neg = py::handle(tensor).attr("is_neg").cast<py::object>().release().ptr();
       is_cpu_name = py::str("is_cpu").release().ptr();
       watchers[0] = of("torch._C", "_len_torch_dispatch_stack");
@@ -49,11 +51,21 @@ bool is_nothing(PyObject* result) {
   return truth == 0;
 }
 
-bool is_plain_value(PyObject* object, const Torch& torch) {
+bool is_plain(PyObject* object, const Torch& torch) {
   const PyTypeObject* type = Py_TYPE(object);
+  const PyObject* type_object = reinterpret_cast<const PyObject*>(type);
+  if (type_object == torch.tensor || type_object == torch.parameter) {
+    return !is_nothing(PyObject_GetAttr(object, torch.is_cpu_name)) &&
+           is_nothing(PyObject_CallOneArg(torch.is_neg, object));
+  }
+  if (type == &PyTuple_Type || type == &PyList_Type) {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+      if (!is_plain(PySequence_Fast_GET_ITEM(object, i), torch)) return false;
+    }
+    return true;
+  }
   return object == Py_None || type == &PyBool_Type || type == &PyLong_Type || type == &PyFloat_Type ||
-         type == &PyUnicode_Type || type == &PyTuple_Type || type == &PyList_Type ||
-         reinterpret_cast<const PyObject*>(type) == torch.size;
+         type == &PyUnicode_Type || type_object == torch.size || type_object == torch.dtype;
 }
 
 }  // namespace
@@ -65,17 +77,7 @@ bool skips_dispatcher(const py::tuple& arguments) {
   for (PyObject* watcher : torch.watchers) {
     if (!is_nothing(PyObject_CallNoArgs(watcher))) return false;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments.ptr()); ++i) {
-    PyObject* object = PyTuple_GET_ITEM(arguments.ptr(), i);
-    const PyObject* type = reinterpret_cast<const PyObject*>(Py_TYPE(object));
-    if (type == torch.tensor || type == torch.parameter) {
-      if (is_nothing(PyObject_GetAttr(object, torch.is_cpu_name))) return false;
-      if (!is_nothing(PyObject_CallOneArg(torch.is_neg, object))) return false;
-    } else if (!is_plain_value(object, torch)) {
-      return false;
-    }
-  }
-  return true;
+  return is_plain(arguments.ptr(), torch);
 }
 
 }  // namespace lamina
