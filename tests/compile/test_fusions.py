@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -327,16 +328,17 @@ def test_attention_whose_weights_are_returned_stays():
     assert any("used elsewhere" in reason for graph in report.graphs for _, reason, _ in graph.eager)
 
 
-def attend(m, x):
+def attend(m, x, attention=F.scaled_dot_product_attention):
     q, k, v = (layer(x).unflatten(-1, (2, 32)).transpose(1, 2) for layer in (m.q, m.k, m.v))
-    return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return m.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def test_attention_between_int8_layers(isa):
+@pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, lamina.ops.attention])
+def test_attention_between_int8_layers(isa, attention):
     """In bfloat16 where the processor multiplies it, and only between layers that round to eight bits anyway."""
     _C.force_isa(isa)
     layers = {name: nn.Linear(64, 64) for name in ("q", "k", "v", "out")}
-    module, x = Of(attend, **layers).eval(), torch.randn(2, 9, 64)
+    module, x = Of(partial(attend, attention=attention), **layers).eval(), torch.randn(2, 9, 64)
     assert "attention in bfloat16" not in explain(module, (x,), options=EVERY).fused
     with torch.no_grad():
         truth = module(x)

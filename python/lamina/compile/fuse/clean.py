@@ -26,13 +26,15 @@ _FRESH = {
     "gelu",
     "silu",
     "attention",
+    "softmax",
 }
-_FRESH |= {"softmax"}
+# Calls that Dynamo leaves behind, although it knew the answer (a tensor's `is_cpu`): users that use nothing.
+_LEFT_BEHIND = {torch._C._log_api_usage_once, getattr}
 
 
 def clean(captured: Captured) -> None:
-    for node in list(captured.graph.nodes):
-        if node.target is torch._C._log_api_usage_once and not node.users:
+    for node in reversed(captured.graph.nodes):
+        if node.target in _LEFT_BEHIND and not node.users:
             captured.graph.erase_node(node)
     for node in captured.nodes("dropout"):
         values = operands(node)
