@@ -136,11 +136,12 @@ def linear_layers(model: nn.Module) -> set[str]:
     return {fqn for fqn, module in model.named_modules() if type(module) in types}
 
 
+@pytest.mark.parametrize("config", [INT8, lamina.Int8WeightOnly()], ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("name", MODELS)
-def test_swap_int8(name):
+def test_swap_int8(name, config):
     model, inputs = make(name), inputs_of(name)
     expected, linears = outputs(model, inputs), linear_layers(model)
-    report = lamina.swap_(model, INT8)
+    report = lamina.swap_(model, config)
     assert {d.fqn for d in report.swapped} == linears
     assert report.left == ()
     assert linear_layers(model) == set()
