@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import lamina
 from lamina.reference.attention import attention as attention_reference
 from lamina.reference.gru import gru as gru_reference
+from lamina.reference.int8_gru import int8_gru as int8_gru_reference
 from lamina.reference.int8_linear import int8_linear as int8_linear_reference
 from lamina.reference.int8_linear import requantize
+from lamina.reference.int8_lstm import int8_lstm as int8_lstm_reference
 from lamina.reference.layer_norm import layer_norm as layer_norm_reference
 from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
@@ -728,8 +730,9 @@ def _rnn_case(
     tags: str = "",
 ) -> Case:
     """`lengths`, falling, makes packed input of that many sequences. Weights are torch's own initial ones."""
-    module = getattr(torch.nn, op.upper())
+    module = getattr(torch.nn, op.removeprefix("int8_").upper())
     options = {"proj_size": proj} if proj else {}
+    is_int8 = op.startswith("int8_")
 
     def make(generator: torch.Generator) -> tuple:
         layer = module(i, h, layers, biases, batch_first, 0.0, bidirectional, **options)
@@ -741,9 +744,14 @@ def _rnn_case(
             x = torch.randn(int(sizes.sum()), i, generator=generator)
         else:
             x = torch.randn(*((b, t) if batch_first else (t, b)), i, generator=generator)
-        widths = (proj or h, h)[: 2 if op == "lstm" else 1]
+        widths = (proj or h, h)[: 2 if module is torch.nn.LSTM else 1]
         starts = [torch.randn(parts, batch, w, generator=generator).to(dtype) if states else None for w in widths]
-        return LAYOUTS[layout](x.to(dtype)), sizes, *starts, weights, biases, layers, bidirectional, batch_first
+        scales = []
+        if is_int8:
+            quantized = [lamina.quant.quantize_weight(w) if w.ndim == 2 else (w.float(), None) for w in weights]
+            weights, scales = [w for w, _ in quantized], [[scale for _, scale in quantized if scale is not None]]
+        how = (biases, layers, bidirectional, batch_first)
+        return LAYOUTS[layout](x.to(dtype)), sizes, *starts, weights, *scales, *how
 
     words = set(tags.split())
     if b == 0:
@@ -785,7 +793,7 @@ def _rnn_cases(op: str) -> tuple[Case, ...]:
         case("threads_long", t=90, b=1, i=20, h=160, tags="threads odd"),
         case("threads_packed", lengths=(40, 31, 30, 13, 8, 1), i=24, h=150, bidirectional=True, tags="threads"),
     ]
-    if op == "lstm":
+    if op.endswith("lstm"):
         cases += [
             case("projected", h=20, proj=3, layers=2, bidirectional=True, t=4),
             case("projected_wide", h=150, proj=70, b=5, biases=False, tags="odd"),
@@ -822,6 +830,53 @@ def _rnn_check(op: str, truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], i
         # Each of the four gates of a step may be off by its bound; what an earlier step was off by fades.
         floor = tolerances.eps(x.dtype) * _largest(right) + 4 * tolerances.GATE_ERROR
         tolerances.assert_composite(ours, theirs, right, floor=floor, what=name)
+
+
+def _int8_rnn_truth(reference, inputs: tuple) -> tuple[Tensor, ...]:
+    x, sizes, *states, weights, scales, _, layers, bidirectional, batch_first = inputs
+    if states[0] is None:
+        batch = x.shape[0 if batch_first else 1]
+        gates = 4 if len(states) == 2 else 3
+        parts = layers * (2 if bidirectional else 1)
+        states = [x.new_zeros(parts, batch, weights[0].shape[0] // gates) for _ in states]
+    return reference(
+        x.double(), sizes, *(s.double() for s in states), weights, scales, layers, bidirectional, batch_first
+    )
+
+
+def _int8_rnn_check(truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    x, _, *states, _, scales, _, _, _, _ = inputs
+    # A state that lies at a tie may round to the next code: a gate then moves by a weight times a step of the codes.
+    largest = max([1.0, *(_largest(s) for s in states if s is not None)])
+    flip = 2 * max(_largest(scale) for scale in scales) * largest
+    for name, ours, right in zip(("output", "h_n", "c_n"), actual, truth, strict=False):
+        assert ours.dtype == x.dtype
+        floor = tolerances.eps(x.dtype) * _largest(right) + 4 * tolerances.GATE_ERROR + flip
+        tolerances.assert_composite(ours, right.to(x.dtype), right, floor=floor, what=name)
+
+
+def int8_lstm_truth(*inputs) -> tuple[Tensor, ...]:
+    return _int8_rnn_truth(int8_lstm_reference, inputs)
+
+
+def int8_lstm_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    _int8_rnn_check(int8_lstm_truth(*inputs), actual, inputs)
+
+
+def int8_lstm_suite() -> Suite:
+    return Suite("int8_lstm", _rnn_cases("int8_lstm"), int8_lstm_truth, int8_lstm_check)
+
+
+def int8_gru_truth(*inputs) -> tuple[Tensor, ...]:
+    return _int8_rnn_truth(int8_gru_reference, inputs)
+
+
+def int8_gru_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    _int8_rnn_check(int8_gru_truth(*inputs), actual, inputs)
+
+
+def int8_gru_suite() -> Suite:
+    return Suite("int8_gru", _rnn_cases("int8_gru"), int8_gru_truth, int8_gru_check)
 
 
 def lstm_truth(*inputs) -> tuple[Tensor, ...]:

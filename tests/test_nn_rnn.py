@@ -230,3 +230,83 @@ def test_accelerate_takes_seq2seq_and_keeps_its_answers():
     with torch.no_grad():
         assert_close(fast(*inputs, lengths), model(*inputs, lengths))
         assert_exact(fast.greedy_decode(inputs[0], 6, lengths), model.greedy_decode(inputs[0], 6, lengths))
+
+
+# -- int8
+
+INT8 = {nn.LSTM: lamina.nn.Int8LSTM, nn.GRU: lamina.nn.Int8GRU}
+
+
+def int8_of(torch_class, *args, **kwargs):
+    layer = torch_class(*args, **kwargs).eval()
+    return layer, INT8[torch_class].from_float(layer)
+
+
+@pytest.mark.parametrize(
+    ("torch_class", "options", "kind", "with_state"), [p for p in samples() if "batch_first" not in p.id]
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_int8_layers_take_torchs_own_samples(torch_class, options, kind, with_state):
+    layer, ours = int8_of(torch_class, 2, 3, 2, **options)
+    inputs = sample_inputs(torch_class, options, kind, with_state)
+    with torch.no_grad():
+        expected, actual = tensors(layer(*inputs)), tensors(ours(*inputs))
+    assert len(expected) == len(actual) > 1
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0)  # a few codes of 1/127: weights, inputs and states
+
+
+@pytest.mark.parametrize("torch_class", INT8)
+def test_int8_state_dict_survives_a_round_trip(torch_class):
+    layer, ours = int8_of(torch_class, 5, 8, 2, bidirectional=True)
+    x = torch.randn(4, 3, 5)
+    state = ours.state_dict()
+    assert state["weight_hh_l1_reverse"].dtype is torch.int8
+    assert {name for name in state if not name.endswith("_scale")} == set(layer.state_dict())
+    for source in (state, layer.state_dict()):  # codes, or float weights that are quantized
+        fresh = INT8[torch_class](5, 8, 2, bidirectional=True).eval()
+        fresh.load_state_dict(source, strict=source is state)
+        with torch.no_grad():
+            assert_exact(tensors(fresh(x)), tensors(ours(x)))
+    with torch.no_grad():
+        half = copy.deepcopy(ours).to(torch.bfloat16)
+        assert half.weight_hh_l0_scale.dtype is torch.float32
+        assert half(x.bfloat16())[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("torch_class", INT8)
+def test_int8_gradient_and_training_are_the_dequantized_layers(torch_class):
+    _, ours = int8_of(torch_class, 5, 8, 2, dropout=0.5)
+    floats = ours.dequantized()
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ours(x)[0].square().sum(), x)
+    (expected,) = torch.autograd.grad(floats(x)[0].square().sum(), x)
+    assert_exact(gradient, expected)
+    ours.train(), floats.train()
+    torch.manual_seed(1)
+    right = floats(x)[0]
+    torch.manual_seed(1)
+    assert_exact(ours(x)[0], right)
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        ours.eval()(x[:0])
+
+
+@pytest.mark.parametrize("torch_class", INT8)
+def test_int8_compiles_in_one_graph(torch_class):
+    _, ours = int8_of(torch_class, 5, 8, 2, batch_first=True)
+    x = torch.randn(3, 4, 5)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        assert_exact(tensors(compiled(x)), tensors(ours(x)))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_swap_to_int8(name):
+    model = models.create(name).eval()
+    inputs = models.example_inputs(name, 3)
+    with torch.no_grad():
+        expected = model(*inputs)
+        (decision,) = lamina.swap_(model, lamina.Int8RNN()).swapped
+        assert decision.now == f"Int8{name.upper()}(28, 128)"
+        assert (model(*inputs) - expected).norm() < 0.05 * expected.norm()

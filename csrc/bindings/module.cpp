@@ -8,7 +8,9 @@
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
 #include "ops/gru.h"
+#include "ops/int8_gru.h"
 #include "ops/int8_linear.h"
+#include "ops/int8_lstm.h"
 #include "ops/layer_norm.h"
 #include "ops/lstm.h"
 #include "ops/parallel.h"
@@ -64,6 +66,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_only_linear_packed_size", &weight_only_linear_packed_size);
 
   m.def("lstm", &lstm, no_gil);
+  m.def("int8_gru", &int8_gru, no_gil);
+  m.def("int8_lstm", &int8_lstm, no_gil);
   m.def("rnn_fingerprint", &rnn_fingerprint, no_gil);
 
 #ifdef LAMINA_WITH_CUDA

@@ -4,7 +4,9 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/kernels/int8_gemm.h"
 #include "cpu/kernels/panel_gemm.h"
+#include "cpu/kernels/quantize_rows.h"
 #include "cpu/kernels/rnn_cell.h"
 #include "cpu/tuning.h"
 #include "ops/checks.h"
@@ -24,12 +26,29 @@ constexpr int64_t kProjectionColumns = 4 * kLanes;
 
 int64_t panels_of(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
-// A matrix in panels, and the bias of its columns.
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A matrix in panels, and the bias of its columns. Float weights, or int8 codes
+// with their scales and compensation.
 struct Matrix {
   const float* panels = nullptr;
+  const int8_t* codes = nullptr;
+  const float* scales = nullptr;
+  const int32_t* compensation = nullptr;
   const float* bias = nullptr;
   int64_t k = 0;
   int groups = 4;
+};
+
+// What a matrix is multiplied with: rows of floats, or what they were quantized
+// to.
+struct Rows {
+  const float* x = nullptr;
+  int64_t ldx = 0;
+  const uint8_t* codes = nullptr;
+  int64_t ld_codes = 0;
+  const float* scales = nullptr;
+  int64_t count = 0;
 };
 
 struct Direction {
@@ -53,7 +72,8 @@ struct Sequence {
   bool packed;
 
   float* at(const Steps& steps, int64_t t) const { return data + (packed ? steps.start(t) * row : t * step); }
-  // Whether the rows of consecutive steps are one run, and their distance in it.
+  // Whether the rows of consecutive steps are one run, and their distance in
+  // it.
   bool is_one_run(int64_t batch) const { return packed || batch == 1 || step == batch * row; }
   int64_t distance(int64_t batch) const { return !packed && batch == 1 ? step : row; }
 };
@@ -73,8 +93,8 @@ class Runner {
   void run();
 
  private:
-  // Directions that advance together; with one thread they run one after the other, so that the weights of only one
-  // have to stay in the cache.
+  // Directions that advance together; with one thread they run one after the
+  // other, so that the weights of only one have to stay in the cache.
   struct Phase {
     int64_t first, count;
   };
@@ -85,7 +105,10 @@ class Runner {
   void run_phase(Team& team, int64_t layer, const Phase& phase);
   void start_cells(int64_t layer, int64_t d, int64_t unit_begin, int64_t unit_end) const;
   void input_gates(int64_t layer, int64_t d, int64_t low, int64_t high, int64_t panel_begin, int64_t panel_end) const;
-  void copy_rows(Team& team, const Sequence& from, int64_t low, int64_t high, float* to) const;
+  void gather_rows(Team& team, int64_t layer, int64_t d, int64_t low, int64_t high) const;
+  Rows quantized(const float* x, int64_t ldx, int64_t rows, int64_t k, uint8_t* codes, float* scales) const;
+  void multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64_t panels, bool backwards, float* out,
+                int64_t out_panel, int64_t out_row) const;
   void step(Team& team, int64_t layer, int64_t d, int64_t s, int64_t low, int64_t panel_begin, int64_t panel_end) const;
   void cells(Team& team, int64_t layer, int64_t d, int64_t s, const float* h, int64_t ldh, int64_t row, int64_t rows,
              const float* x_gates, float* out, int64_t panel_begin, int64_t panel_end) const;
@@ -98,6 +121,11 @@ class Runner {
   // The sequence a layer reads or writes.
   Sequence input_of(int64_t layer) const { return layer ? between_[(layer - 1) % 2] : input_; }
   Sequence output_of(int64_t layer) const { return layer + 1 == layers_ ? output_ : between_[layer % 2]; }
+  bool is_int8() const { return args_.codes.has_value(); }
+  // Whether input gates are computed from a copy of the rows: they do not lie
+  // as one run, or are quantized.
+  bool gathers(int64_t layer) const { return is_int8() || !input_of(layer).is_one_run(steps_.batch); }
+  int64_t ld_codes(int64_t k) const { return round_up(k, 64) + tuning::kInt8RowPadding; }
   int64_t width_of(int64_t layer) const { return layer ? directions_ * state_ : input_size_; }
 
   const RnnArgs& args_;
@@ -113,14 +141,21 @@ class Runner {
   int64_t chunk_rows_ = 0;
   float* zeros_ = nullptr;                      // one row of a state
   float* x_gates_[2] = {nullptr, nullptr};      // [direction][panel][row of the chunk][groups][16]
-  float* x_rows_[2] = {nullptr, nullptr};       // [direction][row of the chunk][features], where the input is no run
+  float* x_rows_[2] = {nullptr, nullptr};       // [direction][row of the chunk][features],
+                                                // where the input is no run
   float* c_[2] = {nullptr, nullptr};            // [direction][B][units rounded up]
   float* unprojected_[2] = {nullptr, nullptr};  // [direction][B][units rounded up]
+  uint8_t* x_codes_[2] = {nullptr, nullptr};    // [direction][row of the chunk], int8
+  float* x_scales_[2] = {nullptr, nullptr};     // [direction][row of the chunk], int8
+  uint8_t* h_codes_ = nullptr;                  // [thread][B], int8
+  float* h_scales_ = nullptr;                   // [thread][B], int8
   float* h_gates_ = nullptr;                    // [thread]
   float* projected_ = nullptr;                  // [thread][B][64]
   int64_t h_gates_size_ = 0, projected_size_ = 0;
 
   decltype(panel_gemm_table.get()) gemm_ = nullptr;
+  decltype(int8_gemm_table.get()) int8_gemm_ = nullptr;
+  decltype(quantize_rows_f32_table.get()) quantize_ = nullptr;
   decltype(lstm_cell_table.get()) cell_ = nullptr;
 };
 
@@ -190,32 +225,66 @@ void Runner::find_weights() {
   check_contiguous(op_, "weights", args_.weights);
   const float* const begin = args_.weights.as<float>();
   const float* at = begin;
-  const int64_t width = panels_ * groups_ * kLanes;
-  const auto take = [&](int64_t k) {
-    const Matrix matrix{at, at + k * width, k, groups_};
-    at += (k + 1) * width;
+  const int8_t *codes_begin = nullptr, *codes = nullptr;
+  const int32_t *compensation_begin = nullptr, *compensation = nullptr;
+  if (is_int8()) {
+    check_dtype(op_, "codes", *args_.codes, {DType::int8});
+    check_contiguous(op_, "codes", *args_.codes);
+    check_dtype(op_, "compensation", *args_.compensation, {DType::int32});
+    check_contiguous(op_, "compensation", *args_.compensation);
+    codes_begin = codes = args_.codes->as<int8_t>();
+    compensation_begin = compensation = args_.compensation->as<int32_t>();
+  }
+  const auto take = [&](int64_t k, int64_t columns, int groups, bool has_bias) {
+    Matrix matrix{.k = k, .groups = groups};
+    if (is_int8()) {
+      matrix.codes = codes;
+      matrix.compensation = compensation;
+      matrix.scales = at;
+      codes += columns * round_up(k, 4);
+      compensation += columns;
+      at += columns;
+    } else {
+      matrix.panels = at;
+      at += k * columns;
+    }
+    if (has_bias) {
+      matrix.bias = at;
+      at += columns;
+    }
     return matrix;
   };
+  const int64_t columns = panels_ * groups_ * kLanes;
   for (int64_t layer = 0; layer < layers_; ++layer) {
     for (int64_t d = 0; d < directions_; ++d) {
       Direction part;
-      part.input = take(width_of(layer));
-      part.state = take(state_);
+      part.input = take(width_of(layer), columns, groups_, true);
+      part.state = take(state_, columns, groups_, true);
       if (args_.cell == RnnCell::lstm) part.state.bias = nullptr;
       if (state_ < hidden_) {
-        part.projection = {at, nullptr, hidden_, 4};
-        at += panels_of(state_, kProjectionColumns) * hidden_ * kProjectionColumns;
+        part.projection = take(hidden_, round_up(state_, kProjectionColumns), 4, false);
       }
       parts_.push_back(part);
     }
   }
   check(args_.weights.numel() == at - begin, op_, "weights hold ", args_.weights.numel(), " numbers, but ", layers_,
         " layers of ", hidden_, " units over ", input_size_, " features take ", at - begin);
+  if (is_int8()) {
+    check(
+        args_.codes->numel() == codes - codes_begin && args_.compensation->numel() == compensation - compensation_begin,
+        op_, "the weights are ", args_.codes->numel(), " codes, but ", layers_, " layers of ", hidden_, " units over ",
+        input_size_, " features take ", codes - codes_begin);
+  }
 }
 
 void Runner::run() {
   if (steps_.batch == 0) return;
-  gemm_ = panel_gemm_table.get();
+  if (is_int8()) {
+    quantize_ = quantize_rows_f32_table.get();
+    int8_gemm_ = int8_gemm_table.get();
+  } else {
+    gemm_ = panel_gemm_table.get();
+  }
   cell_ = args_.cell == RnnCell::lstm ? lstm_cell_table.get() : gru_cell_table.get();
 
   const int64_t step_work = directions_ * steps_.batch * groups_ * hidden_ * state_;
@@ -229,16 +298,27 @@ void Runner::run() {
   std::memset(zeros_, 0, size_t(hidden_) * sizeof(float));
   for (int64_t d = 0; d < directions_; ++d) {
     x_gates_[d] = frame.take<float>(size_t(panels_ * chunk_rows_ * gate_row));
-    if (!input_.is_one_run(steps_.batch)) x_rows_[d] = frame.take<float>(size_t(chunk_rows_ * input_size_));
+    if (is_int8()) {
+      const int64_t widest = std::max(input_size_, layers_ > 1 ? directions_ * state_ : 0);
+      x_codes_[d] = frame.take<uint8_t>(size_t(chunk_rows_ * ld_codes(widest)));
+      x_scales_[d] = frame.take<float>(size_t(chunk_rows_));
+    } else if (gathers(0)) {
+      x_rows_[d] = frame.take<float>(size_t(chunk_rows_ * input_size_));
+    }
     if (args_.cell == RnnCell::lstm) c_[d] = frame.take<float>(size_t(steps_.batch * padded));
     if (state_ < hidden_) unprojected_[d] = frame.take<float>(size_t(steps_.batch * padded));
   }
-  // At least one panel of gates for all sequences, and whole cache lines, so that threads share none.
+  // At least one panel of gates for all sequences, and whole cache lines, so
+  // that threads share none.
   h_gates_size_ = std::max<int64_t>(steps_.batch * gate_row, tuning::kRnnGateBytes / int64_t(sizeof(float)));
   h_gates_ = frame.take<float>(size_t(threads * h_gates_size_));
   if (state_ < hidden_) {
     projected_size_ = steps_.batch * kProjectionColumns;
     projected_ = frame.take<float>(size_t(threads * projected_size_));
+  }
+  if (is_int8()) {
+    h_codes_ = frame.take<uint8_t>(size_t(threads * steps_.batch * ld_codes(hidden_)));
+    h_scales_ = frame.take<float>(size_t(threads * steps_.batch));
   }
   const int64_t rows = steps_.sizes ? steps_.starts.back() : steps_.count * steps_.batch;
   for (int64_t layer = 0; layer + 1 < layers_ && layer < 2; ++layer) {
@@ -258,18 +338,20 @@ void Runner::run() {
 }
 
 void Runner::run_phase(Team& team, int64_t layer, const Phase& phase) {
-  // This thread's panels of each direction: a share of all, so that two threads take a direction each.
+  // This thread's panels of each direction: a share of all, so that two threads
+  // take a direction each.
   int64_t begin[2], end[2];
   for (int64_t i = 0; i < phase.count; ++i) {
     begin[i] = std::clamp<int64_t>(team.begin(phase.count * panels_) - i * panels_, 0, panels_);
     end[i] = std::clamp<int64_t>(team.end(phase.count * panels_) - i * panels_, 0, panels_);
     if (args_.cell == RnnCell::lstm) start_cells(layer, phase.first + i, begin[i] * kLanes, end[i] * kLanes);
   }
-  const Sequence x = input_of(layer);
   for (int64_t first = 0; first < steps_.count;) {
-    // As many steps as fit the chunk; with falling batch sizes the last steps of a reverse direction are the widest.
+    // As many steps as fit the chunk; with falling batch sizes the last steps
+    // of a reverse direction are the widest.
     int64_t last = first + 1;
-    const auto rows = [&](int64_t d, int64_t a, int64_t b) {  // of the steps [a, b) of a direction
+    const auto rows = [&](int64_t d, int64_t a,
+                          int64_t b) {  // of the steps [a, b) of a direction
       const int64_t low = std::min(time(d, a), time(d, b - 1)), high = std::max(time(d, a), time(d, b - 1));
       return steps_.start(high) + steps_.rows(high) - steps_.start(low);
     };
@@ -282,9 +364,9 @@ void Runner::run_phase(Team& team, int64_t layer, const Phase& phase) {
       const int64_t d = phase.first + i;
       low[i] = std::min(time(d, first), time(d, last - 1));
       high[i] = std::max(time(d, first), time(d, last - 1)) + 1;
-      if (!x.is_one_run(steps_.batch)) copy_rows(team, x, low[i], high[i], x_rows_[d]);
+      if (gathers(layer)) gather_rows(team, layer, d, low[i], high[i]);
     }
-    if (!x.is_one_run(steps_.batch)) team.barrier();
+    if (gathers(layer)) team.barrier();
     for (int64_t i = 0; i < phase.count; ++i) {
       if (begin[i] < end[i]) input_gates(layer, phase.first + i, low[i], high[i], begin[i], end[i]);
     }
@@ -319,34 +401,98 @@ void Runner::start_cells(int64_t layer, int64_t d, int64_t unit_begin, int64_t u
   }
 }
 
-// The rows of the steps [low, high) as one run; each thread copies a share of them.
-void Runner::copy_rows(Team& team, const Sequence& from, int64_t low, int64_t high, float* to) const {
+// The input rows of the steps [low, high) as one run, quantized if the weights
+// are; each thread does a share of them.
+void Runner::gather_rows(Team& team, int64_t layer, int64_t d, int64_t low, int64_t high) const {
+  const Sequence from = input_of(layer);
   const int64_t first = steps_.start(low), count = steps_.start(high - 1) + steps_.rows(high - 1) - first;
-  for (int64_t row = team.begin(count); row < team.end(count); ++row) {
-    const int64_t t = low + row / steps_.batch, b = row % steps_.batch;  // only [T, B, *] is not one run
-    std::memcpy(to + row * input_size_, from.at(steps_, t) + b * from.row, size_t(input_size_) * sizeof(float));
+  const int64_t begin = team.begin(count), end = team.end(count), k = width_of(layer);
+  if (from.is_one_run(steps_.batch)) {  // so it is quantized
+    const int64_t ldx = from.distance(steps_.batch);
+    quantized(from.at(steps_, low) + begin * ldx, ldx, end - begin, k, x_codes_[d] + begin * ld_codes(k),
+              x_scales_[d] + begin);
+    return;
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = low + row / steps_.batch,
+                  b = row % steps_.batch;  // only [T, B, *] is not one run
+    const float* x = from.at(steps_, t) + b * from.row;
+    if (is_int8()) {
+      quantized(x, k, 1, k, x_codes_[d] + row * ld_codes(k), x_scales_[d] + row);
+    } else {
+      std::memcpy(x_rows_[d] + row * k, x, size_t(k) * sizeof(float));
+    }
+  }
+}
+
+Rows Runner::quantized(const float* x, int64_t ldx, int64_t rows, int64_t k, uint8_t* codes, float* scales) const {
+  quantize_({.x = x,
+             .ldx = ldx,
+             .rows = rows,
+             .k = k,
+             .codes = codes,
+             .ld_codes = ld_codes(k),
+             .k_padded = round_up(k, 4),
+             .zero = 128,
+             .scale = 0,
+             .scales = scales});
+  return {.codes = codes, .ld_codes = ld_codes(k), .scales = scales, .count = rows};
+}
+
+// out[panel][row][groups][16] = x times the panels [panel_begin, panel_begin +
+// panels) of w, plus their bias.
+void Runner::multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64_t panels, bool backwards, float* out,
+                      int64_t out_panel, int64_t out_row) const {
+  const int64_t width = w.groups * kLanes;
+  if (!is_int8()) {
+    return gemm_({.x = x.x,
+                  .ldx = x.ldx,
+                  .rows = x.count,
+                  .k = w.k,
+                  .panels = w.panels + panel_begin * w.k * width,
+                  .groups = w.groups,
+                  .count = panels,
+                  .backwards = backwards,
+                  .bias = w.bias ? w.bias + panel_begin * width : nullptr,
+                  .out = out,
+                  .out_panel = out_panel,
+                  .out_row = out_row});
+  }
+  const int64_t k_padded = round_up(w.k, 4);
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t p = backwards ? panels - 1 - i : i, column = (panel_begin + p) * width;
+    int8_gemm_({.codes = x.codes,
+                .ld_codes = x.ld_codes,
+                .x_scales = x.scales,
+                .rows = x.count,
+                .k_padded = k_padded,
+                .panels = w.codes + column * k_padded,
+                .channels = width,
+                .compensation = w.compensation + column,
+                .w_scales = w.scales + column,
+                .bias = w.bias ? w.bias + column : nullptr,
+                .residual = {},
+                .activation = Activation::none,
+                .out = {out + p * out_panel, out_row, EpilogueMatrix::f32},
+                .out_inverse = 0});
   }
 }
 
 void Runner::input_gates(int64_t layer, int64_t d, int64_t low, int64_t high, int64_t panel_begin,
                          int64_t panel_end) const {
-  const Sequence x = input_of(layer);
-  const bool run = x.is_one_run(steps_.batch);
-  const Matrix& w = weights(layer, d).input;
-  const int64_t rows = steps_.start(high - 1) + steps_.rows(high - 1) - steps_.start(low);
-  const int64_t row = w.groups * kLanes, panel = chunk_rows_ * row;
-  gemm_({.x = run ? x.at(steps_, low) : x_rows_[d],
-         .ldx = run ? x.distance(steps_.batch) : input_size_,
-         .rows = rows,
-         .k = w.k,
-         .panels = w.panels + panel_begin * w.k * row,
-         .groups = w.groups,
-         .count = panel_end - panel_begin,
-         .backwards = false,
-         .bias = w.bias + panel_begin * row,
-         .out = x_gates_[d] + panel_begin * panel,
-         .out_panel = panel,
-         .out_row = row});
+  const Sequence from = input_of(layer);
+  const int64_t k = width_of(layer), row = groups_ * kLanes, panel = chunk_rows_ * row;
+  Rows x{.count = steps_.start(high - 1) + steps_.rows(high - 1) - steps_.start(low)};
+  if (is_int8()) {
+    x.codes = x_codes_[d];
+    x.ld_codes = ld_codes(k);
+    x.scales = x_scales_[d];
+  } else {
+    x.x = gathers(layer) ? x_rows_[d] : from.at(steps_, low);
+    x.ldx = gathers(layer) ? k : from.distance(steps_.batch);
+  }
+  multiply(weights(layer, d).input, x, panel_begin, panel_end - panel_begin, false, x_gates_[d] + panel_begin * panel,
+           panel, row);
 }
 
 void Runner::step(Team& team, int64_t layer, int64_t d, int64_t s, int64_t low, int64_t panel_begin,
@@ -356,7 +502,8 @@ void Runner::step(Team& team, int64_t layer, int64_t d, int64_t s, int64_t low, 
   const float* x_gates = x_gates_[d] + (steps_.start(t) - steps_.start(low)) * groups_ * kLanes;
   const bool projects = state_ < hidden_;
   float* out = projects ? unprojected_[d] : y.at(steps_, t) + d * state_;
-  // Sequences that ran before have their state in the output of their previous step, the others start here.
+  // Sequences that ran before have their state in the output of their previous
+  // step, the others start here.
   const int64_t going = s == 0 ? 0 : std::min(rows, steps_.rows(time(d, s - 1)));
   if (going > 0) {
     const float* before = y.at(steps_, time(d, s - 1)) + d * state_;
@@ -376,24 +523,19 @@ void Runner::cells(Team& team, int64_t layer, int64_t d, int64_t s, const float*
   const int64_t gate_row = w.groups * kLanes, padded = panels_ * kLanes, x_panel = chunk_rows_ * gate_row;
   const int64_t ld_out = state_ < hidden_ ? padded : output_of(layer).row;
   float* h_gates = h_gates_ + team.index * h_gates_size_;
+  // Each thread quantizes the whole state: to share that would take a second
+  // meeting a step.
+  const Rows x = is_int8() ? quantized(h, ldh, rows, w.k, h_codes_ + team.index * steps_.batch * ld_codes(hidden_),
+                                       h_scales_ + team.index * steps_.batch)
+                           : Rows{.x = h, .ldx = ldh, .count = rows};
   const int64_t together = std::max<int64_t>(1, h_gates_size_ / (rows * gate_row));
-  // On odd steps the last panels come first: they are what the step before has left in the cache.
+  // On odd steps the last panels come first: they are what the step before has
+  // left in the cache.
   const bool backwards = s % 2;
   for (int64_t done = 0; done < panel_end - panel_begin; done += together) {
     const int64_t count = std::min(together, panel_end - panel_begin - done);
     const int64_t p = backwards ? panel_end - done - count : panel_begin + done;
-    gemm_({.x = h,
-           .ldx = ldh,
-           .rows = rows,
-           .k = w.k,
-           .panels = w.panels + p * w.k * gate_row,
-           .groups = w.groups,
-           .count = count,
-           .backwards = backwards,
-           .bias = w.bias ? w.bias + p * gate_row : nullptr,
-           .out = h_gates,
-           .out_panel = rows * gate_row,
-           .out_row = gate_row});
+    multiply(w, x, p, count, backwards, h_gates, rows * gate_row, gate_row);
     const int64_t unit = p * kLanes;
     cell_({.rows = rows,
            .units = std::min(count * kLanes, hidden_ - unit),
@@ -412,25 +554,20 @@ void Runner::cells(Team& team, int64_t layer, int64_t d, int64_t s, const float*
   }
 }
 
-// unprojected [B][H] times the projection -> the state in the output; threads share its columns.
+// unprojected [B][H] times the projection -> the state in the output; threads
+// share its columns.
 void Runner::project(Team& team, int64_t layer, int64_t d, int64_t s) const {
   const Matrix& w = weights(layer, d).projection;
   const Sequence y = output_of(layer);
   const int64_t t = time(d, s), rows = steps_.rows(t), panels = panels_of(state_, kProjectionColumns);
   float* scratch = projected_ + team.index * projected_size_;
+  const int64_t padded = panels_ * kLanes;
+  const Rows x = is_int8() ? quantized(unprojected_[d], padded, rows, w.k,
+                                       h_codes_ + team.index * steps_.batch * ld_codes(hidden_),
+                                       h_scales_ + team.index * steps_.batch)
+                           : Rows{.x = unprojected_[d], .ldx = padded, .count = rows};
   for (int64_t p = team.begin(panels); p < team.end(panels); ++p) {
-    gemm_({.x = unprojected_[d],
-           .ldx = panels_ * kLanes,
-           .rows = rows,
-           .k = w.k,
-           .panels = w.panels + p * w.k * kProjectionColumns,
-           .groups = w.groups,
-           .count = 1,
-           .backwards = false,
-           .bias = nullptr,
-           .out = scratch,
-           .out_panel = 0,
-           .out_row = kProjectionColumns});
+    multiply(w, x, p, 1, false, scratch, 0, kProjectionColumns);
     const int64_t column = p * kProjectionColumns, width = std::min(kProjectionColumns, state_ - column);
     for (int64_t b = 0; b < rows; ++b) {
       std::memcpy(y.at(steps_, t) + b * y.row + d * state_ + column, scratch + b * kProjectionColumns,
@@ -439,7 +576,8 @@ void Runner::project(Team& team, int64_t layer, int64_t d, int64_t s) const {
   }
 }
 
-// The last cells of every sequence -> c_n, by the thread they belong to: another may have gone on to the next layer.
+// The last cells of every sequence -> c_n, by the thread they belong to:
+// another may have gone on to the next layer.
 void Runner::finish_cells(int64_t layer, int64_t d, int64_t unit_begin, int64_t unit_end) const {
   const int64_t count = std::min(unit_end, hidden_) - unit_begin;
   for (int64_t b = 0; count > 0 && b < steps_.batch; ++b) {
@@ -477,8 +615,8 @@ uint64_t rnn_fingerprint(const std::vector<TensorView>& weights) {
     hash ^= hash >> 32;
   };
   for (const TensorView& w : weights) {
-    check_dtype("rnn_fingerprint", "weight", w, {DType::float32, DType::bfloat16});
-    const int64_t size = w.dtype == DType::float32 ? 4 : 2, count = w.numel();
+    check_dtype("rnn_fingerprint", "weight", w, {DType::float32, DType::bfloat16, DType::int8});
+    const int64_t size = w.dtype == DType::float32 ? 4 : w.dtype == DType::bfloat16 ? 2 : 1, count = w.numel();
     if (count <= kSmall && w.is_contiguous()) {
       const char* data = w.as<char>();
       int64_t left = count * size;

@@ -94,3 +94,29 @@ def weight_only_linear(
 def weight_only_linear_pack(codes: Tensor, scale: Tensor, group: int, data: Tensor) -> None: ...
 def weight_only_linear_unpack(data: Tensor, group: int, codes: Tensor, scale: Tensor) -> None: ...
 def weight_only_linear_packed_size(n: int, k: int, group: int) -> int: ...
+def int8_gru(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    codes: Tensor,
+    compensation: Tensor,
+    weights: Tensor,
+    layers: int,
+    bidirectional: bool,
+    output: Tensor,
+    h_n: Tensor,
+) -> None: ...
+def int8_lstm(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    codes: Tensor,
+    compensation: Tensor,
+    weights: Tensor,
+    layers: int,
+    bidirectional: bool,
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+) -> None: ...

@@ -80,6 +80,11 @@ class FusedRNN(Config):
     """nn.LSTM, nn.GRU -> lamina.nn.LSTM, GRU: all layers, directions and steps in one call, in the weights' dtype."""
 
 
+@dataclass(frozen=True)
+class Int8RNN(Config):
+    """nn.LSTM, nn.GRU -> lamina.nn.Int8LSTM, Int8GRU: int8 weights, inputs and states quantized per row and step."""
+
+
 ConfigLike = Config | Sequence[Config] | Mapping[str, Config | Sequence[Config] | None]
 
 AUTO: tuple[Config, ...] = (Int8Dynamic(), FusedAttention(), FusedRNN())

@@ -24,6 +24,7 @@ from lamina.configs import (
     FusedRNN,
     Int4WeightOnly,
     Int8Dynamic,
+    Int8RNN,
     Int8Static,
     Int8WeightOnly,
     resolve,
@@ -31,7 +32,7 @@ from lamina.configs import (
 from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
-from lamina.nn.rnn import GRU, LSTM
+from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.quant.calibration import Calibration, observe
 from lamina.quant.observers import make_observer
@@ -220,7 +221,7 @@ def _prepare(
 def describe(module: nn.Module) -> str:
     """ "Linear(768, 3072)": the type and, for linear and recurrent layers, inputs and outputs."""
     if isinstance(module, nn.RNNBase):
-        ours = "lamina " if isinstance(module, LSTM | GRU) else ""
+        ours = "lamina " if type(module) in (LSTM, GRU) else ""
         return f"{ours}{type(module).__name__}({module.input_size}, {module.hidden_size})"
     linear = module if isinstance(module, nn.Linear) else as_linear(module)
     if linear is None:
@@ -468,23 +469,30 @@ def _transformers_attention(site: Site) -> Candidate | str:
     )
 
 
-_FUSED_RNNS: dict[type[nn.Module], type[LSTM | GRU]] = {nn.LSTM: LSTM, nn.GRU: GRU}
+def _replace_rnn(site: Site, kinds: Mapping[type[nn.Module], type[nn.RNNBase]], what: str) -> Candidate | str | None:
+    """The candidate that puts one of `kinds`, by the torch class, in the site's place, or why it must not."""
+    module = site.module
+    if not isinstance(module, nn.LSTM | nn.GRU):
+        return None
+    kind = kinds.get(type(module))
+    if kind is None:
+        return f"{type(module).__name__} is a subclass of nn.{module.mode} and may compute something else"
+    weight = module.weight_ih_l0
+    if weight.device.type != "cpu":
+        return f"the weights are on {weight.device}, and the {what} {module.mode} runs on the CPU"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {weight.dtype}, and the {what} {module.mode} takes float32 and bfloat16"
+    return replacement(site, lambda: kind.from_float(module))
 
 
 @handles(FusedRNN)
 def _fused_rnn(site: Site, config: Config) -> Candidate | str | None:
-    module = site.module
-    if not isinstance(module, nn.LSTM | nn.GRU):
-        return None
-    fused = _FUSED_RNNS.get(type(module))
-    if fused is None:
-        return f"{type(module).__name__} is a subclass of nn.{module.mode} and may compute something else"
-    weight = module.weight_ih_l0
-    if weight.device.type != "cpu":
-        return f"the weights are on {weight.device}, and the fused {module.mode} runs on the CPU"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"the weights are {weight.dtype}, and the fused {module.mode} takes float32 and bfloat16"
-    return replacement(site, lambda: fused.from_float(module))
+    return _replace_rnn(site, {nn.LSTM: LSTM, nn.GRU: GRU}, "fused")
+
+
+@handles(Int8RNN)
+def _int8_rnn(site: Site, config: Config) -> Candidate | str | None:
+    return _replace_rnn(site, {nn.LSTM: Int8LSTM, nn.GRU: Int8GRU}, "int8")
 
 
 def ordered(found: Sequence[Candidate]) -> list[Candidate]:

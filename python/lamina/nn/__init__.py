@@ -4,13 +4,15 @@ from lamina.nn.attention import ScaledDotProductAttention
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
-from lamina.nn.rnn import GRU, LSTM
+from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 __all__ = [
     "GRU",
     "LSTM",
     "Int4WeightOnlyLinear",
+    "Int8GRU",
+    "Int8LSTM",
     "Int8Linear",
     "Int8WeightOnlyLinear",
     "LoRALinear",

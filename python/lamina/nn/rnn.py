@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lamina import ops
+from lamina.quant.weights import dequantize_weight, quantize_weight
 
 
 class _FusedRNN(nn.RNNBase):
@@ -57,7 +58,7 @@ class _FusedRNN(nn.RNNBase):
         data = input.data if packed else input
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if not self._takes(data, input.batch_sizes if packed else None, states):
-            return self._torch.forward(self, input, hx)
+            return self._elsewhere(input, hx)
         if packed:
             return self._forward_packed(input, states)
         if input.ndim == 3:
@@ -77,13 +78,19 @@ class _FusedRNN(nn.RNNBase):
             last = self._each(lambda state: state.index_select(1, original_order), last)
         return PackedSequence(output, batch_sizes, order, original_order), last
 
+    def _elsewhere(self, input: Tensor | PackedSequence, hx):
+        return self._torch.forward(self, input, hx)
+
+    def _takes_dtype(self, dtype: torch.dtype) -> bool:
+        return dtype == self.weight_ih_l0.dtype
+
     def _takes(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]) -> bool:
         """Whether the op may compute this call."""
         if self.training and (self.dropout > 0.0 or torch.is_grad_enabled()):
             return False
         if data.ndim not in ((2, 3) if batch_sizes is None else (2,)):
             return False
-        if data.shape[-1] != self.input_size or data.dtype != self.weight_ih_l0.dtype:
+        if data.shape[-1] != self.input_size or not self._takes_dtype(data.dtype):
             return False
         if batch_sizes is not None:
             batch = int(batch_sizes[0]) if states else 0
@@ -160,3 +167,158 @@ class GRU(_FusedRNN):
     @staticmethod
     def _each(change, state):
         return change(state)
+
+
+class _Int8RNN(_FusedRNN):
+    """What Int8LSTM and Int8GRU share: frozen int8 weights under the names of the float ones, each with its scale."""
+
+    def __init__(self, *args, **kwargs):
+        self._set(self._torch(*args, **kwargs))
+
+    @classmethod
+    def from_float(cls, module: nn.RNNBase) -> Self:
+        """The int8 layer with the quantized weights of a torch layer, in its mode.
+
+        Raises TypeError if `module` is not exactly the torch class, ValueError if a weight has NaN or infinity.
+        """
+        if type(module) is not cls._torch:
+            raise TypeError(
+                f"{cls.__name__}.from_float: expected nn.{cls._torch.__name__}, got {type(module).__name__}"
+            )
+        layer = cls.__new__(cls)
+        layer._set(module)
+        return layer.train(module.training)
+
+    def _set(self, module: nn.RNNBase) -> None:
+        options = {"proj_size": module.proj_size} if module.proj_size else {}
+        super().__init__(
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            bias=module.bias,
+            batch_first=module.batch_first,
+            dropout=module.dropout,
+            bidirectional=module.bidirectional,
+            device="meta",
+            **options,
+        )
+        for name, weight in module.named_parameters(recurse=False):
+            weight = weight.detach()
+            delattr(self, name)
+            if weight.ndim == 1:
+                self.register_buffer(name, weight.to(torch.float32, copy=True))
+                continue
+            codes, scale = quantize_weight(weight)
+            self.register_buffer(name, codes)
+            self.register_buffer(f"{name}_scale", scale)
+        self._init_flat_weights()
+
+    def quantized_weights(self) -> list[Tensor]:
+        """The flat list of the weights, as `lamina.ops.int8_lstm` and `int8_gru` take it."""
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def scales(self) -> list[Tensor]:
+        """The scales of the matrices among them, in their order."""
+        return [getattr(self, f"{name}_scale") for name in self._flat_weights_names if name.startswith("weight")]
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> nn.RNNBase:
+        """The torch layer with the weights this one computes with; they do not train."""
+        options = {"proj_size": self.proj_size} if self.proj_size else {}
+        layer = self._torch(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device="meta",
+            **options,
+        )
+        for name in self._flat_weights_names:
+            weight = getattr(self, name)
+            if weight.dtype is torch.int8:
+                weight = dequantize_weight(weight, getattr(self, f"{name}_scale"))
+            setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+        return layer.train(self.training)
+
+    def _elsewhere(self, input: Tensor | PackedSequence, hx):
+        """Training (dropout, the straight-through gradient) and inputs that torch refuses in its own words."""
+        dtype = input.data.dtype
+        return self.dequantized(dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)(input, hx)
+
+    def _takes_dtype(self, dtype: torch.dtype) -> bool:
+        return dtype in (torch.float32, torch.bfloat16)
+
+    def _takes(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]) -> bool:
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *states))
+        plain = all(t.is_cpu and t.dtype == data.dtype for t in (data, *states))
+        return plain and not needs_gradient and super()._takes(data, batch_sizes, states)
+
+    def _options(self, batch_first: bool) -> tuple:
+        how = (self.bias, self.num_layers, self.bidirectional, batch_first)
+        return self.quantized_weights(), self.scales(), *how
+
+    def _init_flat_weights(self) -> None:
+        # torch calls this after every .to(): scales and biases stay float32, or gates would lose three digits.
+        for name, buffer in self._buffers.items():
+            if buffer.is_floating_point() and buffer.dtype is not torch.float32:
+                self._buffers[name] = buffer.float()
+        super()._init_flat_weights()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """A float matrix, such as one of the original model, is quantized on the way in."""
+        own = dict(state_dict)
+        for name in self._flat_weights_names:
+            weight = own.get(prefix + name)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+                try:
+                    own[prefix + name], own[f"{prefix}{name}_scale"] = quantize_weight(weight)
+                except ValueError as error:
+                    errors.append(f"{prefix}{name}: {error}")
+                    return
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+class Int8LSTM(_Int8RNN):
+    """nn.LSTM with frozen int8 weights, through `lamina.ops.int8_lstm`: the same arguments, inputs and outputs.
+
+    Every matrix has one scale per row; each row of the input, and of the state at every step, is quantized on the fly;
+    sums are exact, biases, gates and cells float32. The state_dict has the names of nn.LSTM, int8, and `<name>_scale`
+    for each matrix; a float state_dict is quantized when it is loaded. Where gradients are asked for, torch's layer
+    with the dequantized weights computes: the gradient for the input is the straight-through one, the weights do not
+    train.
+
+    >>> layer = lamina.nn.Int8LSTM.from_float(nn.LSTM(40, 256, num_layers=3)).eval()
+    >>> output, (h_n, c_n) = layer(torch.randn(160, 1, 40))
+    """
+
+    _torch = nn.LSTM
+    _state_widths = LSTM._state_widths
+    _each = staticmethod(LSTM._each)
+
+    def _call(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], batch_first: bool):
+        output, h_n, c_n = ops.int8_lstm(data, states or None, *self._options(batch_first), batch_sizes=batch_sizes)
+        return output, (h_n, c_n)
+
+
+class Int8GRU(_Int8RNN):
+    """nn.GRU with frozen int8 weights, through `lamina.ops.int8_gru`: the same arguments, inputs and outputs.
+
+    Every matrix has one scale per row; each row of the input, and of the state at every step, is quantized on the fly;
+    sums are exact, biases, gates and states float32. The state_dict has the names of nn.GRU, int8, and `<name>_scale`
+    for each matrix; a float state_dict is quantized when it is loaded. Where gradients are asked for, torch's layer
+    with the dequantized weights computes: the gradient for the input is the straight-through one, the weights do not
+    train.
+
+    >>> layer = lamina.nn.Int8GRU.from_float(nn.GRU(40, 256, num_layers=3)).eval()
+    >>> output, h_n = layer(torch.randn(160, 1, 40))
+    """
+
+    _torch = nn.GRU
+    _state_widths = GRU._state_widths
+    _each = staticmethod(GRU._each)
+
+    def _call(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], batch_first: bool):
+        state = states[0] if states else None
+        return ops.int8_gru(data, state, *self._options(batch_first), batch_sizes=batch_sizes)

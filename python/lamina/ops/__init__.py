@@ -2,7 +2,9 @@
 
 from lamina.ops.attention import attention
 from lamina.ops.gru import gru
+from lamina.ops.int8_gru import int8_gru
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
+from lamina.ops.int8_lstm import int8_lstm
 from lamina.ops.layer_norm import layer_norm
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
@@ -19,7 +21,9 @@ __all__ = [
     "PackedInt8Weight",
     "attention",
     "gru",
+    "int8_gru",
     "int8_linear",
+    "int8_lstm",
     "layer_norm",
     "lstm",
     "pack_int4_weight",

@@ -60,19 +60,37 @@ def sizes_of(
 
 
 def check_inputs(
-    op: str, input: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor], states: Sequence[Tensor | None]
+    op: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
-    """One dtype for all, an input of the right number of dimensions, states of packed input. Raises ValueError."""
+    """One dtype for all, an input of the right number of dimensions, states of packed input. Raises ValueError.
+
+    With `scales`, the matrices among the weights are int8 codes and everything else among them is float32.
+    """
     if input.dtype not in DTYPES:
         raise ValueError(f"{op}: input is {input.dtype}, but must be torch.float32 or torch.bfloat16")
     for tensors in (weights, states):
         for t in tensors:
-            if t is not None and t.dtype is not input.dtype:
+            if t is None or (scales is not None and tensors is weights):
+                continue
+            if t.dtype is not input.dtype:
                 name = "weights" if tensors is weights else "initial states"
                 raise ValueError(f"{op}: {name} are {t.dtype}, but must be the input's {input.dtype}")
     if input.ndim != (3 if batch_sizes is None else 2):
         what = "[T, B, I]" if batch_sizes is None else "[N, I] with batch_sizes"
         raise ValueError(f"{op}: input has shape {list(input.shape)}, but must be {what}")
+    if scales is not None:
+        for i, t in enumerate(weights):
+            expected = torch.int8 if t.ndim == 2 else torch.float32
+            if t.dtype is not expected:
+                raise ValueError(f"{op}: weights[{i}] is {t.dtype}, but must be {expected}")
+        rows = [t.shape[0] for t in weights if t.ndim == 2]
+        if [list(s.shape) for s in scales] != [[n] for n in rows] or any(s.dtype is not torch.float32 for s in scales):
+            raise ValueError(f"{op}: scales must be float32, one per row of each matrix: {rows}")
     for state in states:
         if state is None and batch_sizes is not None:
             raise ValueError(f"{op}: packed input needs its initial states, from which the batch is read")
@@ -97,28 +115,72 @@ def _projection(weight: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, _COLUMNS)).transpose(1, 2).reshape(-1)
 
 
-def pack(gates: int, sizes: Sizes, weights: Sequence[Tensor], has_biases: bool) -> Tensor:
+def _joined_biases(gates: int, sizes: Sizes, biases: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """b_ih, b_hh -> what is added to the gates of the input and to those of the state."""
+    if biases is None:
+        zeros = torch.zeros(gates * sizes.hidden)
+        return zeros, zeros
+    of_input, of_state = biases[0] + biases[1], torch.zeros_like(biases[1])
+    if gates == 3:  # the reset gate multiplies the state's part of the new gate, bias included
+        new = slice(2 * sizes.hidden, None)
+        of_input[new], of_state[new] = biases[0][new], biases[1][new]
+    return of_input, of_state
+
+
+def pack(gates: int, sizes: Sizes, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor]:
     """The weights as one float32 tensor, in the order of csrc/ops/rnn.h."""
     pieces = []
     for at in range(0, len(weights), sizes.each):
         w_ih, w_hh, *others = (w.detach().float() for w in weights[at : at + sizes.each])
-        input_bias = state_bias = w_ih.new_zeros(gates * sizes.hidden)
-        if has_biases:
-            input_bias, state_bias = others[0] + others[1], state_bias.clone()
-            if gates == 3:  # the reset gate multiplies the state's part of the new gate, bias included
-                new = slice(2 * sizes.hidden, None)
-                input_bias[new], state_bias[new] = others[0][new], others[1][new]
+        input_bias, state_bias = _joined_biases(gates, sizes, others if has_biases else None)
         pieces += [_panels(w_ih, gates), _bias(input_bias, gates), _panels(w_hh, gates), _bias(state_bias, gates)]
         if sizes.state < sizes.hidden:
             pieces.append(_projection(others[-1]))
-    return torch.cat(pieces)
+    return (torch.cat(pieces),)
+
+
+def _code_panels(codes: Tensor, gates: int) -> Tensor:
+    """int8 [G H, K] -> [H / 16 rounded up, K / 4 rounded up, G, 16, 4], flat."""
+    units, k = codes.shape[0] // gates, codes.shape[1]
+    padded = F.pad(codes.reshape(gates, units, k), (0, -k % 4, 0, -units % _LANES))
+    return padded.unflatten(2, (-1, 4)).unflatten(1, (-1, _LANES)).permute(1, 3, 0, 2, 4).reshape(-1)
+
+
+def _code_projection(codes: Tensor) -> Tensor:
+    """int8 [R, H] -> [R / 64 rounded up, H / 4 rounded up, 64, 4], flat."""
+    padded = F.pad(codes, (0, -codes.shape[1] % 4, 0, -codes.shape[0] % _COLUMNS))
+    return padded.unflatten(1, (-1, 4)).unflatten(0, (-1, _COLUMNS)).transpose(1, 2).reshape(-1)
+
+
+def pack_int8(
+    gates: int, sizes: Sizes, weights: Sequence[Tensor], has_biases: bool, scales: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 weights as codes, compensation and float32 scales and biases, in the order of csrc/ops/rnn.h."""
+    codes, compensation, floats = [], [], []
+    remaining = iter(scales)
+    for at in range(0, len(weights), sizes.each):
+        matrices = [w.detach() for w in weights[at : at + sizes.each] if w.ndim == 2]
+        biases = [w.detach() for w in weights[at : at + sizes.each] if w.ndim == 1]
+        of_matrices = _joined_biases(gates, sizes, biases if has_biases else None)
+        for i, matrix in enumerate(matrices):
+            sums = 128 * matrix.sum(1, dtype=torch.int32)
+            scale = next(remaining).detach()
+            if i < 2:
+                codes.append(_code_panels(matrix, gates))
+                compensation.append(_bias(sums, gates))
+                floats += [_bias(scale, gates), _bias(of_matrices[i], gates)]
+            else:
+                codes.append(_code_projection(matrix))
+                compensation.append(_projection(sums[:, None]))
+                floats.append(_projection(scale[:, None]))
+    return torch.cat(codes), torch.cat(compensation), torch.cat(floats)
 
 
 class _Kept(NamedTuple):
     stamp: tuple
     storages: list[StorageWeakRef]
     sizes: Sizes
-    packed: Tensor
+    packed: tuple[Tensor, ...]
 
 
 # By the address of the first weight. An entry is good only while all its storages live: they are held weakly, and a
@@ -127,16 +189,24 @@ _kept: dict[tuple[int, int], _Kept] = {}
 
 
 def packed_weights(
-    op: str, gates: int, input_size: int, weights: Sequence[Tensor], has_biases: bool, num_layers: int, directions: int
-) -> tuple[Sizes, Tensor]:
-    """`sizes_of` and `pack`, or what they gave last time if the weights are the same tensors with the same content.
+    op: str,
+    gates: int,
+    input_size: int,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    directions: int,
+    scales: Sequence[Tensor] | None = None,
+) -> tuple[Sizes, tuple[Tensor, ...]]:
+    """`sizes_of` and `pack` (with scales `pack_int8`), or what they gave last time for the same tensors and content.
 
     A change is noticed by torch's version counter, and by a fingerprint of some elements where it is bypassed
     (`parameter.data`).
     """
-    if weights and not any(w.is_inference() for w in weights):  # inference tensors have no version counter
-        places = [(w.untyped_storage()._cdata, w.data_ptr(), w._version) for w in weights]
-        stamp = (op, input_size, has_biases, num_layers, directions, places, _C.rnn_fingerprint(weights))
+    tensors = weights if scales is None else [*weights, *scales]
+    if weights and not any(w.is_inference() for w in tensors):  # inference tensors have no version counter
+        places = [(w.untyped_storage()._cdata, w.data_ptr(), w._version) for w in tensors]
+        stamp = (op, input_size, has_biases, num_layers, directions, places, _C.rnn_fingerprint(tensors))
         key = places[0][:2]
         kept = _kept.get(key)
         if kept is not None and kept.stamp == stamp:
@@ -144,11 +214,14 @@ def packed_weights(
     else:
         key = None
     sizes = sizes_of(op, gates, input_size, weights, has_biases, num_layers, directions)
-    packed = pack(gates, sizes, weights, has_biases)
+    if scales is None:
+        packed = pack(gates, sizes, weights, has_biases)
+    else:
+        packed = pack_int8(gates, sizes, weights, has_biases, scales)
     if key is not None:
         for old in [k for k, entry in list(_kept.items()) if any(s.expired() for s in entry.storages)]:
             _kept.pop(old, None)
-        _kept[key] = _Kept(stamp, [StorageWeakRef(w.untyped_storage()) for w in weights], sizes, packed)
+        _kept[key] = _Kept(stamp, [StorageWeakRef(w.untyped_storage()) for w in tensors], sizes, packed)
     return sizes, packed
 
 
@@ -181,18 +254,19 @@ def run(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """The CPU implementation of a recurrent op around its compiled function."""
-    check_inputs(op, input, batch_sizes, weights, states)
+    check_inputs(op, input, batch_sizes, weights, states, scales)
     directions = 2 if bidirectional else 1
-    sizes, packed = packed_weights(op, gates, input.shape[-1], weights, has_biases, num_layers, directions)
+    sizes, packed = packed_weights(op, gates, input.shape[-1], weights, has_biases, num_layers, directions, scales)
     # The kernels compute in float32.
     x, *states = (None if t is None else _plain(t) for t in (input, *states))
     batch = _batch(x, batch_sizes, states, batch_first)
     outputs = _outputs(x, batch, sizes, num_layers * directions, directions, len(states))
     by_step = batch_sizes is None and batch_first
     steps, output = (x.transpose(0, 1), outputs[0].transpose(0, 1)) if by_step else (x, outputs[0])
-    kernel(steps, batch_sizes, *states, packed, num_layers, bidirectional, output, *outputs[1:])
+    kernel(steps, batch_sizes, *states, *packed, num_layers, bidirectional, output, *outputs[1:])
     return outputs if input.dtype is torch.float32 else tuple(t.to(input.dtype) for t in outputs)
 
 
@@ -214,9 +288,10 @@ def fake(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """The shapes `run` gives."""
-    check_inputs(op, input, batch_sizes, weights, states)
+    check_inputs(op, input, batch_sizes, weights, states, scales)
     directions = 2 if bidirectional else 1
     sizes = sizes_of(op, gates, input.shape[-1], weights, has_biases, num_layers, directions)
     batch = _batch(input, batch_sizes, states, batch_first)

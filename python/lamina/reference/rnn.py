@@ -55,3 +55,20 @@ def _one_direction(
         outputs[t] = after[0]
         state = tuple(torch.cat([new, old[n:]]) for new, old in zip(after, state, strict=True))
     return outputs, state
+
+
+def with_scales(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
+    """The flat list of int8 weights with the scale of each matrix right behind it."""
+    remaining = iter(scales)
+    joined: list[Tensor] = []
+    for weight in weights:
+        joined += [weight, next(remaining)] if weight.ndim == 2 else [weight]
+    return joined
+
+
+def int8_parts(weights: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """What `with_scales` made of a layer's weights -> (codes, scale) pairs and the biases."""
+    places = [i for i, weight in enumerate(weights) if weight.ndim == 2]
+    taken = {i + 1 for i in places}
+    biases = [w for i, w in enumerate(weights) if w.ndim == 1 and i not in taken]
+    return [(weights[i], weights[i + 1]) for i in places], biases

@@ -1,0 +1,27 @@
+#include "ops/int8_gru.h"
+
+#include "ops/rnn.h"
+
+namespace lamina {
+
+void int8_gru(const TensorView& input, const std::optional<TensorView>& batch_sizes,
+              const std::optional<TensorView>& h_0, const TensorView& codes, const TensorView& compensation,
+              const TensorView& weights, int64_t layers, bool bidirectional, const TensorView& output,
+              const TensorView& h_n) {
+  run_rnn({.op = "int8_gru",
+           .cell = RnnCell::gru,
+           .input = input,
+           .batch_sizes = batch_sizes,
+           .h_0 = h_0,
+           .c_0 = std::nullopt,
+           .weights = weights,
+           .codes = codes,
+           .compensation = compensation,
+           .layers = layers,
+           .bidirectional = bidirectional,
+           .output = output,
+           .h_n = h_n,
+           .c_n = std::nullopt});
+}
+
+}  // namespace lamina

@@ -1,0 +1,16 @@
+// Long short-term memory with int8 weights over whole sequences: all layers, directions and steps in one call. See
+// ops/rnn.h for the layouts and cpu/kernels/rnn_cell.h for the equations.
+#pragma once
+
+#include <optional>
+
+#include "ops/tensor.h"
+
+namespace lamina {
+
+void int8_lstm(const TensorView& input, const std::optional<TensorView>& batch_sizes,
+               const std::optional<TensorView>& h_0, const std::optional<TensorView>& c_0, const TensorView& codes,
+               const TensorView& compensation, const TensorView& weights, int64_t layers, bool bidirectional,
+               const TensorView& output, const TensorView& h_n, const TensorView& c_n);
+
+}  // namespace lamina

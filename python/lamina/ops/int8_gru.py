@@ -1,0 +1,84 @@
+"""int8_gru: gru with int8 weights; states and inputs are quantized row by row, at every step."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lamina import _C
+from lamina.ops import rnn
+from lamina.ops.library import define
+
+_GATES = 3
+
+
+def _cpu(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (has_biases, num_layers, bidirectional, batch_first, scales)
+    return rnn.run("int8_gru", _C.int8_gru, _GATES, input, batch_sizes, (h_0,), weights, *options)
+
+
+def _fake(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (has_biases, num_layers, bidirectional, batch_first, scales)
+    return rnn.fake("int8_gru", _GATES, input, batch_sizes, (h_0,), weights, *options)
+
+
+_op = define(
+    "int8_gru(Tensor input, Tensor? batch_sizes, Tensor? h_0, Tensor[] weights, Tensor[] scales, "
+    "bool has_biases, int num_layers, bool bidirectional, bool batch_first) -> (Tensor, Tensor)",
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def int8_gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lamina.ops.gru` with int8 weights, for inference.
+
+    Every matrix has one scale per row. Each row of the input, and of the state at every step, is quantized
+    symmetrically (`quantize_rows`), products are summed exactly in int32; biases, gates and states stay float32. A row
+    that holds NaN gives NaN. There is no gradient.
+
+    Args:
+        input: [T, B, I], [B, T, I] if batch_first, or packed [N, I] with batch_sizes; float32 or bfloat16, T >= 1.
+        hx: h_0 [layers * directions, B, H], or None for zeros.
+        weights: the flat list of `nn.GRU` with int8 codes for the matrices: per layer and direction w_ih
+            [3 H, I of the layer], w_hh [3 H, H], b_ih and b_hh [3 H] float32 if has_biases.
+        scales: float32, one for each matrix in the order of the weights, [rows]: weight = code * scale.
+        batch_sizes: [T] int64, how many sequences run at each step, as in `torch.nn.utils.rnn.PackedSequence`.
+
+    Returns output [.., directions * H] laid out as the input, h_n as h_0, of the input's dtype. Raises
+    ValueError when shapes or dtypes do not fit or a sequence has no step.
+
+    >>> output, h_n = lamina.ops.int8_gru(x, None, layer.quantized_weights(), layer.scales())
+    """
+    options = (has_biases, num_layers, bidirectional, batch_first)
+    return _op(input, batch_sizes, hx, list(weights), list(scales), *options)
