@@ -151,6 +151,87 @@ def test_tied_weights_are_stored_once_and_stay_tied(path):
     assert_exact(other.head.weight.detach(), model.embed.weight.detach())
 
 
+class Recurrent(nn.Module):
+    """Both recurrent layers, with everything that adds or changes a tensor; the first one in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 7, 2, bidirectional=True, batch_first=True, proj_size=3)
+        self.gru = nn.GRU(6, 6, bias=False)
+        self.again = self.gru
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.again(self.gru(self.lstm(x)[0])[0])[0])
+
+
+def recurrent(seed: int = 0) -> Recurrent:
+    torch.manual_seed(seed)
+    return Recurrent().eval()
+
+
+def int8_recurrent(seed: int = 0) -> Recurrent:
+    model = recurrent(seed)
+    lamina.swap_(model, lamina.Int8RNN())
+    return model
+
+
+def fused_recurrent(seed: int = 0) -> Recurrent:
+    model = recurrent(seed)
+    lamina.swap_(model, lamina.FusedRNN())
+    return model
+
+
+@pytest.mark.parametrize("into", [recurrent, fused_recurrent, int8_recurrent])
+@torch.no_grad()
+def test_recurrent_layers_come_back(into, path):
+    model, other, x = int8_recurrent(), into(seed=1), torch.randn(2, 4, 5)
+    other.lstm.train()
+    save(model, path)
+    load_(other, path)
+    assert isinstance(other.lstm, lamina.nn.Int8LSTM)
+    assert isinstance(other.gru, lamina.nn.Int8GRU)
+    assert other.again is other.gru
+    assert other.lstm.training
+    assert_exact(other.eval()(x), model(x))
+    save(recurrent(), path)  # a float file: quantized on the way in
+    load_(other, path)
+    assert_exact(other(x), model(x))
+
+
+WRONG_RECURRENT = {
+    "a missing matrix": (lambda h, t: t.pop("lstm.weight_hr_l0"), "lstm.*weight_hr_l0"),
+    "a missing scale": (lambda h, t: t.pop("lstm.weight_ih_l0_scale"), "needs weight_ih_l0_scale"),
+    "a scale that is NaN": (lambda h, t: t["lstm.weight_hh_l1_scale"].fill_(float("nan")), "positive and finite"),
+    "a code of -128": (lambda h, t: t["lstm.weight_hh_l1"].fill_(-128), "code of -128"),
+    "codes of another type": (
+        lambda h, t: t.update({"lstm.weight_ih_l0": t["lstm.weight_ih_l0"].int()}),
+        "weight_ih_l0 is torch.int32",
+    ),
+    "another shape": (lambda h, t: t.update({"lstm.bias_hh_l0": torch.zeros(3)}), "bias_hh_l0"),
+    "another layer": (lambda h, t: h["layers"]["lstm"].update(type="Int8GRU"), "'lstm' is a"),
+    "a linear layer": (lambda h, t: h["layers"]["lstm"].update(type="Int8Linear"), "'lstm' is a"),
+    "an option": (lambda h, t: h["layers"]["lstm"].update(bias=True), "layer 'lstm'"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_RECURRENT)
+@pytest.mark.parametrize("into", [recurrent, int8_recurrent])
+def test_recurrent_files_that_do_not_fit(what, into, path):
+    save(int8_recurrent(), path)
+    change, message = WRONG_RECURRENT[what]
+    rewrite(path, lambda header, tensors: (change(header, tensors), None)[1])
+    refused(into(seed=1), path, message)
+
+
+def test_a_float_recurrent_file_with_nan_into_a_swapped_model(path):
+    model = recurrent()
+    with torch.no_grad():
+        model.gru.weight_hh_l0[1, 1] = float("nan")
+    save(model, path)
+    refused(int8_recurrent(seed=1), path, "gru.weight_hh_l0: .*NaN or infinite weight")
+
+
 def test_a_shared_int8_layer(path):
     """One layer in two places: saved, loaded into a float model that shares it, and shared again."""
 

@@ -22,12 +22,16 @@ from lamina.errors import FormatError
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.packed_linear import PackedLinear
+from lamina.nn.rnn import Int8GRU, Int8LSTM, arguments_of
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 FORMAT_VERSION = 1
 
-# The layers that take the place of a linear one. Each has `options()`, the constructor's keyword arguments in JSON.
-_LAYERS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear)
+# The layers that take the place of a float one. Each has `options()`, the constructor's keyword arguments in JSON that
+# the place does not give, and `check_saved(state, prefix)`, a ValueError where its part of a state_dict does not fit.
+_LINEARS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear)
+_RNNS: tuple[type[Int8LSTM | Int8GRU], ...] = (Int8LSTM, Int8GRU)
+_LAYERS = (*_LINEARS, *_RNNS)
 
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -46,7 +50,9 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
         if isinstance(module, _LAYERS):
             layers[fqn] = {"type": type(module).__name__, **module.options()}
             owner = owners.setdefault(module, fqn)
-            if owner != fqn:  # its weight is unpacked anew for each place, so the memory does not show it
+            if owner != fqn and isinstance(
+                module, _LINEARS
+            ):  # its weight is unpacked anew for each place, so the memory does not show it
                 aliases[f"{fqn}.weight"] = f"{owner}.weight"
     seen: dict[tuple, str] = {}
     for name, tensor in model.state_dict().items():
@@ -77,7 +83,8 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
 def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     """Load a file written by `save` into `model`, in place; returns the metadata given to `save`.
 
-    `model` is the float model or one already swapped: nn.Linear layers become what the file has in their places.
+    `model` is the float model or one already swapped: linear and recurrent layers become
+    what the file has in their places.
 
     Raises FileNotFoundError, and FormatError if the file is truncated, foreign, from a newer lamina or does not fit the
     model. Everything is checked first: on an error the model is as it was.
@@ -93,10 +100,10 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if not (inside and name.startswith(inside))}
     quantized_here = {
         fqn: module
-        for fqn, module in model.named_modules()
-        if isinstance(module, PackedLinear) and fqn not in replacements
+        for fqn, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (PackedLinear, *_RNNS)) and fqn not in replacements
     }
-    found_here = {f"{fqn}.{name}" for fqn in quantized_here for name in ("weight_scale", "input_scale")}
+    found_here = {name for name in own if name.endswith("_scale") and name.rpartition(".")[0] in quantized_here}
     missing = sorted(own.keys() - rest.keys() - found_here)
     surplus = sorted(rest.keys() - own.keys())
     if missing or surplus:
@@ -109,9 +116,8 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
                 f"but {list(own[name].shape)} in the model"
             )
     for fqn, module in quantized_here.items():
-        name = f"{fqn}.weight"
         try:
-            module.pack_saved(rest[name], rest.get(f"{fqn}.weight_scale"), name)
+            module.check_saved(rest, f"{fqn}.")
         except ValueError as error:
             raise FormatError(f"{path.name} does not fit this model: {error}") from None
 
@@ -161,31 +167,46 @@ def _build_layers(
         try:
             kind, options = spec["type"], {key: value for key, value in spec.items() if key != "type"}
             target = model.get_submodule(fqn)
-            weight = tensors[f"{fqn}.weight"]
         except (AttributeError, KeyError, TypeError) as error:
             raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {error}") from None
         made = next((layer for layer in _LAYERS if layer.__name__ == kind), None)
         if made is None:
             raise FormatError(f"{path.name}: layer '{fqn}' is a '{kind}', which this lamina does not know")
-        linear = target if isinstance(target, _LAYERS) else as_linear(target)
-        if linear is None:
-            raise FormatError(f"{path.name} does not fit this model: '{fqn}' is a {type(target).__name__}")
-        shape = made.saved_shape(linear.out_features, linear.in_features)
-        if not fqn or tuple(weight.shape) != shape:
-            raise FormatError(
-                f"{path.name} does not fit this model: {fqn}.weight is {list(weight.shape)}, "
-                f"but {list(shape)} in the model"
-            )
         state = {name.removeprefix(f"{fqn}."): t for name, t in tensors.items() if name.startswith(f"{fqn}.")}
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
         try:
-            layer = made(*sizes, dtype=linear.weight.dtype, **options)
+            arguments = _linear_arguments if made in _LINEARS else _rnn_arguments
+            layer = made(**arguments(made, fqn, target, state), **options)
             layer.load_state_dict(state)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"Error(s) in loading state_dict for {kind}: ")
             raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {reason}") from None
         built[fqn] = shared.setdefault(target, stand_in(layer, target))
     return built
+
+
+def _linear_arguments(
+    made: type[PackedLinear], fqn: str, target: nn.Module, state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the constructor of a linear layer for the place of `target` takes. Raises ValueError."""
+    linear = target if isinstance(target, _LINEARS) else as_linear(target)
+    if not fqn or linear is None:
+        raise ValueError(f"'{fqn}' is a {type(target).__name__}")
+    if "weight" not in state:
+        raise ValueError(f"it lacks {fqn}.weight")
+    shape, found = made.saved_shape(linear.out_features, linear.in_features), tuple(state["weight"].shape)
+    if found != shape:
+        raise ValueError(f"{fqn}.weight is {list(found)}, but {list(shape)} in the model")
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+    return {**sizes, "bias": linear.bias is not None, "dtype": linear.weight.dtype}
+
+
+def _rnn_arguments(
+    made: type[Int8LSTM | Int8GRU], fqn: str, target: nn.Module, state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the constructor of a recurrent layer for the place of `target` takes. Raises ValueError."""
+    if not fqn or not made.stands_for(target):
+        raise ValueError(f"'{fqn}' is a {type(target).__name__}")
+    return arguments_of(target)
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:

@@ -1,7 +1,7 @@
 """What linear layers with a packed, frozen weight have in common: memory, state_dict, conversion."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -108,6 +108,11 @@ class PackedLinear(nn.Linear, ABC):
             return self._pack(weight, None if is_float else scale)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+    def check_saved(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """ValueError says why the tensors of this layer in a state_dict do not fit it."""
+        name = f"{prefix}weight"
+        self.pack_saved(state[name], state.get(f"{prefix}weight_scale"), name)
 
     @staticmethod
     def saved_shape(out_features: int, in_features: int) -> tuple[int, int]:

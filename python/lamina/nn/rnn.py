@@ -4,7 +4,8 @@ They are siblings of the torch classes, subclasses of nn.RNNBase: torch.compile 
 and breaks the graph there, subclasses included, while an op of lamina is one node of it.
 """
 
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lamina import ops
 from lamina.quant.weights import dequantize_weight, quantize_weight
+
+
+def arguments_of(module: nn.RNNBase) -> dict[str, Any]:
+    """What the constructor of a recurrent layer like `module` takes, beside dtype and device."""
+    names = "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"
+    arguments = {name: getattr(module, name) for name in names}
+    if module.proj_size:  # which nn.GRU does not take
+        arguments["proj_size"] = module.proj_size
+    return arguments
 
 
 class _FusedRNN(nn.RNNBase):
@@ -32,18 +42,7 @@ class _FusedRNN(nn.RNNBase):
             raise TypeError(
                 f"{cls.__name__}.from_float: expected nn.{cls._torch.__name__}, got {type(module).__name__}"
             )
-        options = {"proj_size": module.proj_size} if module.proj_size else {}
-        layer = cls(
-            module.input_size,
-            module.hidden_size,
-            module.num_layers,
-            bias=module.bias,
-            batch_first=module.batch_first,
-            dropout=module.dropout,
-            bidirectional=module.bidirectional,
-            device="meta",
-            **options,
-        )
+        layer = cls(**arguments_of(module), device="meta")
         for name, parameter in module.named_parameters(recurse=False):
             setattr(layer, name, parameter)
         return layer.train(module.training)
@@ -170,7 +169,12 @@ class GRU(_FusedRNN):
 
 
 class _Int8RNN(_FusedRNN):
-    """What Int8LSTM and Int8GRU share: frozen int8 weights under the names of the float ones, each with its scale."""
+    """What Int8LSTM and Int8GRU share: frozen int8 weights under the names of the float ones, each with its scale.
+
+    `_fused` is the float layer of lamina that stands for the same torch class.
+    """
+
+    _fused: ClassVar[type[_FusedRNN]]
 
     def __init__(self, *args, **kwargs):
         self._set(self._torch(*args, **kwargs))
@@ -189,19 +193,17 @@ class _Int8RNN(_FusedRNN):
         layer._set(module)
         return layer.train(module.training)
 
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """Whether a layer of this class may take `module`'s place: torch's, lamina's fused one, or one like itself."""
+        return type(module) in (cls._torch, cls._fused, cls)
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments beside those the place gives (`arguments_of`), for `lamina.save`: none."""
+        return {}
+
     def _set(self, module: nn.RNNBase) -> None:
-        options = {"proj_size": module.proj_size} if module.proj_size else {}
-        super().__init__(
-            module.input_size,
-            module.hidden_size,
-            module.num_layers,
-            bias=module.bias,
-            batch_first=module.batch_first,
-            dropout=module.dropout,
-            bidirectional=module.bidirectional,
-            device="meta",
-            **options,
-        )
+        super().__init__(**arguments_of(module), device="meta")
         for name, weight in module.named_parameters(recurse=False):
             weight = weight.detach()
             delattr(self, name)
@@ -223,18 +225,7 @@ class _Int8RNN(_FusedRNN):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> nn.RNNBase:
         """The torch layer with the weights this one computes with; they do not train."""
-        options = {"proj_size": self.proj_size} if self.proj_size else {}
-        layer = self._torch(
-            self.input_size,
-            self.hidden_size,
-            self.num_layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            bidirectional=self.bidirectional,
-            device="meta",
-            **options,
-        )
+        layer = self._torch(**arguments_of(self), device="meta")
         for name in self._flat_weights_names:
             weight = getattr(self, name)
             if weight.dtype is torch.int8:
@@ -266,17 +257,39 @@ class _Int8RNN(_FusedRNN):
                 self._buffers[name] = buffer.float()
         super()._init_flat_weights()
 
+    def check_saved(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """ValueError says why the matrices of this layer in a state_dict do not fit it."""
+        self._quantized(state, prefix)
+
+    def _quantized(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """`state` with its float matrices of this layer quantized. ValueError names one that is not valid."""
+        state = dict(state)
+        for key in (prefix + name for name in self._flat_weights_names if name.startswith("weight")):
+            weight, scale = state.get(key), state.get(f"{key}_scale")
+            if weight is None:
+                continue
+            if weight.is_floating_point():
+                try:
+                    state[key], state[f"{key}_scale"] = quantize_weight(weight)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from None
+            elif weight.dtype is not torch.int8:
+                raise ValueError(f"{key} is {weight.dtype}, but must be floating point or torch.int8")
+            elif scale is None:
+                raise ValueError(f"{key} is int8 and needs {key}_scale")
+            elif (weight == -128).any():
+                raise ValueError(f"{key} has a code of -128, but codes are in [-127, 127]")
+            elif not (torch.isfinite(scale) & (scale > 0)).all():
+                raise ValueError(f"{key}_scale must be positive and finite")
+        return state
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A float matrix, such as one of the original model, is quantized on the way in."""
-        own = dict(state_dict)
-        for name in self._flat_weights_names:
-            weight = own.get(prefix + name)
-            if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-                try:
-                    own[prefix + name], own[f"{prefix}{name}_scale"] = quantize_weight(weight)
-                except ValueError as error:
-                    errors.append(f"{prefix}{name}: {error}")
-                    return
+        try:
+            own = self._quantized(state_dict, prefix)
+        except ValueError as error:
+            errors.append(str(error))
+            return
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
@@ -294,6 +307,7 @@ class Int8LSTM(_Int8RNN):
     """
 
     _torch = nn.LSTM
+    _fused = LSTM
     _state_widths = LSTM._state_widths
     _each = staticmethod(LSTM._each)
 
@@ -316,6 +330,7 @@ class Int8GRU(_Int8RNN):
     """
 
     _torch = nn.GRU
+    _fused = GRU
     _state_widths = GRU._state_widths
     _each = staticmethod(GRU._each)
 
