@@ -95,6 +95,10 @@ LAMINA_INLINE F32 and_bits(F32 x, uint32_t bits) {
   return {_mm256_and_ps(x.r, _mm256_castsi256_ps(_mm256_set1_epi32(int32_t(bits))))};
 }
 
+LAMINA_INLINE F32 or_bits(F32 x, uint32_t bits) {
+  return {_mm256_or_ps(x.r, _mm256_castsi256_ps(_mm256_set1_epi32(int32_t(bits))))};
+}
+
 LAMINA_INLINE F32 round_even(F32 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 // p * 2^n for integer-valued n; n below -126 gives 0.
@@ -106,14 +110,6 @@ LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {
 
 LAMINA_INLINE F32 reciprocal(F32 x) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), x.r)}; }
 LAMINA_INLINE F32 reciprocal_of_normal(F32 x) { return reciprocal(x); }
-
-// table[low four bits of each lane].
-LAMINA_INLINE F32 lookup16(const float* table, F32 bits) {
-  const __m256i at = _mm256_castps_si256(bits.r);
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), at);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), at);
-  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)))};
-}
 
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[8]) {
@@ -161,10 +157,21 @@ LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.r, b.r)};
 LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm256_slli_epi32(x.r, n)}; }
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm256_srai_epi32(x.r, n)}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.r)}; }
+LAMINA_INLINE I32 bits_of(F32 x) { return {_mm256_castps_si256(x.r)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) {
   return {_mm256_and_si256(_mm256_castps_si256(x.r), _mm256_set1_epi32(0x7fffffff))};
 }
 LAMINA_INLINE I32 max(I32 a, I32 b) { return {_mm256_max_epi32(a.r, b.r)}; }
+// table[low five bits of each lane].
+LAMINA_INLINE F32 lookup32(const float (&table)[32], I32 at) {
+  __m256 eight[4];
+  LAMINA_UNROLL
+  for (int i = 0; i < 4; ++i) eight[i] = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8 * i), at.r);
+  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(at.r, 28));
+  const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(at.r, 27));
+  const __m256 low = _mm256_blendv_ps(eight[0], eight[1], bit3), high = _mm256_blendv_ps(eight[2], eight[3], bit3);
+  return {_mm256_blendv_ps(low, high, bit4)};
+}
 LAMINA_INLINE int32_t reduce_max(I32 x) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x.r), _mm256_extracti128_si256(x.r, 1));
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));

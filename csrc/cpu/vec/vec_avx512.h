@@ -72,6 +72,10 @@ LAMINA_INLINE F32 and_bits(F32 x, uint32_t bits) {
   return {_mm512_and_ps(x.r, _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(bits))))};
 }
 
+LAMINA_INLINE F32 or_bits(F32 x, uint32_t bits) {
+  return {_mm512_or_ps(x.r, _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(bits))))};
+}
+
 LAMINA_INLINE F32 round_even(F32 x) {
   return {_mm512_roundscale_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -90,11 +94,6 @@ LAMINA_INLINE F32 reciprocal(F32 x) {
 LAMINA_INLINE F32 reciprocal_of_normal(F32 x) {
   const __m512 y = _mm512_rcp14_ps(x.r);
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(x.r, y, _mm512_set1_ps(1.0f)), y, y)};
-}
-
-// table[low four bits of each lane].
-LAMINA_INLINE F32 lookup16(const float* table, F32 bits) {
-  return {_mm512_permutexvar_ps(_mm512_castps_si512(bits.r), _mm512_load_ps(table))};
 }
 
 // The lanes x lanes matrix whose rows are r becomes its transpose.
@@ -154,10 +153,15 @@ LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.r, b.r)};
 LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm512_slli_epi32(x.r, unsigned(n))}; }
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm512_srai_epi32(x.r, unsigned(n))}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.r)}; }
+LAMINA_INLINE I32 bits_of(F32 x) { return {_mm512_castps_si512(x.r)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) {
   return {_mm512_and_si512(_mm512_castps_si512(x.r), _mm512_set1_epi32(0x7fffffff))};
 }
 LAMINA_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.r, b.r)}; }
+// table[low five bits of each lane].
+LAMINA_INLINE F32 lookup32(const float (&table)[32], I32 at) {
+  return {_mm512_permutex2var_ps(_mm512_load_ps(table), at.r, _mm512_load_ps(table + 16))};
+}
 LAMINA_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.r); }
 
 // n <= lanes int8 codes, round half to even, saturated to [-128, 127]; `zero` (0 or 128) is the code of zero.

@@ -85,6 +85,8 @@ LAMINA_INLINE F32 select(Mask m, F32 a, F32 b) { return {m.r ? a.r : b.r}; }
 // The same bits of every lane.
 LAMINA_INLINE F32 and_bits(F32 x, uint32_t bits) { return {(f32x4)((i32x4)x.r & int32_t(bits))}; }
 
+LAMINA_INLINE F32 or_bits(F32 x, uint32_t bits) { return {(f32x4)((i32x4)x.r | int32_t(bits))}; }
+
 // Exact for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for the fraction, and the addition rounds to even.
 LAMINA_INLINE F32 round_even(F32 x) {
   const F32 magic = set1(12582912.0f);
@@ -102,12 +104,6 @@ LAMINA_INLINE F32 scale_exponent(F32 p, F32 n) {
 
 LAMINA_INLINE F32 reciprocal(F32 x) { return {1.0f / x.r}; }
 LAMINA_INLINE F32 reciprocal_of_normal(F32 x) { return reciprocal(x); }
-
-// table[low four bits of each lane].
-LAMINA_INLINE F32 lookup16(const float* table, F32 bits) {
-  const i32x4 at = (i32x4)bits.r & 15;
-  return {f32x4{table[at[0]], table[at[1]], table[at[2]], table[at[3]]}};
-}
 
 // The lanes x lanes matrix whose rows are r becomes its transpose.
 LAMINA_INLINE void transpose(F32 (&r)[4]) {
@@ -152,8 +148,14 @@ LAMINA_INLINE I32 shift_left(I32 x, int n) {
 }
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {x.r >> n}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {__builtin_convertvector(x.r, f32x4)}; }
+LAMINA_INLINE I32 bits_of(F32 x) { return {(i32x4)x.r}; }
 LAMINA_INLINE I32 abs_bits(F32 x) { return {(i32x4)x.r & 0x7fffffff}; }
 LAMINA_INLINE I32 max(I32 a, I32 b) { return {a.r > b.r ? a.r : b.r}; }
+// table[low five bits of each lane].
+LAMINA_INLINE F32 lookup32(const float (&table)[32], I32 at) {
+  const i32x4 i = at.r & 31;
+  return {f32x4{table[i[0]], table[i[1]], table[i[2]], table[i[3]]}};
+}
 LAMINA_INLINE int32_t reduce_max(I32 x) {
   int32_t m = x.r[0];
   for (int i = 1; i < 4; ++i) m = x.r[i] > m ? x.r[i] : m;

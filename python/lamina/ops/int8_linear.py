@@ -251,8 +251,8 @@ def int8_linear(
         x: [..., K] float32 or bfloat16, any strides; or int8 codes with their `x_scale`.
         packed_weight: from `pack_int8_weight` of a weight [N, K].
         bias: [N] float32 or bfloat16.
-        activation: None, "relu", "gelu" (exact, within 6e-6), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or
-            "tanh".
+        activation: None, "relu", "gelu" (exact GELU), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or "tanh",
+            within 3e-6, and exact beyond +-16.
         residual: [..., N] float32 or bfloat16, added before the activation.
         x_scale: float32. For a float x a scalar tensor []: the static scale of all rows, with codes clamped to
             [-127, 127]. For int8 x [], or x.shape[:-1] with one scale per row, from `quantize_rows`. A scalar must be
