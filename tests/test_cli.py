@@ -127,6 +127,10 @@ def test_bench_judges_targets(tmp_path):
     assert result.exit_code == 0, result.output
     assert re.search(r"easy.*met", result.output)
     assert re.search(r"hard.*missed", result.output)
+    path.write_text(path.read_text() + entry.format(id="elsewhere", minimum=1).replace(SMALL, "rms_norm/*"))
+    result = run("bench", "--targets", path, "--filter", SMALL, "--quick", "--threads", "1")
+    assert "easy" in result.output
+    assert "elsewhere" not in result.output  # nobody asked for its workloads
     assert run("bench", "--targets", path, "--quick", "--threads", "1", "--strict").exit_code == 1
 
 

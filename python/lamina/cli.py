@@ -136,6 +136,8 @@ def bench(
     if wanted and pattern is None:
         named = promises.needed(wanted)
         chosen = [workload for workload in chosen if named(workload.id, workload.dims)]
+    # What nobody asked to run is not reported as "not judged".
+    wanted = [target for target in wanted if any(target.selects(w.id, w.dims) for w in chosen)]
     if list_only:
         for workload in chosen:
             console.print(workload.id, highlight=False, soft_wrap=True)
@@ -163,7 +165,7 @@ def bench(
             measurements += found
     for name, value in text.machine_lines(here):
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
-    verdicts = promises.judge(wanted, measurements, here)
+    verdicts = [verdict for verdict in promises.judge(wanted, measurements, here) if verdict.threads in counts]
     if verdicts:
         console.print(text.target_table(verdicts))
     if json:
