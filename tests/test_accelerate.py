@@ -765,8 +765,8 @@ def test_every_outcome(race, change, form, left):
 def test_an_inaccurate_graph_is_not_kept(race, monkeypatch):
     right = module.compile_
 
-    def wrong(work, inputs):
-        report = right(work, inputs)
+    def wrong(work, inputs, **options):
+        report = right(work, inputs, **options)
         graph = work._compiled_call_impl
         work._compiled_call_impl = lambda *args, **kwargs: tuple(2 * y for y in graph(*args, **kwargs))
         return report
@@ -791,7 +791,7 @@ def test_a_model_that_cannot_be_captured_keeps_its_layers(race):
 
 
 def test_compile_false_compiles_nothing(race, monkeypatch):
-    monkeypatch.setattr(module, "compile_", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr(module, "compile_", lambda *args, **options: pytest.fail("compiled"))
     fast = lamina.accelerate(Fused().eval(), (torch.randn(4, 32),), compile=False)
     assert forms(fast.report) == [("swapped layers", 2.0)]
     assert fast.model._compiled_call_impl is None
@@ -835,6 +835,26 @@ def test_inference_mode_runs_the_same_graph(race):
         inside = x.clone()
     with torch.no_grad():
         assert_exact(fast(inside)[0], expected)
+    assert compiles == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_the_graph_serves_any_number_of_threads_and_no_other_state(race):
+    x = torch.randn(4, 32)
+    fast = lamina.accelerate(Fused().eval(), (x,)).model
+    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        expected = fast(x)[0]
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert runs_a_graph(fast, x)
+            assert_exact(fast(x)[0], expected)
+        with torch.autocast("cpu"):
+            assert not runs_a_graph(fast, x)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert not runs_a_graph(fast, x)
+        finally:
+            torch.use_deterministic_algorithms(False)
     assert compiles == torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

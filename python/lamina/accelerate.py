@@ -131,8 +131,8 @@ def accelerate(
 
     The result is an ordinary module with the same names, attributes and state_dict layout; it can be saved
     (`lamina.save`), loaded into, copied and moved. Its compiled graph serves calls without gradients whose inputs have
-    the sizes of `example_inputs`; every other call runs the new layers one by one, so that no call waits for a
-    compiler. A copy, or a saved and loaded model, has the layers without the graph.
+    the sizes of `example_inputs`, on any number of threads; every other call runs the new layers one by one, so that no
+    call waits for a compiler. A copy, or a saved and loaded model, has the layers without the graph.
 
     Args:
         model: runs on the CPU in float32 or bfloat16; layers in other dtypes are left alone. Evaluated in eval mode.
@@ -273,7 +273,7 @@ class _Race:
         start = time.perf_counter()
         form = Form(name, None, None, 0.0, "")
         try:
-            report = compile_(self.work, copied(self.example_inputs))
+            report = compile_(self.work, copied(self.example_inputs), guards_state=False)
             form = replace(form, error=self._error_now(), seconds=time.perf_counter() - start)
         except CaptureError as failure:
             seconds = time.perf_counter() - start
@@ -358,8 +358,12 @@ class _ForSizes:
 
 
 def _describe_call(arguments: Mapping[Any, Any]) -> tuple[Any, ...]:
-    """What a graph is compiled for: the arguments, sizes of tensors, and the state Dynamo guards."""
-    state = torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    """What a graph is compiled for: the arguments, sizes of tensors, and torch's state as far as results hang on it."""
+    state = (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     return {key: _describe(value) for key, value in arguments.items() if value is not None}, state
 
 

@@ -182,6 +182,7 @@ def compile_(
     *,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
+    guards_state: bool = True,
 ) -> CompileReport:
     """Compile a module in place for inference and run it once on `example_inputs`; returns what was fused.
 
@@ -193,6 +194,9 @@ def compile_(
         example_inputs: tuple of positional or dict of keyword arguments. Other sizes are compiled when they come.
         options: as in `backend`.
         dynamic: as in torch.compile.
+        guards_state: whether Dynamo checks torch's global state (number of threads, gradient mode, autocast, default
+            dtype, determinism) at each call and compiles anew when it has changed. False is for a caller who checks all
+            of it but the number of threads, on which no graph depends.
 
     Raises CaptureError if Dynamo finds no graph in the module or compiling or running one fails; the module is as
     before then.
@@ -203,7 +207,10 @@ def compile_(
         raise CaptureError(f"{type(module).__name__} cannot be compiled: it is TorchScript, which Dynamo does not read")
     report = CompileReport()
     graph = torch.compile(
-        _own_frame(module._call_impl), backend=_Reporting(dict(options or {}), report), dynamic=dynamic
+        _own_frame(module._call_impl),
+        backend=_Reporting(dict(options or {}), report),
+        dynamic=dynamic,
+        options=None if guards_state else {"guard_filter_fn": _without_global_state},
     )
     module._compiled_call_impl = graph
     try:
@@ -221,6 +228,10 @@ def compile_(
             f"{type(module).__name__} cannot be compiled: Dynamo found no graph of tensor operations in it"
         )
     return report
+
+
+def _without_global_state(guards: Sequence[Any]) -> list[bool]:
+    return [guard.guard_type != "GLOBAL_STATE" for guard in guards]
 
 
 def uncompile_(module: nn.Module) -> None:
