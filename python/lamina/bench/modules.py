@@ -1,11 +1,12 @@
 """What any nn.Module tells about itself: how to call it, its operations, its first output."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lamina.running import tensors
 
 
 def caller(model: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[], Any]:
@@ -21,24 +22,10 @@ def caller(model: torch.nn.Module, example_inputs: tuple | dict) -> Callable[[],
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The first tensor of a model's output, whether a tensor, a tuple, a dict or a dataclass."""
-    found = next(_tensors(output), None)
-    if found is None:
+    found = tensors(output)
+    if not found:
         raise ValueError(f"the model returned {type(output).__name__} with no tensor in it")
-    return found
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value):
-        for item in dataclasses.fields(value):
-            yield from _tensors(getattr(value, item.name))
+    return found[0]
 
 
 def count_flops(model: torch.nn.Module, example_inputs: tuple | dict) -> int:

@@ -124,6 +124,14 @@ _VIEW_METHODS = {"expand", "unsqueeze", "squeeze", "permute", "chunk", "unbind",
 _FREE_METHODS = {"size", "dim", "numel"} | _VIEW_METHODS
 
 
+# The functions of the operator module that write to their first argument.
+_WRITING_OPERATORS = {
+    "setitem",
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
+}
+
+
 class CaptureError(RuntimeError):
     """A model that Dynamo cannot capture, or that fails when its captured graph is compiled or run."""
 
@@ -275,30 +283,10 @@ def writes(node: fx.Node) -> bool:
     name = getattr(target, "__name__", "")
     module = getattr(target, "__module__", "") or ""
     if module == "_operator":
-        return name == "setitem" or (name.startswith("i") and hasattr(operator, "__" + name + "__") and _inplace(name))
+        return name in _WRITING_OPERATORS
     if name.endswith("_") and not name.startswith("_"):
         return True
     return not (module.startswith(("torch", "math", "builtins", "lamina")) or type(target).__module__ == "builtins")
-
-
-def _inplace(name: str) -> bool:
-    return name in {
-        "iadd",
-        "isub",
-        "imul",
-        "imatmul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "iand",
-        "ior",
-        "ixor",
-    } | {
-        "ilshift",
-        "irshift",
-        "iconcat",
-    }
 
 
 @dataclass

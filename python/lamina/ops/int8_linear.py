@@ -148,7 +148,8 @@ _op = define(
 )
 
 
-def _backward_cpu(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+def input_gradient(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    """What the input of a layer with this packed weight sees of the gradient behind it: the dequantized weight."""
     weight = unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features)
     return grad @ dequantize_weight(weight, scale).to(grad.dtype)
 
@@ -159,7 +160,7 @@ def _backward_fake(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) 
 
 _backward_op = define(
     "int8_linear_backward(Tensor grad, Tensor data, Tensor scale, SymInt in_features) -> Tensor",
-    cpu=_backward_cpu,
+    cpu=input_gradient,
     fake=_backward_fake,
 )
 
@@ -167,6 +168,11 @@ _backward_op = define(
 def traced_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
     """The dequantized weight [N, in_features], float32, by an op that graphs can hold: the gradient of the identity."""
     return _backward_op(torch.eye(packed.scale.shape[0]), packed.data, packed.scale, in_features)
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """The sum over all rows [..., N] of the gradient behind the bias, in the bias's dtype."""
+    return (grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad).to(bias.dtype)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -189,9 +195,7 @@ class _WithGradient(torch.autograd.Function):
             grad = ACTIVATIONS[ctx.activation](grad, before)
         needs = ctx.needs_input_grad
         x_grad = _backward_op(grad, data, scale, x.shape[-1]).to(x.dtype) if needs[0] else None
-        bias_grad = None
-        if needs[4]:
-            bias_grad = grad.flatten(0, -2).sum(0).to(bias.dtype) if grad.ndim > 1 else grad.to(bias.dtype)
+        bias_grad = bias_gradient(grad, bias) if needs[4] else None
         residual_grad = grad.to(ctx.residual_dtype) if needs[6] else None
         return x_grad, None, None, None, bias_grad, None, residual_grad, None, None
 

@@ -17,14 +17,12 @@ LIBRARY = torch.library.Library("lamina", "DEF")
 CPU_IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable] = {}
 
 
-def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | None = None) -> Callable:
+def define(schema: str, *, cpu: Callable, fake: Callable) -> Callable:
     """Define `lamina::<schema>` with its CPU and fake implementation; returns the function to call.
 
     It takes all arguments of the schema, by position.
 
     The name may be that of an overload ("layer_norm.with_sum"): one op, several results.
-
-    `autograd(ctx-style setup)` is passed as a `(backward, setup_context)` pair to `torch.library.register_autograd`.
 
     >>> int8_linear = define("int8_linear(Tensor x, ...) -> Tensor", cpu=_int8_linear_cpu, fake=_int8_linear_fake)
     """
@@ -32,13 +30,8 @@ def define(schema: str, *, cpu: Callable, fake: Callable, autograd: Callable | N
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"lamina::{name}", fake, lib=LIBRARY)
-    if autograd is not None:
-        backward, setup_context = autograd
-        torch.library.register_autograd(f"lamina::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.lamina, packet), overload or "default")
-    if autograd is not None:
-        return op
     CPU_IMPLEMENTATIONS[op] = cpu
 
     def call(*arguments):

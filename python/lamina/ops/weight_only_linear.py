@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lamina import _C
-from lamina.ops.int8_linear import ACTIVATIONS, PackedInt8Weight, unpack_int8_weight
+from lamina.ops.int8_linear import ACTIVATIONS, PackedInt8Weight, bias_gradient, input_gradient
 from lamina.ops.library import define
-from lamina.quant.weights import dequantize_weight, dequantize_weight_groups, quantize_weight_groups
+from lamina.quant.weights import dequantize_weight_groups, quantize_weight_groups
 
 
 class PackedInt4Weight(NamedTuple):
@@ -105,10 +105,9 @@ _op = define(
 
 def _backward_cpu(grad: Tensor, data: Tensor, scale: Tensor | None, in_features: int, group_size: int) -> Tensor:
     if group_size == 0:
-        weight = dequantize_weight(unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features), scale)
-    else:
-        packed = PackedInt4Weight(data, grad.shape[-1], group_size)
-        weight = dequantize_weight_groups(*unpack_int4_weight(packed, in_features), group_size)
+        return input_gradient(grad, data, scale, in_features)
+    packed = PackedInt4Weight(data, grad.shape[-1], group_size)
+    weight = dequantize_weight_groups(*unpack_int4_weight(packed, in_features), group_size)
     return grad @ weight.to(grad.dtype)
 
 
@@ -146,9 +145,7 @@ class _WithGradient(torch.autograd.Function):
             before = _op(x, data, scale, compensation, bias, out_features, group_size, "none")
             grad = ACTIVATIONS[activation](grad, before)
         x_grad = _backward_op(grad, data, scale, x.shape[-1], group_size) if ctx.needs_input_grad[0] else None
-        bias_grad = None
-        if bias is not None and ctx.needs_input_grad[4]:
-            bias_grad = grad.flatten(0, -2).sum(0).to(bias.dtype) if grad.ndim > 1 else grad.to(bias.dtype)
+        bias_grad = bias_gradient(grad, bias) if ctx.needs_input_grad[4] else None
         return x_grad, None, None, None, bias_grad, None, None, None
 
 
