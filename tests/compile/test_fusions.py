@@ -196,6 +196,24 @@ def test_int8_layers_that_load_another_state():
         assert_close(compiled(x), module(x))
 
 
+def test_layers_with_one_static_scale_are_merged():
+    module, x = three().eval(), torch.randn(9, 64)
+    lamina.swap_(module, lamina.Int8Static([(x,)]))
+    assert check(copy.deepcopy(module), x).fused["3 int8_linear of one input"] == 1
+    compiled = torch.compile(module, backend="lamina", options=EVERY)
+    with torch.no_grad():
+        assert_close(compiled(x), module(x))
+        for layer in (module.a, module.b, module.c):
+            layer.input_scale.mul_(2.0)
+        assert_close(compiled(x), module(x))
+        module.b.input_scale.mul_(2.0)
+        with pytest.raises(RuntimeError, match="shared one input scale now have several; compile the model again"):
+            compiled(x)
+    # Compiled anew, what differs stays apart, and nothing is fused.
+    torch.compiler.reset()
+    assert check(module, x).fused["3 int8_linear of one input"] == 0
+
+
 def test_parameters_that_share_memory_are_not_moved():
     module, x = three().eval(), torch.randn(9, 64)
     alias = module.a.weight.detach()

@@ -26,7 +26,7 @@ from lamina.ops.int8_linear import PackedInt8Weight, pack_int8_weight, unpack_in
 
 _PACKED = ("data", "scale", "compensation")
 # What a merged call may differ in from one of its parts.
-_OWN = (*_PACKED, "bias", "x")
+_OWN = (*_PACKED, "bias", "x", "x_scale")
 
 
 def merge(captured: Captured) -> None:
@@ -71,13 +71,20 @@ def _groups(captured: Captured, of_kind: str) -> list[list[fx.Node]]:
             continue
         rest = tuple((k, v) for k, v in values.items() if k not in _OWN and k not in ("input", "weight"))
         dtype = fake(weights[0]).dtype
-        groups.setdefault((x, bias is None, dtype, *rest), []).append(node)
+        scale = _static_scale(captured, values.get("x_scale"))
+        groups.setdefault((x, bias is None, dtype, scale, *rest), []).append(node)
     found = []
     for group in groups.values():
         weights = {operands(node)["weight" if of_kind == "linear" else "data"] for node in group}
         if 1 < len(group) == len(weights) and captured.movable(group, group[0]):
             found.append(group)
     return found
+
+
+def _static_scale(captured: Captured, scale: fx.Node | None) -> fx.Node | float | None:
+    """The calibrated scale itself, which layers of one input share; a scale that the graph computes stays its node."""
+    known = captured.constant(scale)
+    return scale if known is None or known.numel() != 1 else known.item()
 
 
 def _merge_float(captured: Captured, group: list[fx.Node]) -> list[fx.Node] | None:
@@ -128,8 +135,19 @@ def _merge_int8(captured: Captured, group: list[fx.Node]) -> list[fx.Node] | Non
     arguments = dict(zip(_PACKED, captured.fold(sources, pack), strict=True))
     if values[0]["bias"] is not None:
         arguments["bias"] = captured.fold([v["bias"] for v in values], beside)[0]
+    if captured.fixed(values[0]["x_scale"]):
+        arguments["x_scale"] = captured.fold([v["x_scale"] for v in values], _shared_scale)[0]
     merged = call_int8_linear(captured, values[0] | arguments, at=group[0])
     return _split(captured, merged, sizes, group)
+
+
+def _shared_scale(*scales: Tensor) -> tuple[Tensor]:
+    if any(not torch.equal(scale, scales[0]) for scale in scales):
+        raise RuntimeError(
+            "lamina backend: layers that were merged because they shared one input scale now have several; compile the "
+            "model again"
+        )
+    return (scales[0].detach().clone(),)
 
 
 def _split(captured: Captured, merged: fx.Node, sizes: list[int], group: list[fx.Node]) -> list[fx.Node]:
