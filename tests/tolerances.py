@@ -37,23 +37,28 @@ FIXED_POINT_ERROR = 1 / 8355711
 ACTIVATION_ERROR = {
     "none": (0.0, 0.0),
     "relu": (0.0, 0.0),
+    "relu6": (0.0, 0.0),
     "gelu": (1.5e-6, 2 * EPS_ACC),
     "gelu_tanh": (1.3e-6, 2 * EPS_ACC),
     "silu": (2.9e-6, 2 * EPS_ACC),
     # silu(1.702 x) / 1.702.
     "quick_gelu": (1.7e-6, 2 * EPS_ACC),
+    # x, x + 3, two products and the rounded 1/6: five roundings of values up to |x|, or to a subnormal.
+    "hardswish": (4 * 2.0**-149, 5 * EPS_ACC),
     # 1 - 2 s: twice the error of the sigmoid s, sigma (1 - sigma) <= 1/4 of that of 2^-z, and four roundings below 1.
     "tanh": (0.5 * EXP2_ERROR + 4 * EPS_ACC, 0.0),
 }
 
-# The steepest slope of each, by which an error before the activation grows: gelu 1.129, silu 1.0999.
+# The steepest slope of each, by which an error before the activation grows: gelu 1.129, silu 1.0999, hardswish 1.5.
 ACTIVATION_SLOPE = {
     "none": 1.0,
     "relu": 1.0,
+    "relu6": 1.0,
     "gelu": 1.13,
     "gelu_tanh": 1.13,
     "quick_gelu": 1.10,
     "silu": 1.10,
+    "hardswish": 1.5,
     "tanh": 1.0,
 }
 

@@ -9,12 +9,15 @@ namespace lamina {
 Activation parse_activation(const char* op, const std::string& name) {
   if (name == "none") return Activation::none;
   if (name == "relu") return Activation::relu;
+  if (name == "relu6") return Activation::relu6;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "quick_gelu") return Activation::quick_gelu;
   if (name == "silu") return Activation::silu;
+  if (name == "hardswish") return Activation::hardswish;
   if (name == "tanh") return Activation::tanh;
-  fail(op, "activation '", name, "' is unknown; use none, relu, gelu, gelu_tanh, quick_gelu, silu or tanh");
+  fail(op, "activation '", name,
+       "' is unknown; use none, relu, relu6, gelu, gelu_tanh, quick_gelu, silu, hardswish or tanh");
 }
 
 const float* float_bias(const char* op, const TensorView& bias, int64_t n, WorkspaceFrame& frame) {

@@ -416,7 +416,7 @@ def exact_activation_of(value: torch.Tensor, activation: str) -> torch.Tensor:
     functions = {"none": lambda v: v * 1, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
     functions["gelu_tanh"] = lambda v: F.gelu(v, approximate="tanh")
     functions["quick_gelu"] = lambda v: v * torch.sigmoid(1.702 * v)
-    functions["tanh"] = torch.tanh
+    functions |= {"tanh": torch.tanh, "relu6": F.relu6, "hardswish": F.hardswish}
     return functions[activation](value)
 
 

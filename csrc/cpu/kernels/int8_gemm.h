@@ -5,7 +5,7 @@
 //   n]) out[m, n] = y, or round_half_even(y * out_inverse) clamped to [-127, 127] (NaN gives -127)
 //
 // The operations before the activation happen in this order, each rounded once, without fused multiply-add: they give
-// the same bits on every ISA. So do none and relu, and with them the codes of a requantized output.
+// the same bits on every ISA. So do none, relu and relu6, and with them the codes of a requantized output.
 //
 // [NOTE] s8s8 compensation. The activations are signed, but the fast x86 instruction multiplies unsigned by signed
 // bytes. So codes carry an offset of 128, and what it adds to each sum, 128 * sum_k w[n, k], is computed once when the
@@ -14,12 +14,11 @@
 
 #include <stdint.h>
 
+#include "cpu/activation.h"
 #include "cpu/dispatch.h"
 #include "cpu/dtype.h"
 
 namespace lamina {
-
-enum class Activation : int { none, relu, gelu, gelu_tanh, quick_gelu, silu, tanh };
 
 // A matrix of one of the epilogue's formats; data is null where there is none.
 struct EpilogueMatrix {

@@ -3,21 +3,10 @@
 
 #include "cpu/kernels/int8_gemm.h"
 #include "cpu/tuning.h"
-#include "cpu/vec/math.h"
+#include "cpu/vec/activate.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
-
-template <Activation A>
-LAMINA_INLINE F32 activate(F32 x) {
-  if constexpr (A == Activation::relu) return max(zero(), x);  // in this order a NaN stays
-  if constexpr (A == Activation::gelu) return gelu_erf(x);
-  if constexpr (A == Activation::gelu_tanh) return gelu_tanh(x);
-  if constexpr (A == Activation::quick_gelu) return quick_gelu(x);
-  if constexpr (A == Activation::silu) return silu(x);
-  if constexpr (A == Activation::tanh) return tanh(x);
-  return x;
-}
 
 LAMINA_INLINE F32 load_from(const EpilogueMatrix& m, int64_t at, int n) {
   if (m.format == EpilogueMatrix::f32) return load_up_to(static_cast<const float*>(m.data) + at, n);
@@ -60,15 +49,7 @@ void finish_rows(const Int8GemmArgs& a, const int32_t* sums, const Block& b) {
 
 // sums [b.rows, b.width] -> out.
 void finish_tile(const Int8GemmArgs& a, const int32_t* sums, const Block& b) {
-  switch (a.activation) {
-    case Activation::none: return finish_rows<Activation::none>(a, sums, b);
-    case Activation::relu: return finish_rows<Activation::relu>(a, sums, b);
-    case Activation::gelu: return finish_rows<Activation::gelu>(a, sums, b);
-    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(a, sums, b);
-    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(a, sums, b);
-    case Activation::silu: return finish_rows<Activation::silu>(a, sums, b);
-    case Activation::tanh: return finish_rows<Activation::tanh>(a, sums, b);
-  }
+  with_activation(a.activation, [&]<Activation A>() { finish_rows<A>(a, sums, b); });
 }
 
 // Calls body(panel's weights, first channel, channels, width) for every panel from channel `start` on.

@@ -22,15 +22,7 @@ void finish_values(const WeightOnlyGemmArgs<Out>& a, const float* values, int64_
 // values [rows, 64], already scaled, of the rows from `row` on -> out.
 template <class Out>
 void finish_values(const WeightOnlyGemmArgs<Out>& a, const float* values, int64_t row, int rows) {
-  switch (a.activation) {
-    case Activation::none: return finish_values<Activation::none>(a, values, row, rows);
-    case Activation::relu: return finish_values<Activation::relu>(a, values, row, rows);
-    case Activation::gelu: return finish_values<Activation::gelu>(a, values, row, rows);
-    case Activation::gelu_tanh: return finish_values<Activation::gelu_tanh>(a, values, row, rows);
-    case Activation::quick_gelu: return finish_values<Activation::quick_gelu>(a, values, row, rows);
-    case Activation::silu: return finish_values<Activation::silu>(a, values, row, rows);
-    case Activation::tanh: return finish_values<Activation::tanh>(a, values, row, rows);
-  }
+  with_activation(a.activation, [&]<Activation A>() { finish_values<A>(a, values, row, rows); });
 }
 
 }  // namespace

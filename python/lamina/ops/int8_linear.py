@@ -16,10 +16,12 @@ _aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda grad, before: grad,
     "relu": lambda grad, before: _aten.threshold_backward(grad, before, 0),
+    "relu6": lambda grad, before: _aten.hardtanh_backward(grad, before, 0, 6),
     "gelu": lambda grad, before: _aten.gelu_backward(grad, before),
     "gelu_tanh": lambda grad, before: _aten.gelu_backward(grad, before, approximate="tanh"),
     "quick_gelu": lambda grad, before: _aten.silu_backward(grad, 1.702 * before),
     "silu": lambda grad, before: _aten.silu_backward(grad, before),
+    "hardswish": lambda grad, before: _aten.hardswish_backward(grad, before),
     "tanh": lambda grad, before: _aten.tanh_backward(grad, before.tanh()),
 }
 
@@ -248,15 +250,15 @@ def int8_linear(
     straight-through one, as if nothing had been rounded or clamped; an int8 output has none.
 
     The sums, and everything before the activation, are the same bits on every instruction set and for every number of
-    threads; so are int8 outputs with activation None or "relu". Other activations differ between instruction sets
+    threads; so are int8 outputs with activation None, "relu" or "relu6". Other activations differ between instruction sets
     within their error.
 
     Args:
         x: [..., K] float32 or bfloat16, any strides; or int8 codes with their `x_scale`.
         packed_weight: from `pack_int8_weight` of a weight [N, K].
         bias: [N] float32 or bfloat16.
-        activation: None, "relu", "gelu" (exact GELU), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or "tanh",
-            within 3e-6, and exact beyond +-16.
+        activation: None, "relu", "relu6", "gelu" (exact GELU), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu",
+            "hardswish" or "tanh", within 3e-6, and exact beyond +-16.
         residual: [..., N] float32 or bfloat16, added before the activation.
         x_scale: float32. For a float x a scalar tensor []: the static scale of all rows, with codes clamped to
             [-127, 127]. For int8 x [], or x.shape[:-1] with one scale per row, from `quantize_rows`. A scalar must be

@@ -9,10 +9,12 @@ from lamina.reference.quantize_rows import quantize_rows
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": torch.relu,
+    "relu6": F.relu6,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": F.silu,
+    "hardswish": F.hardswish,
     "tanh": torch.tanh,
 }
 
