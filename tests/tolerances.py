@@ -43,8 +43,8 @@ ACTIVATION_ERROR = {
     "silu": (2.9e-6, 2 * EPS_ACC),
     # silu(1.702 x) / 1.702.
     "quick_gelu": (1.7e-6, 2 * EPS_ACC),
-    # x, x + 3, two products and the rounded 1/6: five roundings of values up to |x|, or to a subnormal.
-    "hardswish": (4 * 2.0**-149, 5 * EPS_ACC),
+    # x, x + 3, two products and the rounded 1/6: five roundings of values up to |x|, or of subnormals of bfloat16.
+    "hardswish": (2.0**-133, 5 * EPS_ACC),
     # 1 - 2 s: twice the error of the sigmoid s, sigma (1 - sigma) <= 1/4 of that of 2^-z, and four roundings below 1.
     "tanh": (0.5 * EXP2_ERROR + 4 * EPS_ACC, 0.0),
 }

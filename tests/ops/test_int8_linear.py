@@ -369,7 +369,7 @@ def test_activation_of_nan_and_infinity(activation, isa):
     with lamina.force_isa(isa):
         at_nan, at_inf, at_minus = activate(torch.tensor([nan, inf, -inf]), activation).tolist()
     assert at_nan != at_nan
-    assert at_inf == (1 if activation == "tanh" else inf)
+    assert at_inf == {"tanh": 1, "relu6": 6}.get(activation, inf)
     if activation == "tanh":
         assert at_minus == -1
     else:
@@ -500,7 +500,7 @@ def test_refuses_a_bias_of_another_dtype(dtype, name, packed):
 @pytest.mark.parametrize("activation", ["tanhh", "ReLU", "gelu_erf", " "])
 def test_refuses_an_unknown_activation(activation, packed):
     with pytest.raises(
-        ValueError, match=f"int8_linear: activation '{activation}' is unknown; use none, relu, gelu"
+        ValueError, match=f"int8_linear: activation '{activation}' is unknown; use none, relu, relu6, gelu"
     ) as error:
         int8_linear(torch.ones(2, 5), packed, activation=activation)
     one_sentence(error)

@@ -411,7 +411,7 @@ def test_the_size_tells_the_features():
         (torch.tensor(1.0), None, None, "x is a scalar"),
         (torch.ones(2, 40), torch.ones(19), None, r"bias has shape \[19\], but must be \[20\]"),
         (torch.ones(2, 40), torch.ones(20, dtype=torch.float64), None, "bias is float64, but must be"),
-        (torch.ones(2, 40), None, "softsign", "activation 'softsign' is unknown; use none, relu, gelu"),
+        (torch.ones(2, 40), None, "softsign", "activation 'softsign' is unknown; use none, relu, relu6, gelu"),
     ],
 )
 def test_refuses_wrong_input(pack, x, bias, activation, message):

@@ -18,7 +18,8 @@ LAMINA_INLINE F32 activate(F32 x) {
   if constexpr (A == Activation::quick_gelu) return quick_gelu(x);
   if constexpr (A == Activation::silu) return silu(x);
   if constexpr (A == Activation::hardswish) {
-    return x * min(set1(6.0f), max(zero(), x + set1(3.0f))) * set1(1.0f / 6.0f);
+    // Below -3 the result is 0, also at -inf, where x * 0 would be NaN.
+    return max(set1(-3.0f), x) * min(set1(6.0f), max(zero(), x + set1(3.0f))) * set1(1.0f / 6.0f);
   }
   if constexpr (A == Activation::tanh) return tanh(x);
   return x;

@@ -18,8 +18,8 @@ class Int8Linear(Int8PackedLinear):
     loaded. `layer.weight` is the dequantized weight in the dtype of the original, computed when its values are used.
 
     Args as in nn.Linear, and
-        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied inside
-            the op.
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied
+            inside the op.
         out_dtype: torch.float32 or torch.bfloat16, or its name; None for the input's dtype.
 
     `input_scale` is a buffer: None, for a scale per row that each call finds, or a float32 scalar tensor [], the static

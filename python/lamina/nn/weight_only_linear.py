@@ -25,8 +25,8 @@ class Int8WeightOnlyLinear(Int8PackedLinear):
     weight, computed when its values are used; it does not train, gradients flow to the input and the bias.
 
     Args as in nn.Linear, and
-        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied inside
-            the op.
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied
+            inside the op.
 
     >>> layer = lamina.nn.Int8WeightOnlyLinear.from_float(nn.Linear(4096, 4096))
     """
@@ -57,8 +57,8 @@ class Int4WeightOnlyLinear(PackedLinear):
     the bias.
 
     Args as in nn.Linear, and
-        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied inside
-            the op.
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied
+            inside the op.
         group_size: a multiple of 32; smaller groups are more accurate. Where it does not divide `in_features`, the last
             group is shorter.
 

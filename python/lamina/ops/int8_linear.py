@@ -250,8 +250,8 @@ def int8_linear(
     straight-through one, as if nothing had been rounded or clamped; an int8 output has none.
 
     The sums, and everything before the activation, are the same bits on every instruction set and for every number of
-    threads; so are int8 outputs with activation None, "relu" or "relu6". Other activations differ between instruction sets
-    within their error.
+    threads; so are int8 outputs with activation None, "relu" or "relu6". Other activations differ between instruction
+    sets within their error.
 
     Args:
         x: [..., K] float32 or bfloat16, any strides; or int8 codes with their `x_scale`.

@@ -185,7 +185,8 @@ def weight_only_linear(
         packed_weight: of a weight [N, K], from `pack_int8_weight` (one scale per output channel; the same as for
             `int8_linear`) or `pack_int4_weight` (one scale per group of inputs).
         bias: [N] float32 or bfloat16.
-        activation: None, "relu", "relu6", "gelu" (exact GELU), "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh",
+        activation: None, "relu", "relu6", "gelu" (exact GELU), "gelu_tanh", "quick_gelu", "silu",
+            "hardswish" or "tanh",
             within 3e-6.
 
     Returns [..., N] of x's dtype. Raises ValueError when shapes or dtypes do not fit.
