@@ -48,7 +48,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("probe_read_bandwidth", &probe_read_bandwidth, no_gil, py::arg("bytes"), py::arg("threads"),
         py::arg("seconds"));
 
-  m.def("attention", &attention, no_gil);
+  using OptionalTensor = std::optional<TensorView>;
+  m.def(
+      "attention",
+      [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
+         bool is_causal, double scale,
+         const TensorView& out) { attention(query, key, value, mask, {.is_causal = is_causal, .scale = scale}, out); },
+      no_gil);
+  m.def(
+      "attention_with_lse",
+      [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
+         bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool bfloat16_products, const TensorView& out,
+         const TensorView& lse) {
+        attention(query, key, value, mask,
+                  {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, lse,
+                   bfloat16_products},
+                  out);
+      },
+      no_gil);
 
   m.def("gru", &gru, no_gil);
 

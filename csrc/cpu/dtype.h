@@ -10,4 +10,9 @@ struct bf16 {
   uint16_t bits;
 };
 
+// IEEE half precision.
+struct f16 {
+  uint16_t bits;
+};
+
 }  // namespace lamina

@@ -12,10 +12,32 @@ namespace lamina {
 
 constinit const KernelTable<void(const AttentionArgs&)> attention_f32_table;
 constinit const KernelTable<void(const AttentionArgs&)> attention_bf16_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_f32_as_bf16_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_f16_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_f64_table;
 
 namespace {
 
 constexpr const char* kOp = "attention";
+
+int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::boolean: return 1;
+    case DType::float32: return 4;
+    case DType::float64: return 8;
+    default: return 2;
+  }
+}
+
+AttentionMask mask_type(DType dtype) {
+  switch (dtype) {
+    case DType::boolean: return AttentionMask::boolean;
+    case DType::float16: return AttentionMask::float16;
+    case DType::bfloat16: return AttentionMask::bfloat16;
+    case DType::float64: return AttentionMask::float64;
+    default: return AttentionMask::float32;
+  }
+}
 
 // A mask seen as [B, Hq, L, S]: broadcast dimensions have stride 0.
 struct MaskView {
@@ -26,10 +48,10 @@ struct MaskView {
 };
 
 MaskView broadcast_mask(const TensorView& mask, const TensorView& query, int64_t keys) {
-  if (query.dtype == DType::bfloat16) {
-    check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32, DType::bfloat16});
-  } else {
+  if (query.dtype == DType::float32) {
     check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32});
+  } else {
+    check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32, query.dtype});
   }
   const int64_t full[4] = {query.size(0), query.size(1), query.size(2), keys};
   bool fits = mask.ndim <= 4;
@@ -41,15 +63,13 @@ MaskView broadcast_mask(const TensorView& mask, const TensorView& query, int64_t
   check(fits, kOp, "attn_mask is ", describe(mask), ", but must broadcast to [", full[0], ", ", full[1], ", ", full[2],
         ", ", full[3], "]");
   view.data = mask.as<const char>();
-  view.type = mask.dtype == DType::boolean   ? AttentionMask::boolean
-              : mask.dtype == DType::float32 ? AttentionMask::float32
-                                             : AttentionMask::bfloat16;
-  view.element_size = mask.dtype == DType::boolean ? 1 : mask.dtype == DType::float32 ? 4 : 2;
+  view.type = mask_type(mask.dtype);
+  view.element_size = element_size(mask.dtype);
   return view;
 }
 
 void check_inputs(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out) {
-  check_dtype(kOp, "query", query, {DType::float32, DType::bfloat16});
+  check_dtype(kOp, "query", query, {DType::float32, DType::bfloat16, DType::float16, DType::float64});
   check(key.dtype == query.dtype && value.dtype == query.dtype, kOp, "key is ", dtype_name(key.dtype), " and value is ",
         dtype_name(value.dtype), ", but both must be the query's ", dtype_name(query.dtype));
   check_shape(kOp, "query", query, {-1, -1, -1, -1});
@@ -68,14 +88,45 @@ void check_inputs(const TensorView& query, const TensorView& key, const TensorVi
   check(value_size <= 1 || out.stride(3) == 1, kOp, "out must be contiguous in its last dimension");
 }
 
+void check_options(const AttentionOptions& options, const TensorView& query) {
+  const int64_t batch = query.size(0), heads = query.size(1);
+  const DType floats = query.dtype == DType::float64 ? DType::float64 : DType::float32;
+  check(options.softcap >= 0.0, kOp, "softcap is ", options.softcap, ", but must be positive, or 0 for none");
+  if (options.alibi_slopes) {
+    const TensorView& slopes = *options.alibi_slopes;
+    check_dtype(kOp, "alibi_slopes", slopes, {floats});
+    check((slopes.ndim == 1 && slopes.size(0) == heads) ||
+              (slopes.ndim == 2 && slopes.size(0) == batch && slopes.size(1) == heads),
+          kOp, "alibi_slopes is ", describe(slopes), ", but must be [", heads, "] or [", batch, ", ", heads, "]");
+  }
+  if (options.sinks) {
+    check_dtype(kOp, "sinks", *options.sinks, {floats});
+    check_shape(kOp, "sinks", *options.sinks, {heads});
+  }
+  if (options.lse) {
+    check_dtype(kOp, "lse", *options.lse, {floats});
+    check_shape(kOp, "lse", *options.lse, {batch, heads, query.size(2)});
+  }
+}
+
+const KernelTable<void(const AttentionArgs&)>& table_of(DType dtype, bool bfloat16_products) {
+  switch (dtype) {
+    case DType::bfloat16: return attention_bf16_table;
+    case DType::float16: return attention_f16_table;
+    case DType::float64: return attention_f64_table;
+    default: return bfloat16_products ? attention_f32_as_bf16_table : attention_f32_table;
+  }
+}
+
 }  // namespace
 
 void attention(const TensorView& query, const TensorView& key, const TensorView& value,
-               const std::optional<TensorView>& mask, bool is_causal, double scale, const TensorView& out) {
+               const std::optional<TensorView>& mask, const AttentionOptions& options, const TensorView& out) {
   check_inputs(query, key, value, out);
+  check_options(options, query);
   const int64_t keys = key.size(2);
   const MaskView mask_view = mask ? broadcast_mask(*mask, query, keys) : MaskView{};
-  if (out.numel() == 0) return;
+  if (out.numel() == 0 && !(options.lse && options.lse->numel() > 0)) return;
 
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   const int64_t head_size = query.size(3), value_size = value.size(3);
@@ -85,19 +136,28 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
   const int64_t rows = together * queries;
   const int64_t blocks = (rows + tuning::kAttentionTaskRows - 1) / tuning::kAttentionTaskRows;
   const int64_t tasks = batch * (heads / together) * blocks;
-  const double work = double(batch * heads) * double(queries) * double(keys) * double(head_size + value_size);
+  const int64_t left = options.window_left < 0 ? kAttentionUnlimited : options.window_left;
+  const int64_t right = options.is_causal ? 0 : options.window_right < 0 ? kAttentionUnlimited : options.window_right;
+  const double seen = double(std::min(keys, std::min(left, keys) + std::min(right, keys) + 1));  // at most, by a query
+  const double work = double(batch * heads) * double(queries) * seen * double(head_size + value_size);
   // Tasks go out in shares: one where a second thread would not pay, else several for each, for an even load.
   const bool alone = work < 2 * double(tuning::kAttentionWorkPerThread);
   const int64_t most = max_threads() == 1 ? 1 : tuning::kAttentionSharesPerThread * max_threads();
   const int64_t shares = alone ? 1 : std::min({tasks, most, int64_t(4 * work / tuning::kAttentionWorkPerThread)});
 
-  const bool is_float = query.dtype == DType::float32;
-  const auto kernel = (is_float ? attention_f32_table : attention_bf16_table).get();
-  const int64_t size = is_float ? 4 : 2;
+  const auto kernel = table_of(query.dtype, options.bfloat16_products).get();
+  const int64_t size = element_size(query.dtype);
+  const int64_t floats_size = query.dtype == DType::float64 ? 8 : 4;
   const int64_t head_bytes = size * keys * (head_size + value_size);
   const bool far =
       head_bytes >= tuning::kAttentionFarHeadBytes &&
       batch * (2 * heads * queries * head_size * size + key.size(1) * head_bytes) >= tuning::kAttentionFarBytes;
+  // The numbers of heads from (b, h) on, in a tensor [B, Hq, ...] or [Hq] of floats.
+  const auto floats_at = [floats_size](const std::optional<TensorView>& t, int64_t b, int64_t h, int dims) -> char* {
+    if (!t) return nullptr;
+    const int64_t at = t->ndim == dims ? b * t->stride(0) + h * t->stride(1) : h * t->stride(0);
+    return t->as<char>() + at * floats_size;
+  };
   const auto at = [size](const TensorView& t, int64_t b, int64_t h) {
     return t.as<char>() + (b * t.stride(0) + h * t.stride(1)) * size;
   };
@@ -112,8 +172,8 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
       const int64_t next = far && task + 1 < end && (task + 1) % blocks == 0 ? (task + 1) / blocks : -1;
       const int64_t next_b = next / (heads / together), next_h = next % (heads / together) * together;
       // Causal blocks grow with the query: the longest first, so that none is left alone at the end.
-      const int64_t block = is_causal ? blocks - 1 - task % blocks : task % blocks;
-      const int64_t next_row = is_causal && together == 1 ? (blocks - 1) * tuning::kAttentionTaskRows : 0;
+      const int64_t block = right == 0 ? blocks - 1 - task % blocks : task % blocks;
+      const int64_t next_row = right == 0 && together == 1 ? (blocks - 1) * tuning::kAttentionTaskRows : 0;
       const int64_t row = block * tuning::kAttentionTaskRows;
       kernel({.q = at(query, b, h),
               .q_head = query.stride(1),
@@ -128,17 +188,27 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
               .out = at(out, b, h),
               .out_head = out.stride(1),
               .out_row = out.stride(2),
+              .lse = floats_at(options.lse, b, h, 3),
+              .lse_head = options.lse ? options.lse->stride(1) : 0,
+              .lse_row = options.lse ? options.lse->stride(2) : 0,
+              .queries = queries,
+              .keys = keys,
+              .head_size = int(head_size),
+              .value_size = int(value_size),
+              .scale = options.scale,
+              .shift = options.bottom_right ? keys - queries : 0,
+              .window_left = left,
+              .window_right = right,
               .mask_type = mask_view.type,
               .mask = mask_view.data + (b * mask_view.strides[0] + h * mask_view.strides[1]) * mask_view.element_size,
               .mask_head = mask_view.strides[1],
               .mask_row = mask_view.strides[2],
               .mask_col = mask_view.strides[3],
-              .queries = queries,
-              .keys = keys,
-              .head_size = int(head_size),
-              .value_size = int(value_size),
-              .scale = float(scale),
-              .causal = is_causal,
+              .softcap = options.softcap,
+              .alibi_slopes = floats_at(options.alibi_slopes, b, h, 2),
+              .alibi_head = options.alibi_slopes ? options.alibi_slopes->stride(-1) : 0,
+              .sinks = floats_at(options.sinks, b, h, 2),
+              .sinks_head = options.sinks ? options.sinks->stride(0) : 0,
               .first_row = row,
               .rows = std::min<int64_t>(tuning::kAttentionTaskRows, rows - row),
               .far = far,

@@ -8,12 +8,27 @@
 
 namespace lamina {
 
-// query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], all float32 or all bfloat16, any strides; Hq is a
+// What may be asked of attention besides a mask. Tensors that are "of floats" are float64 where the query is, and
+// float32 where it is anything else.
+struct AttentionOptions {
+  bool is_causal = false;  // window_right is 0
+  double scale = 1.0;
+  // Query i, at position p = i, or i + S - L where bottom_right, takes the keys p - window_left .. p + window_right;
+  // negative: no limit on that side.
+  int64_t window_left = -1, window_right = -1;
+  bool bottom_right = false;
+  double softcap = 0.0;                    // scores become softcap * tanh(score / softcap); 0: they stay
+  std::optional<TensorView> alibi_slopes;  // of floats, [Hq] or [B, Hq]: -slope * |p - j| is added to the scores
+  std::optional<TensorView> sinks;         // of floats, [Hq]: one more logit, which takes weight and gives no value
+  std::optional<TensorView> lse;           // output, of floats, [B, Hq, L]: log of the sum of exp(score), natural
+  bool bfloat16_products = false;          // float32 inputs may be multiplied in bfloat16
+};
+
+// query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], all of one floating dtype, any strides; Hq is a
 // multiple of Hkv, and query head h uses key/value head h / (Hq / Hkv); D and Dv at most 256.
 // mask: broadcasts to [B, Hq, L, S]; boolean (true = keep), or float32 or the query's dtype (added to the scores).
-// is_causal: query i takes the keys j <= i.
 // out [B, Hq, L, Dv] of the query's dtype: last dimension contiguous, the others with any strides.
 void attention(const TensorView& query, const TensorView& key, const TensorView& value,
-               const std::optional<TensorView>& mask, bool is_causal, double scale, const TensorView& out);
+               const std::optional<TensorView>& mask, const AttentionOptions& options, const TensorView& out);
 
 }  // namespace lamina

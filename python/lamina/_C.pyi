@@ -23,6 +23,23 @@ def attention(
     scale: float,
     out: Tensor,
 ) -> None: ...
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    bfloat16_products: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None: ...
 def gru(
     input: Tensor,
     batch_sizes: Tensor | None,

@@ -1,14 +1,17 @@
-// attention in float32 arithmetic, for float32 and bfloat16 storage (see attention_block.h).
+// attention in float32 arithmetic, for every storage but float64, which has a plain kernel of its own (see
+// attention_block.h and attention_double.h).
 //
-// float32 keys and values are read where they lie; bfloat16 ones are widened chunk by chunk, once per block of query
+// float32 keys and values are read where they lie; half-width ones are widened chunk by chunk, once per block of query
 // rows, which costs one part in as many as the block has rows.
 #include "cpu/kernels/attention_block.h"
+#include "cpu/kernels/attention_double.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
 
 LAMINA_INLINE float to_float(float x) { return x; }
 LAMINA_INLINE float to_float(bf16 x) { return bf16_to_float(x); }
+LAMINA_INLINE float to_float(f16 x) { return f16_to_float(x); }
 
 template <class T>
 struct FloatMath {
@@ -33,6 +36,9 @@ struct FloatMath {
 
 REGISTER_KERNEL(attention_f32_table, attention<FloatMath<float>>);
 REGISTER_KERNEL(attention_bf16_table, attention<FloatMath<bf16>>);
+REGISTER_KERNEL(attention_f32_as_bf16_table, attention<FloatMath<float>>);
+REGISTER_KERNEL(attention_f16_table, attention<FloatMath<f16>>);
+REGISTER_KERNEL(attention_f64_table, attention_of_doubles);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

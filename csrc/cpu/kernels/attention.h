@@ -1,9 +1,9 @@
 // Contract of the attention kernels: some query rows against all keys and values of one head.
 //
-//   out[r, :] = sum_j p[r, j] v[j, :],   p[r, :] = softmax_j(scale * q[r, :] . k[j, :] + mask[r, j])
+//   out[r, :] = sum_j p[r, j] v[j, :],   p[r, :] = softmax_j(capped(scale * q[r, :] . k[j, :]) + added[r, j])
 //
-// A key that is masked out (false, -inf, or later than the query when causal) takes no part, whatever its k and v hold;
-// a row without keys gives 0. Scores are never stored beyond one chunk of keys.
+// A key that is masked out (false, -inf, or outside of the row's window) takes no part, whatever its k and v hold; a
+// row without keys gives 0. Scores are never stored beyond one chunk of keys.
 #pragma once
 
 #include <stdint.h>
@@ -14,9 +14,13 @@
 
 namespace lamina {
 
-enum class AttentionMask : int { none, boolean, float32, bfloat16 };
+enum class AttentionMask : int { none, boolean, float16, bfloat16, float32, float64 };
 
-// Strides are in elements and may be anything, 0 and negative included, unless it says otherwise.
+// A side of a window that has no limit; far from the ends of int64, so that positions can be added to it.
+inline constexpr int64_t kAttentionUnlimited = int64_t{1} << 60;
+
+// Strides are in elements and may be anything, 0 and negative included, unless it says otherwise. Numbers that are
+// `float` or `double` by the storage are double for float64 storage and float for every other.
 struct AttentionArgs {
   // Query heads that share the key/value head lie one after the other: row r is query r % queries of head r / queries.
   const void* q;
@@ -27,14 +31,23 @@ struct AttentionArgs {
   int64_t v_row, v_col;
   void* out;  // [rows, value_size]; columns adjacent
   int64_t out_head, out_row;
-  AttentionMask mask_type;
-  const void* mask;  // [rows, keys]: boolean (true = keep) or added to the scores
-  int64_t mask_head, mask_row, mask_col;
+  void* lse;  // null, or [rows] of float or double: log of the sum of exp(score), natural; -inf for a row without keys
+  int64_t lse_head, lse_row;
 
   int64_t queries, keys;
   int head_size, value_size;  // at most tuning::kAttentionMaxHeadSize
-  float scale;
-  bool causal;  // query i takes keys j <= i
+  double scale;
+
+  // Query i stands at position p = i + shift among the keys and takes the keys p - window_left .. p + window_right.
+  int64_t shift, window_left, window_right;
+  AttentionMask mask_type;
+  const void* mask;  // [rows, keys]: boolean (true = keep) or added to the scores
+  int64_t mask_head, mask_row, mask_col;
+  double softcap;            // 0, or scores become softcap * tanh(score / softcap), before anything is added
+  const void* alibi_slopes;  // null, or float or double for each head: -slope * |p - j| is added to the scores
+  int64_t alibi_head;
+  const void* sinks;  // null, or float or double for each head: one more logit, which takes weight and gives no value
+  int64_t sinks_head;
 
   int64_t first_row, rows;  // the rows to compute; at most tuning::kAttentionTaskRows
 
@@ -53,7 +66,11 @@ static inline int64_t attention_scratch_floats(int head_size, int value_size) {
   return rows * (d + dv) + 2 * rows * keys + keys * (d + dv);
 }
 
+// By the storage of q, k, v and out. The third takes float32 storage and may multiply in bfloat16.
 extern const KernelTable<void(const AttentionArgs&)> attention_f32_table;
 extern const KernelTable<void(const AttentionArgs&)> attention_bf16_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_f32_as_bf16_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_f16_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_f64_table;
 
 }  // namespace lamina

@@ -53,6 +53,41 @@ LAMINA_INLINE float bf16_to_float(bf16 x) {
   return f;
 }
 
+LAMINA_INLINE float f16_to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  uint32_t b;
+  if (rest >= 0x7c00) {
+    b = 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0);
+  } else if (rest >= 0x400) {
+    b = (rest << 13) + (112u << 23);
+  } else {
+    const float subnormal = float(rest) * 0x1p-24f;
+    memcpy(&b, &subnormal, 4);
+  }
+  b |= sign;
+  float f;
+  memcpy(&f, &b, 4);
+  return f;
+}
+
+// Bits of a float16 nearest to a float, ties to even; too large ones become infinite, a NaN stays a NaN.
+LAMINA_INLINE uint16_t f16_bits(float x) {
+  uint32_t b;
+  memcpy(&b, &x, 4);
+  const uint32_t sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+  if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);
+  if (rest < 0x38800000) {
+    // Subnormal: adding 0.5 leaves the multiples of 2^-24, rounded to even.
+    float f;
+    memcpy(&f, &rest, 4);
+    f += 0.5f;
+    memcpy(&b, &f, 4);
+    return uint16_t(sign | (b - 0x3f000000));
+  }
+  return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
 // First n elements, n in [0, lanes]; the rest is zero.
 template <class T>
 LAMINA_INLINE F32 load_up_to(const T* p, int n) {

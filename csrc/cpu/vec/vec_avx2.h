@@ -49,12 +49,28 @@ LAMINA_INLINE F32 load_n(const bf16* p, int n) {
   return from_bf16(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
 }
 
+LAMINA_INLINE F32 load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+LAMINA_INLINE F32 load_n(const f16* p, int n) {
+  alignas(16) f16 t[8] = {};
+  memcpy(t, p, size_t(n) * 2);
+  return load(t);
+}
+
 LAMINA_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.r); }
 LAMINA_INLINE void store(bf16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
 LAMINA_INLINE void store_n(float* p, F32 x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x.r); }
 LAMINA_INLINE void store_n(bf16* p, F32 x, int n) {
   alignas(16) uint16_t t[8];
   _mm_store_si128(reinterpret_cast<__m128i*>(t), to_bf16(x));
+  memcpy(p, t, size_t(n) * 2);
+}
+
+LAMINA_INLINE void store(f16* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+LAMINA_INLINE void store_n(f16* p, F32 x, int n) {
+  alignas(16) f16 t[8];
+  store(t, x);
   memcpy(p, t, size_t(n) * 2);
 }
 
@@ -158,6 +174,7 @@ LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm256_slli_epi32(x.r, n)};
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm256_srai_epi32(x.r, n)}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.r)}; }
 LAMINA_INLINE I32 bits_of(F32 x) { return {_mm256_castps_si256(x.r)}; }
+LAMINA_INLINE F32 floats_of(I32 x) { return {_mm256_castsi256_ps(x.r)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) {
   return {_mm256_and_si256(_mm256_castps_si256(x.r), _mm256_set1_epi32(0x7fffffff))};
 }

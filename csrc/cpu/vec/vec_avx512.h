@@ -41,10 +41,19 @@ LAMINA_INLINE F32 load(const bf16* p) { return from_bf16(_mm256_loadu_si256(rein
 LAMINA_INLINE F32 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 LAMINA_INLINE F32 load_n(const bf16* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
+LAMINA_INLINE F32 load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+LAMINA_INLINE F32 load_n(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
+
 LAMINA_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.r); }
 LAMINA_INLINE void store(bf16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
 LAMINA_INLINE void store_n(float* p, F32 x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.r); }
 LAMINA_INLINE void store_n(bf16* p, F32 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(x)); }
+
+LAMINA_INLINE __m256i to_f16(F32 x) { return _mm512_cvtps_ph(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+LAMINA_INLINE void store(f16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(x)); }
+LAMINA_INLINE void store_n(f16* p, F32 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16(x)); }
 
 LAMINA_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.r, b.r)}; }
 LAMINA_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.r, b.r)}; }
@@ -154,6 +163,7 @@ LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm512_slli_epi32(x.r, unsi
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm512_srai_epi32(x.r, unsigned(n))}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.r)}; }
 LAMINA_INLINE I32 bits_of(F32 x) { return {_mm512_castps_si512(x.r)}; }
+LAMINA_INLINE F32 floats_of(I32 x) { return {_mm512_castsi512_ps(x.r)}; }
 LAMINA_INLINE I32 abs_bits(F32 x) {
   return {_mm512_and_si512(_mm512_castps_si512(x.r), _mm512_set1_epi32(0x7fffffff))};
 }

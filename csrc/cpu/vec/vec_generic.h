@@ -40,6 +40,14 @@ LAMINA_INLINE F32 load_n(const bf16* p, int n) {
 }
 LAMINA_INLINE F32 load(const bf16* p) { return load_n(p, 4); }
 
+LAMINA_INLINE float f16_to_float(f16 x);
+LAMINA_INLINE F32 load_n(const f16* p, int n) {
+  F32 x = zero();
+  for (int i = 0; i < n; ++i) x.r[i] = f16_to_float(p[i]);
+  return x;
+}
+LAMINA_INLINE F32 load(const f16* p) { return load_n(p, 4); }
+
 LAMINA_INLINE void store(float* p, F32 x) { memcpy(p, &x.r, sizeof x.r); }
 LAMINA_INLINE void store_n(float* p, F32 x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x.r[i];
@@ -49,6 +57,12 @@ LAMINA_INLINE void store_n(bf16* p, F32 x, int n) {
   for (int i = 0; i < n; ++i) p[i].bits = bf16_bits(x.r[i]);
 }
 LAMINA_INLINE void store(bf16* p, F32 x) { store_n(p, x, 4); }
+
+LAMINA_INLINE uint16_t f16_bits(float x);
+LAMINA_INLINE void store_n(f16* p, F32 x, int n) {
+  for (int i = 0; i < n; ++i) p[i].bits = f16_bits(x.r[i]);
+}
+LAMINA_INLINE void store(f16* p, F32 x) { store_n(p, x, 4); }
 
 LAMINA_INLINE F32 operator+(F32 a, F32 b) { return {a.r + b.r}; }
 LAMINA_INLINE F32 operator-(F32 a, F32 b) { return {a.r - b.r}; }
@@ -149,6 +163,7 @@ LAMINA_INLINE I32 shift_left(I32 x, int n) {
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {x.r >> n}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {__builtin_convertvector(x.r, f32x4)}; }
 LAMINA_INLINE I32 bits_of(F32 x) { return {(i32x4)x.r}; }
+LAMINA_INLINE F32 floats_of(I32 x) { return {(f32x4)x.r}; }
 LAMINA_INLINE I32 abs_bits(F32 x) { return {(i32x4)x.r & 0x7fffffff}; }
 LAMINA_INLINE I32 max(I32 a, I32 b) { return {a.r > b.r ? a.r : b.r}; }
 // table[low five bits of each lane].

@@ -1,4 +1,8 @@
-"""attention: scaled dot product attention, forward, in one pass over the keys."""
+"""attention: scaled dot product attention, forward, in one pass over the keys.
+
+Two overloads: the plain one is what `scaled_dot_product_attention` computes and the cheapest call; `with_lse` takes
+everything else as well and gives the log-sum-exp, which a gradient needs.
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +10,7 @@ from torch.nn import functional as F
 
 from lamina import _C
 from lamina.ops.library import define
+from lamina.reference.attention import attention as _composite
 
 MAX_HEAD_SIZE = 256
 
@@ -110,9 +115,99 @@ _attention = define(
 )
 
 
-def _runs_here(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
+def _new_lse(query: Tensor) -> Tensor:
+    """[B, H, L], float64 where the query is and float32 where it is anything else."""
+    return query.new_empty(query.shape[:3], dtype=_floats(query))
+
+
+def _floats(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype is torch.float64 else torch.float32
+
+
+def _cpu_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    bfloat16_products: bool,
+) -> tuple[Tensor, Tensor]:
+    leading = None
+    if not _is_plain(query, key, value, attn_mask, enable_gqa):
+        query, key, value, attn_mask, leading = _as_plain(query, key, value, attn_mask, enable_gqa)
+    if scale is None:
+        scale = query.size(3) ** -0.5
+    out, lse = _new_output(query, value), _new_lse(query)
+    _C.attention_with_lse(
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal,
+        scale,
+        window_left,
+        window_right,
+        bottom_right,
+        softcap,
+        alibi_slopes,
+        sinks,
+        bfloat16_products,
+        out,
+        lse,
+    )
+    if leading is not None:
+        out, lse = out.reshape(*leading, *out.shape[2:]), lse.reshape(*leading, lse.shape[2])
+    return out, lse
+
+
+def _fake_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *rest: object,
+) -> tuple[Tensor, Tensor]:
+    leading = None
+    if not _is_plain(query, key, value, attn_mask, enable_gqa):
+        query, key, value, attn_mask, leading = _as_plain(query, key, value, attn_mask, enable_gqa)
+    out, lse = _new_output(query, value), _new_lse(query)
+    if leading is not None:
+        out, lse = out.reshape(*leading, *out.shape[2:]), lse.reshape(*leading, lse.shape[2])
+    return out, lse
+
+
+_attention_with_lse = define(
+    "attention.with_lse(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
+    "bool enable_gqa, int window_left, int window_right, bool bottom_right, float softcap, Tensor? alibi_slopes, "
+    "Tensor? sinks, bool bfloat16_products) -> (Tensor, Tensor)",
+    cpu=_cpu_with_lse,
+    fake=_fake_with_lse,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _runs_here(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = _DTYPES,
+    extras: tuple[Tensor | None, ...] = (),
+) -> bool:
     """Whether lamina's kernels take this call; what they don't take is torch's."""
-    if query.dtype is not torch.float32 and query.dtype is not torch.bfloat16:
+    if query.dtype not in dtypes:
         return False
     if not query.is_cpu or not 1 <= query.shape[-1] <= MAX_HEAD_SIZE or value.shape[-1] > MAX_HEAD_SIZE:
         return False
@@ -121,7 +216,84 @@ def _runs_here(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
         or key.requires_grad
         or value.requires_grad
         or (attn_mask is not None and attn_mask.requires_grad)
+        or any(t is not None and t.requires_grad for t in extras)
     )
+
+
+def _window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """(left, right); -1 for no limit."""
+    if window is None:
+        return -1, -1
+    sides = (window, window) if isinstance(window, int) else tuple(window)
+    if len(sides) != 2 or not all(side is None or side >= -1 for side in sides):
+        raise ValueError(
+            f"attention: window is {window}, but must be a number of keys or (left, right), -1 or None for no limit"
+        )
+    left, right = (-1 if side is None else side for side in sides)
+    return left, right
+
+
+def _with_features(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: int | tuple[int | None, int | None] | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    causal_alignment: str,
+    compute_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of calls that torch has no op for."""
+    if dropout_p != 0.0:
+        raise ValueError("attention: dropout_p goes without window, softcap, alibi_slopes, sinks and return_lse")
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(
+            f"attention: causal_alignment is {causal_alignment!r}, but must be 'top_left' or 'bottom_right'"
+        )
+    if compute_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"attention: compute_dtype is {compute_dtype}, but must be torch.bfloat16 or None")
+    sides = _window_sides(window)
+    if _runs_here(query, key, value, attn_mask, (*_DTYPES, torch.float64), (alibi_slopes, sinks)):
+        floats = _floats(query)
+        return _attention_with_lse(
+            query,
+            key,
+            value,
+            attn_mask,
+            is_causal,
+            scale,
+            enable_gqa,
+            *sides,
+            causal_alignment == "bottom_right",
+            softcap or 0.0,
+            None if alibi_slopes is None else alibi_slopes.to(floats),
+            None if sinks is None else sinks.to(floats),
+            compute_dtype is torch.bfloat16,
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out, lse = _composite(
+        query.to(wide),
+        key.to(wide),
+        value.to(wide),
+        attn_mask,
+        0.0,
+        is_causal,
+        scale,
+        enable_gqa,
+        window=sides,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        causal_alignment=causal_alignment,
+        return_lse=True,
+    )
+    return out.to(query.dtype), lse
 
 
 def attention(
@@ -133,16 +305,26 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`: softmax(scale * query @ key^T + mask) @ value.
+    *,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal_alignment: str = "top_left",
+    compute_dtype: torch.dtype | None = None,
+    qk_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`torch.nn.functional.scaled_dot_product_attention`: softmax(scale * query @ key^T + mask) @ value, and more.
 
     Scores are accumulated in float32 and never stored as a whole: memory grows with the sequence length, not with its
-    square. bfloat16 inputs are multiplied as they are and their softmax weights are rounded to bfloat16. A key that a
-    mask excludes takes no part even if it or its value is NaN, and a query without keys gives 0. The same inputs give
-    the same bits on every run and for every number of threads.
+    square. bfloat16 inputs are multiplied as they are and their softmax weights are rounded to bfloat16; float16 ones
+    are computed in float32. A key that a mask excludes takes no part even if it or its value is NaN, and a query
+    without keys gives 0. The same inputs give the same bits on every run and for every number of threads.
 
-    What the kernels do not cover goes to torch's own op: dropout, calls that need gradients, dtypes other than float32
-    and bfloat16, other devices than the CPU, heads larger than 256.
+    A plain call that the kernels do not cover goes to torch's own op: dropout, calls that need gradients, other dtypes
+    than float32, bfloat16 and float16, other devices than the CPU, heads larger than 256. With the keyword arguments,
+    for which torch has no op, such a call is composed of torch's basic ones.
 
     Args:
         query: [..., H, L, D]; leading dimensions broadcast as in torch.
@@ -151,19 +333,58 @@ def attention(
         attn_mask: broadcastable to [..., H, L, S]; boolean (True = keep), or float32 or the query's dtype, added to the
             scores. Together with is_causal both hold.
         dropout_p: probability of dropping a weight.
-        is_causal: query i takes the keys j <= i.
+        is_causal: query i takes the keys j <= p, where p is i (see causal_alignment).
         scale: of the scores, 1 / sqrt(D) by default.
         enable_gqa: key and value may have fewer heads, H a multiple of theirs.
+        window: (left, right): the query at p takes the keys p - left .. p + right, both included; -1 or None for no
+            limit, and a number n for (n, n). With is_causal nothing is taken to the right. As in flash-attn.
+        softcap: scores become softcap * tanh(score / softcap), before a mask or ALiBi is added (Gemma 2).
+        alibi_slopes: [H] or [B, H]: -slope * |p - j| is added to the scores (Press et al. 2022).
+        sinks: [H], a logit of each head that takes weight and gives no value (gpt-oss).
+        causal_alignment: "top_left": p = i, as in torch; "bottom_right": p = i + S - L, the last query sees the last
+            key, as in flash-attn. Holds for is_causal, window and alibi_slopes.
+        compute_dtype: torch.bfloat16 lets float32 inputs be multiplied in bfloat16, at twice the speed where the
+            processor can (`lamina.info()["isa"]` is avx512bf16), with its error of 2^-9 in each factor.
+        return_lse: also give log(sum_j exp(score_j)) of every query, sinks included, [..., H, L]: float32, or float64
+            for float64 inputs; -inf where a query takes no key.
 
-    Returns [..., H, L, Dv] in the query's memory order. Raises ValueError when shapes or dtypes do not fit.
+    Returns [..., H, L, Dv] in the query's memory order, or that and the log-sum-exp. Raises ValueError when shapes,
+    dtypes or options do not fit.
 
     >>> y = lamina.ops.attention(q, k, v, is_causal=True)
+    >>> y, lse = lamina.ops.attention(q, k, v, is_causal=True, window=(1023, 0), softcap=50.0, return_lse=True)
     """
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
+    if (
+        return_lse
+        or window is not None
+        or softcap is not None
+        or alibi_slopes is not None
+        or sinks is not None
+        or compute_dtype is not None
+        or causal_alignment != "top_left"
+    ):
+        out, lse = _with_features(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            window,
+            softcap,
+            alibi_slopes,
+            sinks,
+            causal_alignment,
+            compute_dtype,
+        )
+        return (out, lse) if return_lse else out
     if dropout_p == 0.0 and _runs_here(query, key, value, attn_mask):
         return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     return F.scaled_dot_product_attention(
