@@ -1,6 +1,6 @@
 # Compiles csrc/cpu/kernels once per instruction set.
 #
-#   <kernel>.cpp        portable: one object for every row of isa.def, each with that row's flags
+#   <kernel>.cpp        portable: one object for every row of isa.def that compiles them, each with that row's flags
 #   <kernel>.<isa>.cpp  hand-written: one object, with the flags of the ISA in its name only
 #
 # Flags are set per generated file, never on a target: code outside kernels/ stays at the baseline and
@@ -11,9 +11,13 @@ function(lamina_add_isa_kernels target isa_def kernel_dir)
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${root}/${isa_def})
   file(STRINGS ${root}/${isa_def} rows REGEX "^ISA_ROW\\(")
   set(isas)
+  set(portable_isas)
   foreach(row IN LISTS rows)
-    string(REGEX MATCH "^ISA_ROW\\(([a-z0-9_]+), *\"([^\"]*)\"" matched "${row}")
+    string(REGEX MATCH "^ISA_ROW\\(([a-z0-9_]+), *\"([^\"]*)\", *(compiled|as below)," matched "${row}")
     list(APPEND isas ${CMAKE_MATCH_1})
+    if(CMAKE_MATCH_3 STREQUAL "compiled")
+      list(APPEND portable_isas ${CMAKE_MATCH_1})
+    endif()
     separate_arguments(flags_${CMAKE_MATCH_1} UNIX_COMMAND "${CMAKE_MATCH_2}")
   endforeach()
 
@@ -27,7 +31,7 @@ function(lamina_add_isa_kernels target isa_def kernel_dir)
         message(FATAL_ERROR "${kernel_dir}/${kernel}: '${targets}' is not a row of ${isa_def} (${isas})")
       endif()
     else()
-      set(targets ${isas})
+      set(targets ${portable_isas})
       set(hand_written 0)
     endif()
     foreach(isa IN LISTS targets)

@@ -20,7 +20,7 @@ namespace {
 
 thread_local Isa last = Isa::generic;
 
-// Hand-written before portable, whatever their ISAs: the portable copy for a newer ISA knows nothing of the
+// Hand-written before portable, whatever their ISAs: a portable copy for a newer ISA knows nothing of the
 // instructions that somebody wrote the other one for. Then the higher ISA.
 int rank(const KernelRecordHead& head) { return head.hand_written * kIsaCount + static_cast<int>(head.isa); }
 

@@ -44,7 +44,7 @@ CpuFeatures read_cpu_features() {
 std::vector<Isa> detect() {
   const CpuFeatures f = read_cpu_features();
   std::vector<Isa> found;
-#define ISA_ROW(name, flags, predicate) \
+#define ISA_ROW(name, flags, portable, predicate) \
   if (predicate) found.push_back(Isa::name);
 #include "cpu/isa.def"
 #undef ISA_ROW
@@ -60,7 +60,7 @@ std::atomic<int>& active_slot() {
 
 const char* isa_name(Isa isa) {
   static constexpr const char* names[] = {
-#define ISA_ROW(name, flags, predicate) #name,
+#define ISA_ROW(name, flags, portable, predicate) #name,
 #include "cpu/isa.def"
 #undef ISA_ROW
   };

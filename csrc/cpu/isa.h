@@ -8,13 +8,13 @@ namespace lamina {
 
 // One enumerator per row of isa.def; the values are the rows' positions, so that "at least" is a comparison.
 enum class Isa : int {
-#define ISA_ROW(name, flags, predicate) name,
+#define ISA_ROW(name, flags, portable, predicate) name,
 #include "cpu/isa.def"
 #undef ISA_ROW
 };
 
 inline constexpr int kIsaCount = 0
-#define ISA_ROW(name, flags, predicate) +1
+#define ISA_ROW(name, flags, portable, predicate) +1
 #include "cpu/isa.def"
 #undef ISA_ROW
     ;
