@@ -405,9 +405,12 @@ def _captured_inputs(
             inputs[module] = copied((args, kwargs))
 
     hooks = [c.module.register_forward_pre_hook(capture, with_kwargs=True) for c in tried]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # or torch's Transformer layers would not call what is in them
         call(model)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for hook in hooks:
             hook.remove()
     return inputs

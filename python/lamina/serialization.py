@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamina.errors import FormatError
+from lamina.nn.attention import LAYERS, adopt, in_proj_of, put_in_proj
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.packed_linear import PackedLinear
@@ -93,9 +94,12 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     header, tensors = _read(path)
+    tensors = _as_named_here(model, tensors)
     replacements = _build_layers(model, path, header["layers"], tensors)
     # Everything else must match by name and shape before anything is copied.
-    inside = tuple(f"{fqn}." for fqn in replacements)
+    inside = tuple(
+        f"{fqn}{end}" for fqn in replacements for end in (".", *(("_weight", "_bias") if _is_in_proj(fqn) else ()))
+    )
     rest = {name: t for name, t in tensors.items() if not name.startswith(inside)} if inside else tensors
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if not (inside and name.startswith(inside))}
     quantized_here = {
@@ -122,8 +126,14 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
             raise FormatError(f"{path.name} does not fit this model: {error}") from None
 
     for fqn, layer in replacements.items():
-        parent, _, child = fqn.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.train(model.get_submodule(fqn).training))
+        parent, child = _split(model, fqn)
+        layer.train(_target(model, fqn).training)
+        if type(parent) in LAYERS:  # torch's attention layers read weights, lamina's call their layers
+            adopt(parent, child)
+        if child in parent._modules:
+            setattr(parent, child, layer)
+        else:
+            put_in_proj(parent, layer)
     model.load_state_dict(rest, strict=False)
     return header["metadata"]
 
@@ -166,7 +176,7 @@ def _build_layers(
     for fqn, spec in layers.items():
         try:
             kind, options = spec["type"], {key: value for key, value in spec.items() if key != "type"}
-            target = model.get_submodule(fqn)
+            target = _target(model, fqn)
         except (AttributeError, KeyError, TypeError) as error:
             raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {error}") from None
         made = next((layer for layer in _LAYERS if layer.__name__ == kind), None)
@@ -182,6 +192,34 @@ def _build_layers(
             raise FormatError(f"{path.name} does not fit this model: layer '{fqn}': {reason}") from None
         built[fqn] = shared.setdefault(target, stand_in(layer, target))
     return built
+
+
+def _split(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+    parent, _, child = fqn.rpartition(".")
+    return model.get_submodule(parent), child
+
+
+def _is_in_proj(fqn: str) -> bool:
+    return fqn.rpartition(".")[2] == "in_proj"
+
+
+def _target(model: nn.Module, fqn: str) -> nn.Module:
+    """The module of that name; the input projections of attention are one too where they are parameters."""
+    parent, child = _split(model, fqn)
+    if child == "in_proj" and isinstance(parent, nn.MultiheadAttention) and in_proj_of(parent) is not None:
+        return in_proj_of(parent)
+    return model.get_submodule(fqn)
+
+
+def _as_named_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of attention under the names they have where its input projections are a layer."""
+    names = {
+        f"{fqn}_{what}": f"{fqn}.{what}"
+        for fqn, module in model.named_modules()
+        if _is_in_proj(fqn) and isinstance(module, PackedLinear)
+        for what in ("weight", "bias")
+    }
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _linear_arguments(

@@ -7,7 +7,7 @@ knows a model by name, and a layer that cannot be taken is never an error: it is
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from lamina.configs import (
@@ -29,7 +30,7 @@ from lamina.configs import (
     Int8WeightOnly,
     resolve,
 )
-from lamina.nn.attention import ScaledDotProductAttention
+from lamina.nn.attention import LAYERS, ScaledDotProductAttention, adopt, in_proj_of, put_in_proj, release
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
@@ -96,7 +97,8 @@ def _error(value: float | None) -> str:
 class Candidate:
     """A replacement that can be put in and taken out again. `before` and `after` compute the same.
 
-    note: what its user should know besides, for the reason in the report.
+    note: what its user should know besides, for the reason in the report. first: to be tried before all others,
+    since it changes what is around them.
     """
 
     fqn: str
@@ -108,6 +110,7 @@ class Candidate:
     apply: Callable[[], None]
     revert: Callable[[], None]
     note: str = ""
+    first: bool = False
 
     def reason(self, why: str) -> str:
         return f"{why}; {self.note}" if self.note else why
@@ -117,13 +120,17 @@ class Candidate:
 class Site:
     """A module and all the places where it stands: (parent, attribute) pairs, none for the model itself.
 
-    sharers: (name, module) of the other modules that own its weight too.
+    sharers: (name, module) of the other modules that own its weight too. attention: where `module` is no module of the
+    model, but the input projections that this attention layer has as parameters. around:
+    the attention layers of torch, or of lamina in their place, that it stands in.
     """
 
     fqn: str
     module: nn.Module
     places: tuple[tuple[nn.Module, str], ...]
     sharers: tuple[tuple[str, nn.Module], ...] = ()
+    attention: nn.MultiheadAttention | None = None
+    around: tuple[nn.Module, ...] = ()
 
 
 # What a handler says of a site: a candidate, a reason to leave it alone, or None if it does not concern the config.
@@ -170,9 +177,22 @@ def sites(model: nn.Module) -> Iterator[Site]:
             owners.setdefault(parameter, []).append((fqn, module))
             if name == "weight":
                 weights[module] = parameter
+    layers: dict[str, nn.Module] = {}
     for fqn, module in model.named_modules():
-        sharers = owners.get(weights.get(module), ())
-        yield Site(fqn, module, tuple(places.get(module, ())), tuple(s for s in sharers if s[1] is not module))
+        around = tuple(layer for name, layer in layers.items() if not name or fqn.startswith(f"{name}."))
+        sharers = tuple(s for s in owners.get(weights.get(module), ()) if s[1] is not module)
+        yield Site(fqn, module, tuple(places.get(module, ())), sharers, None, around)
+        if _original(module) is None:
+            continue
+        layers[fqn] = module
+        if isinstance(module, nn.MultiheadAttention) and module._parameters["in_proj_weight"] is not None:
+            name = f"{fqn}.in_proj" if fqn else "in_proj"
+            yield Site(name, in_proj_of(module), (), (), module, (*around, module))
+
+
+def _original(module: nn.Module) -> type[nn.Module] | None:
+    """Which of torch's attention layers `module` is, by either class; None for subclasses too."""
+    return next((theirs for theirs, ours in LAYERS.items() if type(module) in (theirs, ours)), None)
 
 
 def candidates(
@@ -220,13 +240,16 @@ def _prepare(
 
 def describe(module: nn.Module) -> str:
     """ "Linear(768, 3072)": the type and, for linear and recurrent layers, inputs and outputs."""
+    if type(module) in LAYERS.values():
+        return f"lamina {type(module).__name__}"
     if isinstance(module, nn.RNNBase):
         ours = "lamina " if type(module) in (LSTM, GRU) else ""
         return f"{ours}{type(module).__name__}({module.input_size}, {module.hidden_size})"
     linear = module if isinstance(module, nn.Linear) else as_linear(module)
     if linear is None:
         return type(module).__name__
-    return f"{type(module).__name__}({linear.in_features}, {linear.out_features})"
+    name = "Linear" if isinstance(module, NonDynamicallyQuantizableLinear) else type(module).__name__
+    return f"{name}({linear.in_features}, {linear.out_features})"
 
 
 def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = None) -> SwapReport:
@@ -275,12 +298,8 @@ def replacement(
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(site.module, kind) for kind in hooks):
         return "it has hooks, which a replacement would lose"
-    if "forward" in vars(site.module):
-        return "its forward was replaced by another function, which may compute something else"
-    if getattr(site.module, "_compiled_call_impl", None) is not None:
-        return "it is compiled by torch.compile; swap first, then compile"
-    if any(is_compile_wrapper(parent) for parent, _ in site.places):
-        return "torch.compile holds on to it; swap first, then compile"
+    if (reason := _patched(site.module, site.places)) is not None:
+        return reason
     try:
         new = build()
     except (ValueError, RuntimeError) as error:
@@ -306,6 +325,17 @@ def replacement(
     )
 
 
+def _patched(module: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> str | None:
+    """Why a module must stay what it is, if something else than its class decides what a call of it runs."""
+    if "forward" in vars(module):
+        return "its forward was replaced by another function, which may compute something else"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "it is compiled by torch.compile; swap first, then compile"
+    if any(is_compile_wrapper(parent) for parent, _ in places):
+        return "torch.compile holds on to it; swap first, then compile"
+    return None
+
+
 def is_compile_wrapper(module: nn.Module) -> bool:
     """Whether `module` is what torch.compile(module) returns."""
     dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported, which takes a second
@@ -318,34 +348,99 @@ _READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 def read_by_parent(site: Site) -> str | None:
     """Why the layer must stay what it is, if a module around it does not call it."""
+    if site.attention is not None:
+        return "it is a parameter of its MultiheadAttention, not a layer"
     for parent, _ in site.places:
-        if isinstance(parent, _READS_CHILD_WEIGHTS):
+        if isinstance(parent, _READS_CHILD_WEIGHTS) and type(parent) not in LAYERS.values():
             return f"its parent {type(parent).__name__} reads the weight itself instead of calling the layer"
     return None
 
 
 def replace_linear(
-    site: Site, build: Callable[[nn.Linear], nn.Module], *, kernels: str = "int8 kernels"
+    site: Site, build: Callable[[nn.Linear], nn.Module], *, kernels: str = "int8 kernels", packed: bool = False
 ) -> Candidate | str | None:
     """What a handler for linear layers says of a site: the candidate that puts `build(linear)` in its place.
 
     `build` gets the layer as an nn.Linear (`lamina.nn.linears`) and may raise ValueError or RuntimeError with the
     reason not to take it; everything that holds for every linear layer is refused here. `kernels` names what runs.
+    `packed`: build gives a PackedLinear, which may stand in torch's attention layers too; those read weights instead of
+    calling layers and become lamina's, which call them.
 
     >>> @handles(Int8Dynamic)
     ... def _int8_dynamic(site, config):
-    ...     return replace_linear(site, Int8Linear.from_float)
+    ...     return replace_linear(site, Int8Linear.from_float, packed=True)
     """
     module, linear = site.module, as_linear(site.module)
     if linear is None:
         return _refuse_subclass(module) if isinstance(module, nn.Linear) else None
-    if (reason := read_by_parent(site)) is not None:
+    owner = site.attention or next((p for p, _ in site.places if _original(p) in _READS_CHILD_WEIGHTS), None)
+    if (owner is None or not packed) and (reason := read_by_parent(site)) is not None:
         return reason
     if linear.weight.device.type != "cpu":
         return f"the weight is on {linear.weight.device}, and {kernels} run on the CPU"
     if linear.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weight is {linear.weight.dtype}, and {kernels} take float32 and bfloat16"
-    return replacement(site, lambda: stand_in(build(linear), module), lambda new: _note_of_shared(site, new))
+    if owner is None or not packed:
+        return replacement(site, lambda: stand_in(build(linear), module), lambda new: _note_of_shared(site, new))
+    if len(site.places) > 1:
+        return "it stands in several places, one of them an attention layer"
+    for layer in site.around:
+        if (reason := _patched(layer, ())) is not None:
+            return f"its {type(layer).__name__} must stay: {reason}"
+    return _inside_attention(site, owner, lambda: build(linear))
+
+
+def _inside_attention(site: Site, owner: nn.Module, build: Callable[[], nn.Module]) -> Candidate | str:
+    """The candidate for a linear layer in a MultiheadAttention or TransformerEncoderLayer, which becomes lamina's."""
+    if site.attention is None:
+        found = replacement(site, build)
+        if isinstance(found, str):
+            return found
+        put, back = found.apply, found.revert
+    else:
+        try:
+            projection = build()
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+        undo: list[Callable[[], None]] = []
+
+        def put() -> None:
+            if not undo:
+                undo.append(put_in_proj(owner, projection))
+
+        def back() -> None:
+            if undo:
+                undo.pop()()
+
+        found = Candidate(site.fqn, describe(site.module), describe(projection), owner, put, back, put, back)
+
+    def apply() -> None:
+        for layer in site.around:
+            adopt(layer, site.fqn)
+        put()
+
+    def revert() -> None:
+        back()
+        for layer in site.around:
+            release(layer, site.fqn)
+
+    found = replace(found, apply=apply, revert=revert)
+    # A feed-forward layer is called and can be measured by itself; a projection is not.
+    return _measured_in(owner, found) if isinstance(owner, nn.MultiheadAttention) else found
+
+
+def _measured_in(module: nn.Module, candidate: Candidate) -> Candidate:
+    """The candidate measured by calls of `module` with it and without."""
+
+    def run(switch: Callable[[], None]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            switch()
+            return module(*args, **kwargs)
+
+        return call
+
+    before, after = run(candidate.revert), run(candidate.apply)
+    return replace(candidate, module=module, before=before, after=after)
 
 
 def _refuse_subclass(module: nn.Module) -> str | None:
@@ -369,7 +464,7 @@ def _note_of_shared(site: Site, new: nn.Module) -> str:
 
 @handles(Int8Dynamic)
 def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
-    return replace_linear(site, Int8Linear.from_float)
+    return replace_linear(site, Int8Linear.from_float, packed=True)
 
 
 @dataclass(frozen=True)
@@ -406,18 +501,18 @@ def _int8_static(site: Site, config: Config) -> Candidate | str | None:
     def build(linear: nn.Linear) -> nn.Module:
         return Int8Linear.from_float(linear, input_scale=config.calibration.scale(site.fqn))
 
-    return replace_linear(site, build)
+    return replace_linear(site, build, packed=True)
 
 
 @handles(Int8WeightOnly)
 def _int8_weight_only(site: Site, config: Config) -> Candidate | str | None:
-    return replace_linear(site, Int8WeightOnlyLinear.from_float)
+    return replace_linear(site, Int8WeightOnlyLinear.from_float, packed=True)
 
 
 @handles(Int4WeightOnly)
 def _int4_weight_only(site: Site, config: Int4WeightOnly) -> Candidate | str | None:
     build = functools.partial(Int4WeightOnlyLinear.from_float, group_size=config.group_size)
-    return replace_linear(site, build, kernels="int4 kernels")
+    return replace_linear(site, build, kernels="int4 kernels", packed=True)
 
 
 @handles(FusedAttention)
@@ -426,12 +521,36 @@ def _fused_attention(site: Site, config: Config) -> Candidate | str | None:
 
     if type(site.module) is ReferenceAttention:
         return replacement(site, lambda: ScaledDotProductAttention.from_float(site.module))
+    if isinstance(site.module, tuple(LAYERS)):
+        return _torch_attention(site)
     transformers = sys.modules.get("transformers")  # a model of it cannot exist before the import
     if transformers is None or not isinstance(site.module, transformers.PreTrainedModel):
         return None
     if any(isinstance(parent, transformers.PreTrainedModel) for parent, _ in site.places):
         return None  # the outer model decides for its parts
     return _transformers_attention(site)
+
+
+def _torch_attention(site: Site) -> Candidate | str:
+    """nn.MultiheadAttention and the Transformer layers: they change their class and nothing else."""
+    module = site.module
+    original = _original(module)
+    if original is None:
+        base = next(kind for kind in LAYERS if isinstance(module, kind))
+        return f"{type(module).__name__} is a subclass of nn.{base.__name__} and may compute something else"
+    if type(module) is not original:
+        return "it already uses lamina's attention"
+    for parent, _ in site.places:
+        if isinstance(parent, nn.TransformerEncoderLayer) and _original(parent) is None:
+            return f"its parent {type(parent).__name__} reads its weights in evaluation instead of calling it"
+    if (reason := _patched(module, site.places)) is not None:
+        return reason
+    if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+        return f"it is on {next(module.parameters()).device}, and the fused attention runs on the CPU"
+    apply, revert = functools.partial(adopt, module, "attention"), functools.partial(release, module, "attention")
+    now = f"lamina {original.__name__}"
+    found = Candidate(site.fqn, describe(module), now, module, module, module, apply, revert)
+    return replace(_measured_in(module, found), first=True)
 
 
 def _transformers_attention(site: Site) -> Candidate | str:
@@ -450,23 +569,17 @@ def _transformers_attention(site: Site) -> Candidate | str:
     def switch(name: str) -> Callable[[], None]:
         return lambda: module.set_attn_implementation(name)
 
-    def run(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            module.set_attn_implementation(name)
-            return module(*args, **kwargs)
-
-        return call
-
-    return Candidate(
+    found = Candidate(
         fqn=site.fqn,
         was=f"attention '{was}'",
         now="attention 'lamina'",
         module=module,
-        before=run(was),
-        after=run("lamina"),
+        before=module,
+        after=module,
         apply=switch("lamina"),
         revert=switch(was),
     )
+    return _measured_in(module, found)
 
 
 def _replace_rnn(site: Site, kinds: Mapping[type[nn.Module], type[nn.RNNBase]], what: str) -> Candidate | str | None:
@@ -497,4 +610,8 @@ def _int8_rnn(site: Site, config: Config) -> Candidate | str | None:
 
 def ordered(found: Sequence[Candidate]) -> list[Candidate]:
     """Inner layers first: a candidate that is measured through its parts must meet them as they will be."""
-    return sorted(found, key=lambda c: c.fqn.count(".") if c.fqn else -1, reverse=True)
+
+    def order(candidate: Candidate) -> tuple[bool, int]:
+        return candidate.first, candidate.fqn.count(".") if candidate.fqn else -1
+
+    return sorted(found, key=order, reverse=True)

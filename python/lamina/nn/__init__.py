@@ -1,6 +1,12 @@
 """Drop-in layers. Each mirrors a torch.nn class and is built from one by `from_float`."""
 
-from lamina.nn.attention import ScaledDotProductAttention
+from lamina.nn.attention import (
+    MultiheadAttention,
+    ScaledDotProductAttention,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
@@ -16,6 +22,10 @@ __all__ = [
     "Int8Linear",
     "Int8WeightOnlyLinear",
     "LoRALinear",
+    "MultiheadAttention",
     "QATLinear",
     "ScaledDotProductAttention",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.nn.packed_linear import Int8PackedLinear
-from lamina.ops.int8_linear import call_int8_linear
+from lamina.ops.int8_linear import PackedInt8Weight, call_int8_linear
 
 
 class Int8Linear(Int8PackedLinear):
@@ -95,6 +95,9 @@ class Int8Linear(Int8PackedLinear):
             None,
             self.out_dtype,
         )
+
+    def _multiply(self, input: Tensor, packed: PackedInt8Weight, bias: Tensor | None) -> Tensor:
+        return call_int8_linear(input, *packed, bias, self._op_activation, None, self.input_scale, None, self.out_dtype)
 
     def options(self) -> dict[str, str | None]:
         """The constructor's keyword arguments beside the sizes, as `lamina.save` writes them."""

@@ -6,17 +6,19 @@ Whoever builds a layer from a float one asks here, so that no handler and no fil
 import sys
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:
     """`module` as an nn.Linear over the same memory; None if its type computes no linear layer, or perhaps more.
 
-    nn.Linear is returned as it is. `transformers.pytorch_utils.Conv1D` (GPT-2's layer, weight [in, out]) becomes an
-    nn.Linear whose weight is a transposed view. Subclasses of either may compute something else and are not taken.
+    nn.Linear is returned as it is, and so is the out_proj of nn.MultiheadAttention. GPT-2's layer in transformers,
+    `transformers.pytorch_utils.Conv1D` with its weight [in, out], becomes an nn.Linear over a transposed view.
+    Subclasses of these may compute something else and are not taken.
 
     >>> linear = as_linear(gpt2.transformer.h[0].mlp.c_fc)
     """
-    if type(module) is nn.Linear:
+    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):
         return module
     if not _is_conv1d(module):
         return None

@@ -11,6 +11,9 @@ from lamina.nn.dequantized import DequantizedWeight
 from lamina.ops.int8_linear import ACTIVATIONS, PackedInt8Weight, pack_int8_weight, traced_weight, unpack_int8_weight
 from lamina.quant.weights import dequantize_weight
 
+# Output channels of a panel of a packed int8 weight.
+PANEL = 64
+
 
 class PackedLinear(nn.Linear, ABC):
     """nn.Linear whose weight does not train and lies packed for the kernels, in buffers that no state_dict shows.
@@ -92,6 +95,10 @@ class PackedLinear(nn.Linear, ABC):
         shape = self.out_features, self.in_features
         return DequantizedWeight(shape, dtype, lambda: self._dequantize(False).to(dtype))
 
+    def part(self, input: Tensor, rows: slice) -> Tensor:
+        """The outputs `rows`, from start to stop, alone."""
+        return self(input)[..., rows]
+
     def pack_saved(self, weight: Tensor, scale: Tensor | None, name: str = "weight") -> tuple:
         """Pack `weight` and `weight_scale` of a state_dict; ValueError says why they do not fit this layer."""
         is_float = weight.is_floating_point()
@@ -172,6 +179,19 @@ class Int8PackedLinear(PackedLinear):
     @property
     def packed_weight(self) -> PackedInt8Weight:
         return PackedInt8Weight(self._packed, self._scale, self._compensation)
+
+    @abstractmethod
+    def _multiply(self, input: Tensor, packed: PackedInt8Weight, bias: Tensor | None) -> Tensor:
+        """The product with a packed weight."""
+
+    def part(self, input: Tensor, rows: slice) -> Tensor:
+        inputs = self.in_features
+        if inputs % 4 or rows.start % PANEL or (rows.stop % PANEL and rows.stop != self.out_features):
+            return super().part(input, rows)
+        # Whole panels of the packed weight, which lie one behind the other.
+        data = self._packed[rows.start * inputs : (rows.stop + -rows.stop % 16) * inputs]
+        packed = PackedInt8Weight(data, self._scale[rows], self._compensation[rows.start : rows.stop + -rows.stop % 16])
+        return self._multiply(input, packed, None if self.bias is None else self.bias[rows])
 
     def _dequantize(self, traced: bool) -> Tensor:
         if traced:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.nn.packed_linear import Int8PackedLinear, PackedLinear
+from lamina.ops.int8_linear import PackedInt8Weight
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     call_weight_only_linear,
@@ -45,6 +46,9 @@ class Int8WeightOnlyLinear(Int8PackedLinear):
             0,
             self._op_activation,
         )
+
+    def _multiply(self, input: Tensor, packed: PackedInt8Weight, bias: Tensor | None) -> Tensor:
+        return call_weight_only_linear(input, *packed, bias, packed.scale.shape[0], 0, self._op_activation)
 
 
 class Int4WeightOnlyLinear(PackedLinear):
