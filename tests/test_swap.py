@@ -363,32 +363,64 @@ def test_too_many_inputs_for_exact_sums():
     left_because(swap_(model, INT8), "0", "int32 sums are exact only up to 133144")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("fast_path", [False, True])
-def test_children_of_torchs_attention(fast_path):
-    """nn.MultiheadAttention and the fast path of TransformerEncoderLayer read the weights of their Linear children."""
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
-    model = nn.ModuleDict(
-        {"encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "head": nn.Linear(16, 3)}
-    )
-    model.eval()
-    x = torch.randn(2, 5, 16)
+@pytest.mark.parametrize("fqn", ["layers.0.linear2", "layers.1.self_attn.in_proj", "layers.0.self_attn.out_proj"])
+def test_a_part_of_torchs_attention_layers(fqn, fast_path):
+    """They read the weights of their parts, so that what is around a quantized one becomes lamina's; and only that."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(16, 3)}).eval()
+    encoder, fqn, x = model["encoder"], f"encoder.{fqn}", torch.randn(2, 5, 16)
+    padding = torch.arange(5) >= torch.tensor([5, 3])[:, None]
     with torch.set_grad_enabled(not fast_path):
-        before = model["encoder"](x)
-        report = swap_(model, INT8)
-        assert [d.fqn for d in report.swapped] == ["head"]
-        left = {d.fqn for d in report.left}
-        assert {f"encoder.layers.{i}.{name}" for i in (0, 1) for name in ("linear1", "linear2")} <= left
-        assert_exact(model["encoder"](x), before)
+        before, before_padded = encoder(x), encoder(x, src_key_padding_mask=padding)
+        report = swap_(model, {fqn: INT8})
+        assert [d.fqn for d in report.swapped] == [fqn]
+        ours = {name for name, module in model.named_modules() if type(module).__module__.startswith("lamina")}
+        around = {".".join(fqn.split(".")[:n]) for n in range(1, fqn.count(".") + 2)} - {"encoder.layers"}
+        assert ours == around
+        for found, expected in (encoder(x), before), (encoder(x, src_key_padding_mask=padding), before_padded):
+            assert_lossy(found, expected, min_sqnr_db=INT8_MODEL_SQNR_DB)
+            assert not torch.equal(found, expected)
 
 
-def test_a_transformer_decoder_still_runs():
-    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), 1).eval()
-    x, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
-    before = model(x, memory)
+def test_all_of_a_transformer():
+    model = nn.Transformer(16, 2, 1, 1, 32, batch_first=True).eval()
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    before = model(x, y)
+    linears = {f"encoder.layers.0.{name}" for name in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")}
+    linears |= {name.replace("encoder", "decoder") for name in linears}
+    linears |= {f"decoder.layers.0.multihead_attn.{name}" for name in ("in_proj", "out_proj")}
+    for configs in [INT8], [INT8, lamina.FusedAttention()]:
+        swapped = copy.deepcopy(model)
+        report = swap_(swapped, configs)
+        assert {d.fqn for d in report.swapped if d.now.startswith("Int8Linear")} == linears
+        assert report.left == ()
+        assert_lossy(swapped(x, y), before, min_sqnr_db=INT8_MODEL_SQNR_DB)
+    assert decision(report, "decoder.layers.0.multihead_attn.in_proj").was == "Linear(16, 48)"
+    assert len(report.swapped) == len(linears) + 6
+
+
+def test_subclasses_of_torchs_attention_layers_are_left():
+    class Other(nn.TransformerEncoderLayer):
+        pass
+
+    model = nn.ModuleList([Other(16, 2, 32), nn.MultiheadAttention(16, 2)])
+    report = swap_(model, [lamina.FusedAttention(), INT8])
+    left_because(report, "0", "Other is a subclass of nn.TransformerEncoderLayer and may compute something else")
+    left_because(report, "0.self_attn", "its parent Other reads its weights in evaluation instead of calling it")
+    left_because(report, "0.linear1", "its parent Other reads the weight itself instead of calling the layer")
+    assert decision(report, "1").now == "lamina MultiheadAttention"
+    again = swap_(model, lamina.FusedAttention())
+    left_because(again, "1", "it already uses lamina's attention")
+
+
+def test_attention_with_keys_of_another_width_keeps_its_input_projections():
+    model = nn.ModuleList([nn.MultiheadAttention(16, 2, kdim=8)])
     report = swap_(model, INT8)
-    # The decoder layer calls its feed-forward Linear layers; its two attentions read theirs.
-    assert {d.fqn for d in report.swapped} == {"layers.0.linear1", "layers.0.linear2"}
-    assert_lossy(model(x, memory), before, min_sqnr_db=INT8_MODEL_SQNR_DB)
+    assert [d.fqn for d in report.decisions] == ["0.out_proj"]
+    q, k = torch.randn(3, 1, 16), torch.randn(4, 1, 8)
+    assert model[0](q, k, torch.randn(4, 1, 16))[0].shape == q.shape
 
 
 # -- linear layers of other types
