@@ -38,6 +38,25 @@ MODELS = {
         transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, eos_token_id=None)
     ),
 }
+# Models that transformers computes eagerly only; their weights are large enough for caps and sinks to matter.
+EAGER = {
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **SMALL, num_key_value_heads=2, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0, eos_token_id=None
+        )
+    ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **SMALL,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=5,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            eos_token_id=None,
+        )
+    ),
+}
 DECODERS = [name for name in MODELS if name not in ("bert", "distilbert")]
 
 
@@ -213,13 +232,35 @@ def test_training_mode_with_dropout():
     assert model(input_ids=tokens())[0].requires_grad
 
 
-def test_attention_sinks_are_refused():
+@pytest.mark.parametrize("pad", [None, "left", "right"])
+@pytest.mark.parametrize("name", EAGER)
+def test_models_that_sdpa_cannot_serve(name, pad):
+    torch.manual_seed(0)
+    eager = EAGER[name]().eval()
+    for parameter in eager.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    eager.set_attn_implementation("eager")
+    ours = copy.deepcopy(eager)
+    assert [d.now for d in lamina.swap_(ours, lamina.FusedAttention()).decisions] == ["attention 'lamina'"]
+    inputs = {"input_ids": tokens()} if pad is None else padded(pad)
+    keep = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    assert_lossy(output_of(ours, **inputs)[keep], output_of(eager, **inputs)[keep], min_sqnr_db=90)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(tokens(2, 5), **options), eager.generate(tokens(2, 5), **options))
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux"])
+def test_options_that_change_the_scores(option):
     module = torch.nn.Module()
-    q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="has no attention sinks; use attn_implementation='eager'"):
-        attention_forward(module, q, q, q, None, s_aux=torch.zeros(2))
-    with pytest.raises(ValueError, match="has no capped scores; use attn_implementation='eager'"):
-        attention_forward(module, q, q, q, None, softcap=50.0)
+    q, k = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 9, 8)
+    value = 0.7 if option == "softcap" else torch.randn(3)
+    out, _ = attention_forward(module, q, k, k, None, is_causal=False, **{option: value})
+    scores = q @ k.mT / 8**0.5
+    if option == "softcap":
+        weights = (value * (scores / value).tanh()).softmax(-1)
+    else:
+        weights = torch.cat([scores, value.view(1, 3, 1, 1).expand(2, 3, 7, 1)], -1).softmax(-1)[..., :-1]
+    assert_lossy(out.transpose(1, 2), weights @ k, min_sqnr_db=110)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])
@@ -354,3 +395,21 @@ def test_save_and_load_of_a_swapped_transformer(tmp_path):
             parameter.add_(0.1)
     lamina.load_(fresh, tmp_path / "gpt2.safetensors")
     assert_exact(output_of(fresh, input_ids=tokens()), output_of(model, input_ids=tokens()))
+
+
+@pytest.mark.parametrize("config", [lamina.Int8Dynamic(), lamina.Int8WeightOnly(), lamina.Int4WeightOnly()], ids=str)
+def test_weights_can_be_tied_again(config):
+    """The quantized head takes the embedding's weights once more, and stays quantized."""
+    model = make("gpt2", "sdpa")
+    lamina.swap_(model, config)
+    expected = output_of(model, input_ids=tokens())
+    model.tie_weights()
+    assert_exact(output_of(model, input_ids=tokens()), expected)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2.0)
+    model.tie_weights()
+    head = model.get_output_embeddings()
+    assert type(head).__module__.startswith("lamina.nn")
+    assert_lossy(head.weight + 0, model.get_input_embeddings().weight, min_sqnr_db=15)
+    with pytest.raises(ValueError, match=r"size mismatch for weight: \[3, 32\]"):
+        head.weight = torch.nn.Parameter(torch.zeros(3, 32))

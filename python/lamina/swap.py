@@ -562,7 +562,7 @@ def _transformers_attention(site: Site) -> Candidate | str:
         return "it already uses lamina's attention"
     if was not in ("sdpa", "eager"):
         return f"it uses attn_implementation '{was}', which may compute something else"
-    if not getattr(module, "_supports_sdpa", False):
+    if not (getattr(module, "_supports_sdpa", False) or getattr(module, "_supports_attention_backend", False)):
         return "this transformers model does not support exchangeable attention"
     register()
 

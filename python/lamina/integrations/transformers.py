@@ -37,15 +37,15 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, L, D], key and value [B, Hkv, S, D] -> [B, L, H, D].
 
-    position_bias (T5): broadcastable to [B, H, L, S], added to the scores.
+    position_bias (T5): broadcastable to [B, H, L, S], added to the scores; softcap (Gemma 2): bounds them; s_aux
+    (gpt-oss): [H], the logit of each head's sink. A sliding window is in the mask.
     """
-    for name in ("s_aux", "sinks", "softcap"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='lamina' has no {_UNKNOWN[name]}; use attn_implementation='eager'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # One query sees every key of the cache; a mask, where there is one, already says what is causal.
@@ -62,12 +62,10 @@ def attention_forward(
         is_causal=causal,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
+        softcap=softcap,
+        sinks=s_aux,
     )
     return out.transpose(1, 2).contiguous(), None
-
-
-# Arguments of other attention functions that change the answer.
-_UNKNOWN = {"s_aux": "attention sinks", "sinks": "attention sinks", "softcap": "capped scores"}
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Tensor:

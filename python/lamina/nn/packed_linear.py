@@ -95,6 +95,16 @@ class PackedLinear(nn.Linear, ABC):
         shape = self.out_features, self.in_features
         return DequantizedWeight(shape, dtype, lambda: self._dequantize(False).to(dtype))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A float weight that is assigned, as transformers' tie_weights() does, is quantized; it is not kept or shared.
+
+        Raises ValueError if it does not fit.
+        """
+        if name == "weight" and param is not None:
+            self._set_packed(self.pack_saved(param.detach(), None))
+        else:
+            super().register_parameter(name, param)
+
     def part(self, input: Tensor, rows: slice) -> Tensor:
         """The outputs `rows`, from start to stop, alone."""
         return self(input)[..., rows]
