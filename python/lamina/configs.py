@@ -72,7 +72,9 @@ class Int4WeightOnly(Config):
 
 @dataclass(frozen=True)
 class FusedAttention(Config):
-    """Attention -> lamina.ops.attention: transformers models (attn_implementation="lamina") and reference models."""
+    """Attention -> lamina.ops.attention: torch's attention layers, transformers models (attn_implementation="lamina"),
+    and calls of scaled_dot_product_attention in a model's own modules.
+    """
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.quant.calibration import Calibration, observe
 from lamina.quant.observers import make_observer
+from lamina.rerouted import rerouted_methods
 from lamina.running import FilterFn
 
 
@@ -255,8 +257,10 @@ def describe(module: nn.Module) -> str:
 def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = None) -> SwapReport:
     """Replace the layers of `model` that `config` concerns, in place; nothing is measured.
 
-    Works on the layers a model is made of, whatever the model: nn.Linear and transformers' Conv1D for the linear
-    configs, attention of any transformers model that can exchange it for FusedAttention. A module that stands in
+    Works on the layers a model is made of, whatever the model. Linear configs take nn.Linear, transformers' Conv1D and
+    the projections of nn.MultiheadAttention. FusedAttention takes nn.MultiheadAttention and torch's Transformer layers,
+    the attention of any transformers model that can exchange it, and the calls of scaled_dot_product_attention in a
+    model's own modules, which get their methods with that one call exchanged. A module that stands in
     several places is replaced in all of them. A head that shares its weight with an embedding gets a copy of its own
     while the embedding keeps its floats; the report says by how much memory grows then.
 
@@ -521,6 +525,8 @@ def _fused_attention(site: Site, config: Config) -> Candidate | str | None:
 
     if type(site.module) is ReferenceAttention:
         return replacement(site, lambda: ScaledDotProductAttention.from_float(site.module))
+    if (found := _own_calls(site)) is not None:
+        return found
     if isinstance(site.module, tuple(LAYERS)):
         return _torch_attention(site)
     transformers = sys.modules.get("transformers")  # a model of it cannot exist before the import
@@ -529,6 +535,33 @@ def _fused_attention(site: Site, config: Config) -> Candidate | str | None:
     if any(isinstance(parent, transformers.PreTrainedModel) for parent, _ in site.places):
         return None  # the outer model decides for its parts
     return _transformers_attention(site)
+
+
+def _own_calls(site: Site) -> Candidate | str | None:
+    """For a module whose own methods call scaled_dot_product_attention: they are exchanged, on this instance."""
+    module = site.module
+    try:
+        methods = rerouted_methods(module)
+    except ValueError as reason:
+        return str(reason)
+    if not methods:
+        return None
+    own = vars(module)
+    if all(isinstance(own.get(name), MethodType) and own[name].__func__ is new for name, new in methods.items()):
+        return "it already uses lamina's attention"
+    if (reason := _patched(module, site.places)) is not None:
+        return reason
+
+    def apply() -> None:
+        own.update({name: MethodType(new, module) for name, new in methods.items()})
+
+    def revert() -> None:
+        for name in methods:
+            own.pop(name, None)
+
+    was, now = (f"{describe(module)} calling {whose} attention" for whose in ("torch's", "lamina's"))
+    found = Candidate(site.fqn, was, now, module, module, module, apply, revert)
+    return replace(_measured_in(module, found), first=True)
 
 
 def _torch_attention(site: Site) -> Candidate | str:
