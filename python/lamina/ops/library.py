@@ -5,6 +5,7 @@ of 6 to 13 us. In an ordinary eager call, where the dispatcher would do nothing 
 without it.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -40,3 +41,21 @@ def define(schema: str, *, cpu: Callable, fake: Callable) -> Callable:
         return op(*arguments)
 
     return call
+
+
+class Override:
+    """A CPU kernel in the place of one of torch's, `aten::<name>`, until `remove()`.
+
+    >>> handle = Override("relu", lambda x: x.clamp(min=0))
+    """
+
+    def __init__(self, name: str, cpu: Callable) -> None:
+        self._library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="(?s).*Overriding a previously registered kernel", category=UserWarning
+            )
+            self._library.impl(name, cpu, "CPU", allow_override=True)
+
+    def remove(self) -> None:
+        self._library._destroy()

@@ -1,0 +1,113 @@
+"""The sample inputs that PyTorch tests its own attention with, through lamina's op and layers."""
+
+import copy
+import sys
+import types
+import unittest
+
+import pytest
+import torch
+from tolerances import assert_composite
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lamina
+
+# torch's test helpers import this package for the snapshot tests of torch itself.
+sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
+
+from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+from torch.testing._internal.common_modules import module_db  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.filterwarnings("ignore:Support for mismatched"),
+]
+
+NAMES = (
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "Transformer",
+)
+OP = next(info for info in op_db if info.name == "nn.functional.scaled_dot_product_attention")
+MODULES = {name: next(info for info in module_db if info.name == f"nn.{name}") for name in NAMES}
+
+
+def double(value):
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return value.double() if value.is_floating_point() else value
+    return value
+
+
+def run(function, args, kwargs, parameters=()) -> list[Tensor]:
+    """The output and, where it has any, the gradients of all that can have them."""
+    torch.manual_seed(0)
+    output = function(*args, **kwargs)
+    found = [t for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
+    if any(t.requires_grad for t in found):
+        leaves = [t for t in (*args, *kwargs.values(), *parameters) if isinstance(t, Tensor) and t.requires_grad]
+        total = sum(t.square().sum() for t in found)
+        found += [g for g in torch.autograd.grad(total, leaves, allow_unused=True) if g is not None]
+    return [t.detach() for t in found]
+
+
+def judge(actual: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> None:
+    assert len(actual) == len(eager) == len(truth)
+    for ours, theirs, exact in zip(actual, eager, truth, strict=True):
+        assert ours.shape == theirs.shape
+        largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
+        floor = 4 * torch.finfo(ours.dtype).eps * max(largest, 1.0)
+        assert_composite(ours, theirs, exact, floor=floor)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", sorted(OP.dtypes, key=str), ids=str)
+def test_samples_of_the_op(dtype, grad):
+    judged = 0
+    for sample in OP.sample_inputs("cpu", dtype, requires_grad=grad):
+        args, kwargs = (sample.input, *sample.args), sample.kwargs
+        ours = run(lamina.ops.attention, args, kwargs)
+        theirs = run(F.scaled_dot_product_attention, args, kwargs)
+        if kwargs.get("dropout_p"):  # other random numbers
+            assert [t.shape for t in ours] == [t.shape for t in theirs]
+            continue
+        given = [double(a).requires_grad_(a.requires_grad) for a in args]
+        named = {
+            name: double(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+            for name, v in kwargs.items()
+        }
+        judge(ours, theirs, run(F.scaled_dot_product_attention, given, named))
+        judged += 1
+    assert judged >= 10
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_of_the_layers(name, training):
+    info, judged, grad = MODULES[name], 0, training
+    for sample in info.module_inputs_func(info, "cpu", torch.float32, grad, training):
+        made, given = sample.constructor_input, sample.forward_input
+        torch.manual_seed(0)
+        theirs: nn.Module = info.module_cls(*made.args, **made.kwargs).train(training)
+        ours = copy.deepcopy(theirs)
+        assert lamina.swap_(ours, lamina.FusedAttention()).left == ()
+        assert type(ours).__module__.startswith("lamina.nn") or name == "Transformer"
+        exact = copy.deepcopy(theirs).double()
+        args, kwargs = given.args, given.kwargs
+        wide = [double(a).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+        named = {
+            n: double(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for n, v in kwargs.items()
+        }
+        with torch.set_grad_enabled(grad):
+            found = run(ours, args, kwargs, tuple(ours.parameters()))
+            expected = run(theirs, args, kwargs, tuple(theirs.parameters()))
+            if any(m.p for m in theirs.modules() if isinstance(m, nn.Dropout)) and training:
+                assert [t.shape for t in found] == [t.shape for t in expected]
+            else:
+                judge(found, expected, run(exact, wide, named, tuple(exact.parameters())))
+        judged += 1
+    assert judged >= 4
