@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import lamina
 from lamina.reference.attention import attention as attention_reference
 from lamina.reference.gru import gru as gru_reference
+from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
+from lamina.reference.int8_conv2d import quantize_images
 from lamina.reference.int8_gru import int8_gru as int8_gru_reference
 from lamina.reference.int8_linear import int8_linear as int8_linear_reference
 from lamina.reference.int8_linear import requantize
@@ -351,6 +353,296 @@ def int8_linear_backward_suite() -> Suite:
     return Suite(
         "int8_linear_backward", cases, int8_linear_backward_truth, int8_linear_backward_check, own_kernel=False
     )
+
+
+# -- int8_conv2d
+
+
+# Pixels with their channels together, as in torch.channels_last, and lying otherwise.
+IMAGE_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "last": lambda t: t.movedim(-3, -1).contiguous().movedim(-1, -3),
+    "first": lambda t: t.contiguous(),
+    "last_sliced": lambda t: LAYOUTS["sliced"](t.movedim(-3, -1)).movedim(-1, -3),
+    "first_sliced": lambda t: LAYOUTS["sliced"](t),
+    "pixels_apart": lambda t: _inside(t.movedim(-3, -1), [(0, 0)] * (t.ndim - 1) + [(4, 8)]).movedim(-1, -3),
+    "every_second": lambda t: LAYOUTS["every_second"](t),
+    "turned": lambda t: t.mT.contiguous().mT,
+    "rows_repeated": lambda t: t[..., :1, :].expand_as(t),
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Sizes of a convolution: images, channels, height, width -> n channels; padding: top, bottom, left, right."""
+
+    images: int
+    c: int
+    h: int
+    w: int
+    n: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        words = [f"{self.images}x{self.c}x{self.h}x{self.w}-n{self.n}-k{self.kernel[0]}x{self.kernel[1]}"]
+        words += [f"s{self.stride[0]}x{self.stride[1]}"] if self.stride != (1, 1) else []
+        words += ["p" + "".join(map(str, self.padding))] if any(self.padding) else []
+        words += [f"d{self.dilation[0]}x{self.dilation[1]}"] if self.dilation != (1, 1) else []
+        words += [f"g{self.groups}"] if self.groups > 1 else []
+        return "-".join(words)
+
+    def out_shape(self) -> tuple[int, ...]:
+        sizes = []
+        for i, size in enumerate((self.h, self.w)):
+            room = size + self.padding[2 * i] + self.padding[2 * i + 1]
+            sizes.append((room - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1)
+        return self.images, self.n, *sizes
+
+
+def _int8_conv2d_case(
+    conv: Conv,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "last",
+    bias: torch.dtype | None = torch.float32,
+    activation: str = "none",
+    residual: torch.dtype | None = None,
+    x_scale: str | None = None,
+    out: torch.dtype | None = None,
+    unbatched: bool = False,
+    tags: str = "",
+) -> Case:
+    """x_scale: "static" for one scale of a float x that clamps a few codes; "codes" and "static_codes" for an int8 x
+    with a scale per image and with one for all. out: the output's dtype, int8 with an out_scale."""
+
+    def make(generator: torch.Generator) -> tuple:
+        depth = max(conv.c // conv.groups * conv.kernel[0] * conv.kernel[1], 1)
+        x = 8 * torch.randn(conv.images, conv.c, conv.h, conv.w, generator=generator) / depth**0.25
+        weight = torch.randn(conv.n, conv.c // conv.groups, *conv.kernel, generator=generator) / depth**0.25
+        packed = lamina.ops.pack_int8_conv_weight(weight, groups=conv.groups)
+        b = None if bias is None else 4 * torch.randn(conv.n, generator=generator).to(bias)
+        x, scales = x.to(dtype), None
+        if x_scale is not None:
+            largest = x.float().abs().max() if x.numel() else torch.tensor(1.0)
+            scales = largest / 127 if x_scale == "static_codes" else largest / 150
+            if x_scale != "static":
+                x, scales = quantize_images(x, scales if x_scale == "static_codes" else None)
+                scales = scales.flatten()[0] if x_scale == "static_codes" and scales.numel() else scales
+        r = factor = None
+        if residual is not None:
+            r = 4 * torch.randn(conv.out_shape(), generator=generator)
+            if residual is torch.int8:
+                r, factor = (16 * r).round().clamp(-128, 127), torch.tensor(0.0625)
+            r = IMAGE_LAYOUTS[layout](r.to(residual))
+        x = IMAGE_LAYOUTS[layout](x)
+        if unbatched:
+            x, r = x[0], None if r is None else r[0]
+        to_int8 = out is torch.int8
+        return (
+            *(x, packed.data, packed.scale, packed.compensation, list(packed.size), b),
+            *(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups, activation),
+            *(r, factor, scales, torch.tensor(0.11) if to_int8 else None, None if to_int8 else out),
+        )
+
+    name = conv.name + ("-bf16" if dtype is torch.bfloat16 else "")
+    name += f"-{layout}" if layout != "last" else ""
+    name += {None: "-nobias", torch.float32: "", torch.bfloat16: "-bf16bias"}[bias]
+    name += f"-{activation}" if activation != "none" else ""
+    name += f"-residual_{_short(residual)}" if residual else ""
+    name += f"-{x_scale}" if x_scale else ""
+    name += f"-to_{_short(out)}" if out else ""
+    words = set(tags.split())
+    words |= {"empty"} if 0 in (conv.images, conv.n) else set()
+    words |= {"strided"} if layout not in ("last", "first") else set()
+    words |= {"bf16"} if dtype is torch.bfloat16 else set()
+    words |= {"nd"} if unbatched else set()
+    return Case(name + ("-unbatched" if unbatched else ""), make, frozenset(words))
+
+
+def _int8_conv2d_cases() -> list[Case]:
+    case = _int8_conv2d_case
+    f32, bf16, int8 = torch.float32, torch.bfloat16, torch.int8
+    three = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+    return [
+        case(Conv(0, 8, 5, 5, 8, **three)),
+        case(Conv(0, 8, 5, 5, 8), x_scale="codes", out=int8),
+        case(Conv(1, 1, 1, 1, 1), tags="one"),
+        case(Conv(1, 1, 1, 1, 1, **three), x_scale="static_codes", out=int8, tags="one"),
+        case(Conv(1, 12, 6, 5, 20, **three), unbatched=True),
+        case(Conv(1, 12, 6, 5, 20), unbatched=True, residual=f32, dtype=bf16, layout="first"),
+        # Pixels: tiles of up to 14 within lines of equal rows; channels: registers of 4 to 16, panels of 32, 16 left.
+        *(case(Conv(1, 8, 1, w, 24), tags="odd") for w in (3, 14, 15, 29)),
+        *(case(Conv(2, 5, 3, 7, n, **three), x_scale="codes", out=int8, tags="odd") for n in (7, 16, 17, 33, 65)),
+        # Depth: groups of four, unrolled blocks of 16, runs of taps that are no multiple of four.
+        *(
+            case(Conv(2, c, 5, 7, 21, **three), layout=name, tags="odd")
+            for c, name in ((1, "first"), (3, "last"), (7, "first"))
+        ),
+        case(Conv(1, 20, 5, 7, 21), x_scale="static_codes", tags="odd"),
+        case(Conv(1, 3, 17, 19, 33, (7, 7), (2, 2), (3, 3, 3, 3)), layout="first", activation="relu", tags="odd"),
+        case(Conv(1, 3, 9, 11, 5, (3, 3), dilation=(1, 2)), tags="odd"),
+        # Windows: strides, dilation, padding that is larger than the kernel, rows of taps that lie outside.
+        case(Conv(2, 8, 9, 10, 24, (3, 3), (2, 2), (1, 1, 1, 1)), residual=f32),
+        case(Conv(2, 8, 9, 10, 24, (1, 1), (2, 3)), x_scale="static"),
+        case(Conv(2, 8, 9, 10, 24, (1, 1), (2, 3)), x_scale="codes", layout="pixels_apart"),
+        case(Conv(1, 8, 2, 3, 9, (5, 4), (1, 1), (4, 5, 3, 2), (1, 1))),
+        case(Conv(2, 8, 7, 7, 9, (3, 3), (3, 2), (4, 4, 4, 4), (3, 2)), activation="gelu"),
+        case(Conv(2, 6, 7, 8, 9, (2, 3), (1, 2), (0, 1, 2, 0), (2, 1), 3), bias=None),
+        case(
+            Conv(1, 12, 6, 6, 40, **three, groups=2),
+            x_scale="static_codes",
+            residual=int8,
+            out=int8,
+            activation="relu6",
+        ),
+        *(
+            case(Conv(2, c, 7, 9, c, kernel, stride, padding, dilation, groups=c), layout=name, out=out, tags="odd")
+            for c, kernel, stride, padding, dilation, name, out in (
+                (37, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "last", int8),
+                (130, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), "first", None),
+                (17, (5, 5), (1, 2), (2, 2, 2, 2), (1, 1), "last", int8),
+                (64, (7, 7), (1, 1), (3, 3, 3, 3), (1, 1), "last", None),
+                (5, (2, 4), (2, 1), (0, 1, 3, 1), (2, 3), "last", int8),
+            )
+        ),
+        case(Conv(2, 33, 5, 6, 33, **three, groups=33), x_scale="codes", residual=int8, out=int8, activation="relu"),
+        *(case(Conv(2, 7, 5, 6, 21, **three), layout=name) for name in IMAGE_LAYOUTS if name not in ("last", "first")),
+        *(
+            case(Conv(2, 8, 5, 6, 40, (2, 2)), layout=name, x_scale="codes")
+            for name in ("first", "turned", "last_sliced")
+        ),
+        *(case(Conv(2, 8, 5, 6, 40), dtype=bf16, activation=a, bias=bf16) for a in ("silu", "hardswish")),
+        case(Conv(2, 8, 5, 6, 40, **three), dtype=bf16, layout="first_sliced", out=f32),
+        *(case(Conv(2, 8, 5, 6, 40), residual=r, out=int8, activation="relu") for r in (f32, bf16, int8)),
+        case(Conv(2, 8, 5, 6, 40), residual=int8, activation="hardswish", out=int8, layout="pixels_apart"),
+        case(Conv(3, 20, 19, 23, 70, **three), tags="threads odd"),
+        case(Conv(2, 64, 5, 5, 200, **three), x_scale="codes", residual=int8, out=int8, tags="threads"),
+        case(Conv(1, 200, 33, 31, 200, **three, groups=200), out=int8, tags="threads"),
+    ]
+
+
+def int8_conv2d_truth(
+    x,
+    data,
+    scale,
+    compensation,
+    size,
+    bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    residual=None,
+    residual_scale=None,
+    x_scale=None,
+    out_scale=None,
+    out_dtype=None,
+) -> Tensor:
+    packed = lamina.ops.PackedInt8ConvWeight(data, scale, compensation, size, groups)
+    codes = lamina.ops.unpack_int8_conv_weight(packed)
+    unbatched = x.ndim == 3
+    if unbatched:
+        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+    y = int8_conv2d_reference(
+        x, codes, scale, bias, stride, padding, dilation, groups, activation, residual, residual_scale, x_scale
+    )
+    y = y.squeeze(0) if unbatched else y
+    return y if out_scale is None else requantize(y, out_scale)
+
+
+def int8_conv2d_check(actual: Tensor, inputs: tuple) -> None:
+    x, bias, activation = inputs[0], inputs[5], inputs[10]
+    residual, residual_scale, x_scale, out_scale, out_dtype = inputs[11:]
+    float_x = torch.float32 if x.dtype is torch.int8 else x.dtype
+    assert actual.dtype == (torch.int8 if out_scale is not None else out_dtype or float_x)
+    before = (*inputs[:10], "none", residual, residual_scale, x_scale)
+    linear = int8_conv2d_truth(*before)
+    truth = int8_conv2d_truth(*inputs[:14])
+    # The int32 sums are exact. Up to eight roundings of half an eps follow: to float, the product of scales, with it,
+    # bias, residual and its product, each of these times 1 / out_scale. None is of a value above |linear| + 2 |bias| +
+    # 2 |residual|.
+    magnitude = linear.abs()
+    if bias is not None:
+        magnitude = magnitude + 2 * bias.double().abs()[:, None, None]
+    if residual is not None:
+        magnitude = magnitude + 2 * residual.double().abs() * (1.0 if residual_scale is None else residual_scale)
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    extra = tolerances.activation_error(activation, linear)
+    if out_scale is not None:
+        error = slope * magnitude * 5 * tolerances.EPS_ACC + extra
+        tolerances.assert_rounded(actual, truth, scale=out_scale, error=error, what=activation)
+        return
+    tolerances.assert_sum(actual, truth, terms=4, magnitude=slope * magnitude, extra=extra, what=activation)
+
+
+def int8_conv2d_suite() -> Suite:
+    return Suite("int8_conv2d", tuple(_int8_conv2d_cases()), int8_conv2d_truth, int8_conv2d_check)
+
+
+# -- int8_conv2d_backward
+
+
+def _int8_conv2d_backward_case(conv: Conv, dtype=torch.float32, layout="last", unbatched=False, tags="") -> Case:
+    forward = _int8_conv2d_case(conv, dtype=dtype, layout=layout, unbatched=unbatched, tags=tags)
+
+    def make(generator: torch.Generator) -> tuple:
+        grad = torch.randn(conv.out_shape(), generator=generator).to(dtype)
+        weight = torch.randn(conv.n, conv.c // conv.groups, *conv.kernel, generator=generator)
+        packed = lamina.ops.pack_int8_conv_weight(weight / max(conv.n, 1) ** 0.5, groups=conv.groups)
+        grad = IMAGE_LAYOUTS[layout](grad)
+        shape = [conv.images, conv.c, conv.h, conv.w]
+        return (
+            *(grad[0] if unbatched else grad, packed.data, packed.scale, list(packed.size)),
+            *(
+                shape[1:] if unbatched else shape,
+                list(conv.stride),
+                list(conv.padding),
+                list(conv.dilation),
+                conv.groups,
+            ),
+        )
+
+    return Case(forward.id, make, forward.tags)
+
+
+def _int8_conv2d_gradient(
+    grad, data, scale, size, input_shape, stride, padding, dilation, groups, of=lambda t: t
+) -> Tensor:
+    """The gradient by torch's own derivative of the float64 convolution; `of` is applied to weight and grad."""
+    packed = lamina.ops.PackedInt8ConvWeight(data, scale, data, size, groups)
+    weight = lamina.ops.unpack_int8_conv_weight(packed).double() * scale.double()[:, None, None, None]
+    x = torch.zeros(input_shape, dtype=torch.float64, requires_grad=True)
+    top, bottom, left, right = padding
+    y = F.conv2d(F.pad(x, (left, right, top, bottom)), of(weight), None, stride, 0, dilation, groups)
+    return torch.autograd.grad(y, x, of(grad.double()))[0]
+
+
+def int8_conv2d_backward_check(actual: Tensor, inputs: tuple) -> None:
+    magnitude = _int8_conv2d_gradient(*inputs, of=torch.abs)
+    size = inputs[3]
+    # The dequantized weight is rounded to the dtype of grad before the sum.
+    rounding = tolerances.eps(inputs[0].dtype) * magnitude
+    terms = size[0] * size[2] * size[3]
+    truth = _int8_conv2d_gradient(*inputs)
+    tolerances.assert_sum(actual, truth, terms=terms, magnitude=magnitude, extra=rounding)
+
+
+def int8_conv2d_backward_suite() -> Suite:
+    case, bf16 = _int8_conv2d_backward_case, torch.bfloat16
+    cases = (
+        case(Conv(0, 8, 5, 5, 8)),
+        case(Conv(1, 1, 1, 1, 1), tags="one"),
+        case(Conv(1, 4, 6, 5, 7, (3, 3), padding=(1, 1, 1, 1)), unbatched=True),
+        case(Conv(2, 5, 7, 9, 11, (3, 3), (2, 1), (0, 1, 2, 0)), tags="odd"),
+        case(Conv(2, 6, 7, 9, 9, (3, 2), (1, 2), (1, 1, 0, 0), (2, 1), 3), layout="turned", tags="odd"),
+        case(Conv(2, 8, 7, 7, 8, (3, 3), padding=(1, 1, 1, 1), groups=8), dtype=bf16, tags="odd"),
+        case(Conv(2, 16, 15, 15, 33, (3, 3), padding=(1, 1, 1, 1)), tags="threads"),
+    )
+    return Suite("int8_conv2d_backward", cases, _int8_conv2d_gradient, int8_conv2d_backward_check, own_kernel=False)
 
 
 # -- quantize_rows

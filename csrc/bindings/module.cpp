@@ -8,6 +8,7 @@
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
 #include "ops/gru.h"
+#include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
 #include "ops/int8_linear.h"
 #include "ops/int8_lstm.h"
@@ -69,6 +70,12 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
 
   m.def("gru", &gru, no_gil);
+
+  m.def("int8_conv2d", &int8_conv2d, no_gil);
+  m.def("int8_conv2d_pack", &int8_conv2d_pack, no_gil);
+  m.def("int8_conv2d_unpack", &int8_conv2d_unpack, no_gil);
+  m.def("int8_conv2d_packed_size", &int8_conv2d_packed_size);
+  m.def("int8_conv2d_compensation_size", &int8_conv2d_compensation_size);
 
   m.def("int8_linear", &int8_linear, no_gil);
   m.def("int8_linear_pack", &int8_linear_pack, no_gil);

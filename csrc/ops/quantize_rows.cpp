@@ -12,6 +12,8 @@
 
 namespace lamina {
 
+constinit const KernelTable<float(const float*, int64_t)> abs_max_f32_table;
+constinit const KernelTable<float(const bf16*, int64_t)> abs_max_bf16_table;
 constinit const KernelTable<void(const QuantizeRowsArgs<float>&)> quantize_rows_f32_table;
 constinit const KernelTable<void(const QuantizeRowsArgs<bf16>&)> quantize_rows_bf16_table;
 

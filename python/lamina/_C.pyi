@@ -50,6 +50,28 @@ def gru(
     output: Tensor,
     h_n: Tensor,
 ) -> None: ...
+def int8_conv2d(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    size: list[int],
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def int8_conv2d_pack(weight: Tensor, scale: Tensor, groups: int, data: Tensor, compensation: Tensor) -> None: ...
+def int8_conv2d_unpack(data: Tensor, groups: int, weight: Tensor) -> None: ...
+def int8_conv2d_packed_size(size: list[int], groups: int) -> int: ...
+def int8_conv2d_compensation_size(size: list[int], groups: int) -> int: ...
 def int8_linear(
     x: Tensor,
     data: Tensor,

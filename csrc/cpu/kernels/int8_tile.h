@@ -1,26 +1,12 @@
 // The part of int8_gemm that every ISA shares: balanced row tiles, and the epilogue of one tile.
 #pragma once
 
+#include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/int8_gemm.h"
 #include "cpu/tuning.h"
-#include "cpu/vec/activate.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
-
-LAMINA_INLINE F32 load_from(const EpilogueMatrix& m, int64_t at, int n) {
-  if (m.format == EpilogueMatrix::f32) return load_up_to(static_cast<const float*>(m.data) + at, n);
-  return load_up_to(static_cast<const bf16*>(m.data) + at, n);
-}
-
-// out[at, at + n) = y in the format of `out`. The formats are branches and not templates: they never change within a
-// call, and seven activations times five instruction sets are copies enough.
-LAMINA_INLINE void store_to(const EpilogueMatrix& out, int64_t at, F32 y, F32 inverse, int n) {
-  if (out.format == EpilogueMatrix::f32) return store_up_to(static_cast<float*>(out.data) + at, y, n);
-  if (out.format == EpilogueMatrix::b16) return store_up_to(static_cast<bf16*>(out.data) + at, y, n);
-  const F32 code = min(max(y * inverse, set1(-127.0f)), set1(127.0f));
-  store_codes(static_cast<uint8_t*>(out.data) + at, code, 0, n);
-}
 
 // Where a block of sums [rows, width] belongs: rows from `row` on, channels from `first` on, `channels` of them.
 struct Block {
@@ -41,8 +27,8 @@ void finish_rows(const Int8GemmArgs& a, const int32_t* sums, const Block& b) {
       const int64_t row = b.row + r;
       const F32 sum = to_float(load_i32(sums + r * b.width + c) - compensation);
       F32 y = sum * w_scale * set1(a.x_scales[row]) + bias;
-      if (a.residual.data) y = y + load_from(a.residual, row * a.residual.ld + channel, n);
-      store_to(a.out, row * a.out.ld + channel, activate<A>(y), inverse, n);
+      if (a.residual.data) y = y + load_from(a.residual.data, a.residual.format, row * a.residual.ld + channel, n);
+      store_to(a.out.data, a.out.format, row * a.out.ld + channel, activate<A>(y), inverse, n);
     }
   }
 }

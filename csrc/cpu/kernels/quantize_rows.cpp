@@ -76,6 +76,13 @@ void quantize_rows(const QuantizeRowsArgs<T>& a) {
   }
 }
 
+template <class T>
+float abs_max(const T* x, int64_t n) {
+  return row_abs_max(x, n);
+}
+
+REGISTER_KERNEL(abs_max_f32_table, abs_max<float>);
+REGISTER_KERNEL(abs_max_bf16_table, abs_max<bf16>);
 REGISTER_KERNEL(quantize_rows_f32_table, quantize_rows<float>);
 REGISTER_KERNEL(quantize_rows_bf16_table, quantize_rows<bf16>);
 

@@ -21,6 +21,10 @@ struct QuantizeRowsArgs {
   float* scales;     // [rows]; NaN, with codes of zero, for a row that holds NaN or infinity
 };
 
+// max |x| of n values; NaN if one is NaN. Exact, so that ranges may be taken apart.
+extern const KernelTable<float(const float* x, int64_t n)> abs_max_f32_table;
+extern const KernelTable<float(const bf16* x, int64_t n)> abs_max_bf16_table;
+
 extern const KernelTable<void(const QuantizeRowsArgs<float>&)> quantize_rows_f32_table;
 extern const KernelTable<void(const QuantizeRowsArgs<bf16>&)> quantize_rows_bf16_table;
 

@@ -56,6 +56,15 @@ LAMINA_INLINE F32 load_n(const f16* p, int n) {
   return load(t);
 }
 
+LAMINA_INLINE F32 load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+LAMINA_INLINE F32 load_n(const int8_t* p, int n) {
+  alignas(8) int8_t t[8] = {0};
+  memcpy(t, p, size_t(n));
+  return load(t);
+}
+
 LAMINA_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.r); }
 LAMINA_INLINE void store(bf16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
 LAMINA_INLINE void store_n(float* p, F32 x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x.r); }

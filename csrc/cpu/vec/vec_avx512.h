@@ -46,6 +46,13 @@ LAMINA_INLINE F32 load(const f16* p) {
 }
 LAMINA_INLINE F32 load_n(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
 
+LAMINA_INLINE F32 load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+LAMINA_INLINE F32 load_n(const int8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))};
+}
+
 LAMINA_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.r); }
 LAMINA_INLINE void store(bf16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
 LAMINA_INLINE void store_n(float* p, F32 x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.r); }

@@ -47,6 +47,12 @@ LAMINA_INLINE F32 load_n(const f16* p, int n) {
   return x;
 }
 LAMINA_INLINE F32 load(const f16* p) { return load_n(p, 4); }
+LAMINA_INLINE F32 load_n(const int8_t* p, int n) {
+  i32x4 i = {0, 0, 0, 0};
+  for (int k = 0; k < n; ++k) i[k] = p[k];
+  return {__builtin_convertvector(i, f32x4)};
+}
+LAMINA_INLINE F32 load(const int8_t* p) { return load_n(p, 4); }
 
 LAMINA_INLINE void store(float* p, F32 x) { memcpy(p, &x.r, sizeof x.r); }
 LAMINA_INLINE void store_n(float* p, F32 x, int n) {

@@ -2,6 +2,12 @@
 
 from lamina.ops.attention import attention
 from lamina.ops.gru import gru
+from lamina.ops.int8_conv2d import (
+    PackedInt8ConvWeight,
+    int8_conv2d,
+    pack_int8_conv_weight,
+    unpack_int8_conv_weight,
+)
 from lamina.ops.int8_gru import int8_gru
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
 from lamina.ops.int8_lstm import int8_lstm
@@ -18,19 +24,23 @@ from lamina.ops.weight_only_linear import (
 
 __all__ = [
     "PackedInt4Weight",
+    "PackedInt8ConvWeight",
     "PackedInt8Weight",
     "attention",
     "gru",
+    "int8_conv2d",
     "int8_gru",
     "int8_linear",
     "int8_lstm",
     "layer_norm",
     "lstm",
     "pack_int4_weight",
+    "pack_int8_conv_weight",
     "pack_int8_weight",
     "quantize_rows",
     "rms_norm",
     "unpack_int4_weight",
+    "unpack_int8_conv_weight",
     "unpack_int8_weight",
     "weight_only_linear",
 ]

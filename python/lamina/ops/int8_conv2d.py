@@ -1,0 +1,471 @@
+"""int8_conv2d: a convolution with int8 weights; activations are quantized inside the op, or come in as codes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamina import _C
+from lamina.ops.int8_linear import ACTIVATIONS
+from lamina.ops.library import define
+from lamina.quant.weights import dequantize_weight, quantize_weight
+
+
+class PackedInt8ConvWeight(NamedTuple):
+    """An int8 weight [N, C / groups, KH, KW] in the order the kernels read it; one layout for every instruction set.
+
+    data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32, sums of the weights;
+    size: (N, C / groups, KH, KW); groups.
+    """
+
+    data: Tensor
+    scale: Tensor
+    compensation: Tensor
+    size: tuple[int, int, int, int]
+    groups: int
+
+
+def pack_int8_conv_weight(weight: Tensor, scale: Tensor | None = None, *, groups: int = 1) -> PackedInt8ConvWeight:
+    """Pack a weight [N, C / groups, KH, KW] for `int8_conv2d`, or [N, C / groups, K] for `int8_conv1d`.
+
+    `weight` is floating point and quantized per output channel here (symmetric, [-127, 127]), or int8 with its `scale`
+    [N]. Raises ValueError for NaN or infinite values or scales and for codes of -128.
+
+    >>> packed = lamina.ops.pack_int8_conv_weight(torch.randn(64, 3, 7, 7))
+    """
+    if weight.ndim == 3:
+        weight = weight.unsqueeze(2)
+    if weight.ndim != 4:
+        raise ValueError(f"pack_int8_conv_weight: weight has shape {list(weight.shape)}, but must be [N, C, KH, KW]")
+    if weight.device.type != "cpu":
+        raise ValueError(f"pack_int8_conv_weight: weight is on {weight.device}, but int8 kernels run on the CPU")
+    if weight.is_floating_point():
+        if scale is not None:
+            raise ValueError("pack_int8_conv_weight: scale goes with an int8 weight, but the weight is floating point")
+        weight, scale = quantize_weight(weight.detach())
+    elif scale is None:
+        raise ValueError("pack_int8_conv_weight: an int8 weight needs its scale")
+    size = tuple(weight.shape)
+    packed = PackedInt8ConvWeight(
+        data=torch.empty(_C.int8_conv2d_packed_size(size, groups), dtype=torch.int8),
+        scale=scale.detach().to(torch.float32).contiguous().clone(),
+        compensation=torch.empty(_C.int8_conv2d_compensation_size(size, groups), dtype=torch.int32),
+        size=size,
+        groups=groups,
+    )
+    _C.int8_conv2d_pack(weight.contiguous(), packed.scale, groups, packed.data, packed.compensation)
+    return packed
+
+
+def unpack_int8_conv_weight(packed: PackedInt8ConvWeight) -> Tensor:
+    """The int8 codes [N, C / groups, KH, KW] of a packed weight."""
+    return _unpack(packed.data, packed.size, packed.groups)
+
+
+def _unpack(data: Tensor, size: Sequence[int], groups: int) -> Tensor:
+    weight = torch.empty(tuple(size), dtype=torch.int8)
+    _C.int8_conv2d_unpack(data, groups, weight)
+    return weight
+
+
+def _pixels_together(t: Tensor, rows_too: bool = False) -> Tensor:
+    """t [images, channels, height, width] with the channels of a pixel side by side, or, `rows_too`, the columns of a
+    row: itself where it is."""
+    if t.shape[1] == 1 or t.stride(1) == 1 or (rows_too and (t.shape[3] == 1 or t.stride(3) == 1)):
+        return t
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _out_like(x: Tensor, size: Sequence[int], stride, padding, dilation, dtype: torch.dtype | None) -> Tensor:
+    """An empty output, channels_last."""
+    height, width = (
+        (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (size[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    shape = x.shape[0], size[0], height, width
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _out_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+    if out_scale is not None:
+        if out_dtype is not None:
+            raise ValueError(
+                f"int8_conv2d: out_dtype {out_dtype} goes with a float output, but out_scale asks for int8"
+            )
+        return torch.int8
+    if out_dtype is None:
+        return torch.float32 if x.dtype is torch.int8 else x.dtype
+    return out_dtype
+
+
+def _check_sizes(x: Tensor, size: Sequence[int], stride, padding, dilation) -> None:
+    """What must hold before an output can be allocated; the compiled op checks the rest."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"int8_conv2d: x has shape {list(x.shape)}, but must be [images, channels, height, width] or [channels, "
+            "height, width]"
+        )
+    for name, values in (("stride", stride), ("dilation", dilation)):
+        if len(values) != 2 or min(values) < 1:
+            raise ValueError(f"int8_conv2d: {name} is {list(values)}, but must be two positive numbers")
+    if len(padding) != 4 or min(padding) < 0:
+        raise ValueError(
+            f"int8_conv2d: padding is {list(padding)}, but must be top, bottom, left and right, none below 0"
+        )
+    if len(size) != 4 or min(size[2:]) < 1:
+        raise ValueError(f"int8_conv2d: the weight's size is {list(size)}, but must be [N, C, KH, KW] with taps")
+    for i in range(2):
+        room = x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1]
+        window = dilation[i] * (size[2 + i] - 1) + 1
+        if room < window:
+            raise ValueError(
+                f"int8_conv2d: the padded input has {room} {('rows', 'columns')[i]}, but the kernel covers {window}"
+            )
+
+
+def _cpu(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    unbatched = x.ndim == 3
+    if unbatched:
+        x = x.unsqueeze(0)
+        residual = None if residual is None else residual.unsqueeze(0)
+    _check_sizes(x, size, stride, padding, dilation)
+    out = _out_like(x, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
+    if residual is not None:
+        if residual.shape != out.shape:
+            shown = slice(1, None) if unbatched else slice(None)
+            raise ValueError(
+                f"int8_conv2d: residual has shape {list(residual.shape[shown])}, but must be "
+                f"{list(out.shape[shown])} like the output"
+            )
+        residual = _pixels_together(residual)
+    _C.int8_conv2d(
+        _pixels_together(x, rows_too=True),
+        data,
+        scale,
+        compensation,
+        size,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        residual,
+        residual_scale,
+        x_scale,
+        out_scale,
+        out,
+    )
+    return out.squeeze(0) if unbatched else out
+
+
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    torch._check(x.ndim in (3, 4), lambda: f"int8_conv2d: x has {x.ndim} dimensions, but must have 3 or 4")
+    torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"int8_conv2d: x is {x.dtype}")
+    batched = x if x.ndim == 4 else x.unsqueeze(0)
+    out = _out_like(batched, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
+    return out if x.ndim == 4 else out.squeeze(0)
+
+
+_op = define(
+    "int8_conv2d(Tensor x, Tensor data, Tensor scale, Tensor compensation, int[] size, Tensor? bias, int[] stride, "
+    "int[] padding, int[] dilation, int groups, str activation, Tensor? residual=None, Tensor? residual_scale=None, "
+    "Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def _input_gradient(
+    grad: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    size: Sequence[int],
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """What the input sees of the gradient behind the sums: the dequantized weight."""
+    if grad.ndim == 3:
+        whole = _input_gradient(
+            grad.unsqueeze(0), data, scale, size, (1, *input_shape), stride, padding, dilation, groups
+        )
+        return whole.squeeze(0)
+    weight = dequantize_weight(_unpack(data, size, groups), scale).to(grad.dtype)
+    images, channels, height, width = input_shape
+    top, bottom, left, right = padding
+    padded = (images, channels, height + top + bottom, width + left + right)
+    whole = torch.nn.grad.conv2d_input(padded, weight, grad, tuple(stride), 0, tuple(dilation), groups)
+    return whole[..., top : top + height, left : left + width].contiguous()
+
+
+def _backward_fake(grad, data, scale, size, input_shape, stride, padding, dilation, groups) -> Tensor:
+    return grad.new_empty(input_shape)
+
+
+_backward_op = define(
+    "int8_conv2d_backward(Tensor grad, Tensor data, Tensor scale, int[] size, SymInt[] input_shape, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
+    cpu=_input_gradient,
+    fake=_backward_fake,
+)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The straight-through gradient: rounding and clamping count as the identity; x sees the dequantized weight."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        data,
+        scale,
+        compensation,
+        size,
+        bias,
+        geometry,
+        activation,
+        residual,
+        residual_scale,
+        x_scale,
+        out_dtype,
+    ):
+        again = (compensation, bias, residual, x_scale) if activation != "none" else (None, bias, None, None)
+        ctx.save_for_backward(x, data, scale, residual_scale, *again)
+        ctx.activation, ctx.size, ctx.geometry = activation, size, geometry
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return _op(
+            x,
+            data,
+            scale,
+            compensation,
+            size,
+            bias,
+            *geometry,
+            activation,
+            residual,
+            residual_scale,
+            x_scale,
+            None,
+            out_dtype,
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, data, scale, residual_scale, compensation, bias, residual, x_scale = ctx.saved_tensors
+        if ctx.activation != "none":
+            before = _op(
+                x,
+                data,
+                scale,
+                compensation,
+                ctx.size,
+                bias,
+                *ctx.geometry,
+                "none",
+                residual,
+                residual_scale,
+                x_scale,
+                None,
+                grad.dtype,
+            )
+            grad = ACTIVATIONS[ctx.activation](grad, before)
+        needs = ctx.needs_input_grad
+        x_grad = None
+        if needs[0]:
+            x_grad = _backward_op(grad, data, scale, ctx.size, x.shape, *ctx.geometry).to(x.dtype)
+        bias_grad = grad.sum((0, 2, 3)).to(bias.dtype) if needs[5] else None
+        residual_grad = grad.to(ctx.residual_dtype) if needs[8] else None
+        return x_grad, None, None, None, None, bias_grad, None, None, residual_grad, None, None, None
+
+
+def call_int8_conv2d(
+    x: Tensor,
+    packed: PackedInt8ConvWeight,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The op on pairs of numbers (padding: top, bottom, left, right), with a gradient where one is asked for."""
+    data, scale, compensation, size, groups = packed
+    geometry = list(stride), list(padding), list(dilation), groups
+    if (
+        torch.is_grad_enabled()
+        and out_scale is None
+        and (
+            x.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    ):
+        unbatched = x.ndim == 3
+        if unbatched:
+            x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        out = _WithGradient.apply(
+            x,
+            data,
+            scale,
+            compensation,
+            list(size),
+            bias,
+            geometry,
+            activation,
+            residual,
+            residual_scale,
+            x_scale,
+            out_dtype,
+        )
+        return out.squeeze(0) if unbatched else out
+    return _op(
+        x,
+        data,
+        scale,
+        compensation,
+        list(size),
+        bias,
+        *geometry,
+        activation,
+        residual,
+        residual_scale,
+        x_scale,
+        out_scale,
+        out_dtype,
+    )
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) == 1:
+        return value[0], value[0]
+    if len(value) != 2:
+        raise ValueError(f"int8_conv2d: {name} is {tuple(value)}, but must be one or two numbers")
+    return value[0], value[1]
+
+
+def four_paddings(
+    padding: int | str | Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """nn.Conv2d's padding as top, bottom, left, right. "same" puts the odd one at the end, as torch does."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        if max(stride) != 1:
+            raise ValueError(f"int8_conv2d: padding 'same' goes with stride 1, not {tuple(stride)}")
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
+    if isinstance(padding, str):
+        raise ValueError(f"int8_conv2d: padding '{padding}' is unknown; use 'same', 'valid' or numbers")
+    y, x = _pair("padding", padding)
+    return y, y, x, x
+
+
+def int8_conv2d(
+    x: Tensor,
+    packed_weight: PackedInt8ConvWeight,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`activation(conv2d(x, weight) + bias + residual)` with int8 arithmetic; `groups` is the packed weight's.
+
+    `x` is quantized symmetrically to int8, with the static scale given or with max|x| / 127 of each image: what else is
+    in the batch never changes a result. Products are summed exactly in int32; scales, bias, residual and activation are
+    applied in float32 and the result is rounded once. An image that holds NaN or infinity gives NaN. The gradient for
+    x, bias and residual is the straight-through one, as if nothing had been rounded or clamped; an int8 output has
+    none.
+
+    Results lie in memory as torch.channels_last, and so should x: then int8 codes without padded columns are used in
+    place. Contiguous x is turned round while it is quantized; other strides are copied first.
+
+    The sums, and everything before the activation, are the same bits on every instruction set and for every number of
+    threads; so are int8 outputs with activation None, "relu" or "relu6".
+
+    Args:
+        x: [images, channels, height, width] or [channels, height, width], float32 or bfloat16; or int8 codes with their
+            `x_scale`.
+        packed_weight: from `pack_int8_conv_weight` of a weight [N, channels / groups, KH, KW].
+        bias: [N] float32 or bfloat16.
+        stride, padding, dilation: as in torch.nn.functional.conv2d; padding also "same" or "valid".
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh", "hardswish" or
+            "hardsigmoid".
+        residual: shape of the output, added before the activation: float32, bfloat16, or int8 with its
+            `residual_scale`.
+        residual_scale, x_scale, out_scale: float32 scalar tensors [], finite and at least 1e-36; for int8 x also
+            [images]. With `out_scale` the output is int8: y / out_scale, rounded half to even and clamped to +-127.
+        out_dtype: torch.float32 or torch.bfloat16; by default x's dtype, float32 for int8 x.
+
+    Returns [images, N, ...] of out_dtype, or int8 with `out_scale`. Raises ValueError when shapes, dtypes or scales do
+    not fit, and when x_scale times a weight's scale overflows float32.
+
+    >>> packed = lamina.ops.pack_int8_conv_weight(conv.weight)
+    >>> y = lamina.ops.int8_conv2d(x, packed, conv.bias, padding=1, activation="relu")
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = four_paddings(padding, packed_weight.size[2:], stride, dilation)
+    return call_int8_conv2d(
+        x,
+        packed_weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        activation or "none",
+        residual,
+        residual_scale,
+        x_scale,
+        out_scale,
+        out_dtype,
+    )
