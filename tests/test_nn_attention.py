@@ -436,6 +436,20 @@ def test_quantized_projections(size, same, kind):
             assert_lossy(found, dequantized(*inputs)[0], min_sqnr_db=INT8_MODEL_SQNR_DB)
 
 
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.ReLU(), F.silu], ids=str)
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_the_activation_of_a_quantized_feed_forward(kind, activation):
+    """Inside the op where it can be, and the same as behind it; hooks still see the layer called."""
+    layer = kind(E, H, 32, activation=activation, batch_first=True, norm_first=True).eval()
+    lamina.swap_(layer, [lamina.Int8Dynamic(), lamina.FusedAttention()])
+    x, seen = torch.randn(2, 5, E), []
+    with torch.no_grad():
+        found = layer._ff_block(x)
+        layer.linear1.register_forward_hook(lambda *args: seen.append(args))
+        assert_lossy(found, layer._ff_block(x), min_sqnr_db=INT8_MODEL_SQNR_DB)
+    assert len(seen) == 1
+
+
 def test_gradients_pass_through_quantized_projections():
     model = randomized(nn.MultiheadAttention(E, H, batch_first=True))
     lamina.swap_(model, lamina.Int8Dynamic())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina import ops
+from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.packed_linear import PackedLinear
 
 
@@ -239,7 +240,16 @@ class MultiheadAttention(_FromFloat, nn.MultiheadAttention):
         """Self-attention of sequences of different lengths; the batch is first, whatever batch_first says."""
         rows, lengths = rows_of(nested)
         kept = torch.arange(int(lengths.max()), device=rows.device) < lengths[:, None]  # [B, S]
-        q, k, v = (self._heads(_spread(x, kept), True) for x in self._project(rows, rows, rows))
+        where = kept.flatten().nonzero().squeeze(1)
+
+        def spread(x: Tensor) -> Tensor:  # [T, E] -> [B, S, E], zeros where there is no row
+            return x.new_zeros(kept.numel(), x.shape[-1]).index_copy(0, where, x).unflatten(0, kept.shape)
+
+        if self._qkv_same_embed_dim:
+            parts = spread(self._product(rows, 0, 3)).chunk(3, -1)
+        else:
+            parts = map(spread, self._project(rows, rows, rows))
+        q, k, v = (self._heads(x, True) for x in parts)
         dropout = self.dropout if self.training else 0.0
         mask, weights = kept[:, None, None, :], None
         if need_weights:
@@ -248,7 +258,8 @@ class MultiheadAttention(_FromFloat, nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             heads = ops.attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return nest(self.out_proj(heads.transpose(1, 2).flatten(2)[kept]), nested), weights
+        heads = heads.transpose(1, 2).reshape(kept.numel(), self.embed_dim).index_select(0, where)
+        return nest(self.out_proj(heads), nested), weights
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         if "in_proj" in self._modules:  # which quantizes what a float state_dict has
@@ -313,12 +324,22 @@ def nest(rows: Tensor, like: Tensor) -> Tensor:
     return torch.nested.as_nested_tensor(list(rows.split(lengths)))
 
 
-def _spread(rows: Tensor, kept: Tensor) -> Tensor:
-    """Rows [T, E] -> [B, S, E], zeros where `kept` [B, S] is False."""
-    return rows.new_zeros(*kept.shape, rows.shape[-1]).masked_scatter(kept[..., None], rows)
+class _FeedForward:
+    """What the two layers share: an activation that the quantized layer before it computes on the way out."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        first = self.linear1
+        name = _FUSED.get(self.activation) if type(first) is Int8Linear and first.activation is None else None
+        if name is None or first._forward_hooks or first._forward_pre_hooks:
+            return super()._ff_block(x)
+        last = self.dropout2 if isinstance(self, nn.TransformerEncoderLayer) else self.dropout3
+        return last(self.linear2(self.dropout(first.activated(x, name))))
 
 
-class TransformerEncoderLayer(_FromFloat, nn.TransformerEncoderLayer):
+_FUSED = {F.relu: "relu", F.gelu: "gelu"}
+
+
+class TransformerEncoderLayer(_FeedForward, _FromFloat, nn.TransformerEncoderLayer):
     """Drop-in for nn.TransformerEncoderLayer: the same arguments, parameters, inputs and outputs.
 
     Every option is honoured, nested input and any callable as activation too. Boolean masks stay boolean, so that what
@@ -430,7 +451,7 @@ def _is_causal(mask: Tensor) -> bool:
     return bool((mask == (above if mask.dtype == torch.bool else additive(above, mask.dtype))).all())
 
 
-class TransformerDecoderLayer(_FromFloat, nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_FeedForward, _FromFloat, nn.TransformerDecoderLayer):
     """Drop-in for nn.TransformerDecoderLayer: the same arguments, parameters, inputs and outputs.
 
     Both of its attention layers are `lamina.nn.MultiheadAttention`; the rest is torch's.

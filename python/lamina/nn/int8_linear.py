@@ -96,6 +96,11 @@ class Int8Linear(Int8PackedLinear):
             self.out_dtype,
         )
 
+    def activated(self, input: Tensor, activation: str) -> Tensor:
+        """The activation of the output, computed inside the op."""
+        packed = self.packed_weight
+        return call_int8_linear(input, *packed, self.bias, activation, None, self.input_scale, None, self.out_dtype)
+
     def _multiply(self, input: Tensor, packed: PackedInt8Weight, bias: Tensor | None) -> Tensor:
         return call_int8_linear(input, *packed, bias, self._op_activation, None, self.input_scale, None, self.out_dtype)
 

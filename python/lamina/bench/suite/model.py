@@ -68,6 +68,12 @@ def workloads() -> Iterator[Workload]:
         yield workload(name, int(batch), lambda name=name, batch=int(batch): prepare(name, *build(name, batch)))
 
 
+def torch_encoder() -> torch.nn.Module:
+    """nn.TransformerEncoder in the sizes of BERT-base, four of its twelve layers."""
+    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 4).eval()
+
+
 def build(name: str, batch: int) -> tuple[torch.nn.Module, tuple | dict]:
     """A model with fixed random weights (MiniLM: its real ones) and inputs for `batch` items."""
     if name == "minilm":
@@ -75,7 +81,7 @@ def build(name: str, batch: int) -> tuple[torch.nn.Module, tuple | dict]:
         return encoder.model, encoder.tokens(data.sentences()[:batch])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = models.create(name).eval()
+        model = torch_encoder() if name == "torch_encoder" else models.create(name).eval()
     return BERTEncoder(model) if name.startswith("bert") else model, example_inputs(name, batch)
 
 
@@ -83,6 +89,8 @@ def example_inputs(name: str, batch: int) -> tuple:
     """The same inputs every time for one of lamina's own models."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(batch)
+        if name == "torch_encoder":
+            return (torch.randn(batch, 128, 768),)
         return models.example_inputs(name, batch)
 
 
