@@ -324,6 +324,26 @@ def nest(rows: Tensor, like: Tensor) -> Tensor:
     return torch.nested.as_nested_tensor(list(rows.split(lengths)))
 
 
+def _fuses(norm: nn.Module) -> bool:
+    """Whether a norm may be computed with the sum before it: nobody else looks at it."""
+    plain = type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks
+    return plain and not torch.is_autocast_enabled("cpu")
+
+
+def _norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    if not _fuses(norm):
+        return norm(residual + x)
+    return ops.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, residual=residual)
+
+
+def _norm_and_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    if not _fuses(norm):
+        x = residual + x
+        return norm(x), x
+    shape = norm.normalized_shape
+    return ops.layer_norm(x, shape, norm.weight, norm.bias, norm.eps, residual=residual, return_sum=True)
+
+
 class _FeedForward:
     """What the two layers share: an activation that the quantized layer before it computes on the way out."""
 
@@ -367,10 +387,11 @@ class TransformerEncoderLayer(_FeedForward, _FromFloat, nn.TransformerEncoderLay
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask)
         if self.norm_first:
-            x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal))
-        return self.norm2(x + self._ff_block(x))
+            x = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
+            y, x = _norm_and_sum(self.norm2, x, src)
+            return x + self._ff_block(y)
+        x = _norm_of_sum(self.norm1, self._sa_block(src, src_mask, src_key_padding_mask, is_causal), src)
+        return _norm_of_sum(self.norm2, self._ff_block(x), x)
 
     def _forward_nested(self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None) -> Tensor:
         """The rows of all sequences at once; only attention needs to know where each begins."""
@@ -380,10 +401,10 @@ class TransformerEncoderLayer(_FeedForward, _FromFloat, nn.TransformerEncoderLay
 
         x, _ = rows_of(src)
         if self.norm_first:
-            x = x + attended(self.norm1(x))
-            return nest(x + self._ff_block(self.norm2(x)), src)
-        x = self.norm1(x + attended(x))
-        return nest(self.norm2(x + self._ff_block(x)), src)
+            y, x = _norm_and_sum(self.norm2, attended(self.norm1(x)), x)
+            return nest(x + self._ff_block(y), src)
+        x = _norm_of_sum(self.norm1, attended(x), x)
+        return nest(_norm_of_sum(self.norm2, self._ff_block(x), x), src)
 
 
 class TransformerEncoder(_FromFloat, nn.TransformerEncoder):
@@ -454,7 +475,7 @@ def _is_causal(mask: Tensor) -> bool:
 class TransformerDecoderLayer(_FeedForward, _FromFloat, nn.TransformerDecoderLayer):
     """Drop-in for nn.TransformerDecoderLayer: the same arguments, parameters, inputs and outputs.
 
-    Both of its attention layers are `lamina.nn.MultiheadAttention`; the rest is torch's.
+    Both of its attention layers are `lamina.nn.MultiheadAttention`.
 
     >>> layer = lamina.nn.TransformerDecoderLayer(512, 8, batch_first=True)
     >>> y = layer(tgt, memory, tgt_mask=nn.Transformer.generate_square_subsequent_mask(20), tgt_is_causal=True)
@@ -466,6 +487,33 @@ class TransformerDecoderLayer(_FeedForward, _FromFloat, nn.TransformerDecoderLay
         super().__init__(*args, **kwargs)
         for attention in (self.self_attn, self.multihead_attn):
             attention.__class__ = MultiheadAttention
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's: tgt [L, B, E] ([B, L, E] if batch_first), memory [S, B, E], or both without B."""
+
+        def attended(x: Tensor) -> Tensor:
+            return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+        def looked_up(x: Tensor) -> Tensor:
+            return self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+
+        if self.norm_first:
+            y, x = _norm_and_sum(self.norm2, attended(self.norm1(tgt)), tgt)
+            y, x = _norm_and_sum(self.norm3, looked_up(y), x)
+            return x + self._ff_block(y)
+        x = _norm_of_sum(self.norm1, attended(tgt), tgt)
+        x = _norm_of_sum(self.norm2, looked_up(x), x)
+        return _norm_of_sum(self.norm3, self._ff_block(x), x)
 
 
 # The class that takes the place of each of torch's.
