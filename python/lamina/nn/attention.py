@@ -345,18 +345,23 @@ def _norm_and_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor,
 
 
 class _FeedForward:
-    """What the two layers share: an activation that the quantized layer before it computes on the way out."""
+    """What the two layers share: the activation without memory of its own where nobody else looks at its input."""
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        first = self.linear1
-        name = _FUSED.get(self.activation) if type(first) is Int8Linear and first.activation is None else None
-        if name is None or first._forward_hooks or first._forward_pre_hooks:
+        first, (name, in_place) = self.linear1, _KNOWN.get(self.activation, (None, None))
+        if name is None or not isinstance(first, nn.Linear) or first._forward_hooks:
             return super()._ff_block(x)
+        if type(first) is Int8Linear and first.activation is None and not first._forward_pre_hooks:
+            x = first.activated(x, name)
+        else:
+            x = first(x)
+            x = self.activation(x) if x.requires_grad else in_place(x)
         last = self.dropout2 if isinstance(self, nn.TransformerEncoderLayer) else self.dropout3
-        return last(self.linear2(self.dropout(first.activated(x, name))))
+        return last(self.linear2(self.dropout(x)))
 
 
-_FUSED = {F.relu: "relu", F.gelu: "gelu"}
+# Activations that int8_linear computes on the way out, and that torch can compute in place.
+_KNOWN = {F.relu: ("relu", torch.ops.aten.relu_), F.gelu: ("gelu", torch.ops.aten.gelu_)}
 
 
 class TransformerEncoderLayer(_FeedForward, _FromFloat, nn.TransformerEncoderLayer):
