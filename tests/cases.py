@@ -22,6 +22,7 @@ from lamina.reference.int8_gru import int8_gru as int8_gru_reference
 from lamina.reference.int8_linear import int8_linear as int8_linear_reference
 from lamina.reference.int8_linear import requantize
 from lamina.reference.int8_lstm import int8_lstm as int8_lstm_reference
+from lamina.reference.int8_pool2d import int8_pool2d as int8_pool2d_reference
 from lamina.reference.layer_norm import layer_norm as layer_norm_reference
 from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
@@ -643,6 +644,88 @@ def int8_conv2d_backward_suite() -> Suite:
         case(Conv(2, 16, 15, 15, 33, (3, 3), padding=(1, 1, 1, 1)), tags="threads"),
     )
     return Suite("int8_conv2d_backward", cases, _int8_conv2d_gradient, int8_conv2d_backward_check, own_kernel=False)
+
+
+# -- int8_pool2d
+
+
+def _int8_pool2d_case(
+    *shape: int,
+    kind: str,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+    layout: str = "last",
+    scales: str = "",
+    out: torch.dtype | None = None,
+    tags: str = "",
+) -> Case:
+    """scales: "x" for float values, "x out" for codes in other steps."""
+
+    def make(generator: torch.Generator) -> tuple:
+        x = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+        x_scale = torch.tensor(0.7) if "x" in scales else None
+        out_scale = torch.tensor(0.3) if "out" in scales else None
+        geometry = list(kernel), list(stride), list(padding), list(dilation), ceil_mode, count_include_pad, divisor
+        return IMAGE_LAYOUTS[layout](x), kind, *geometry, x_scale, out_scale, out
+
+    name = f"{kind}-{'x'.join(map(str, shape))}-k{kernel}-s{stride}-p{padding}-d{dilation}".replace(" ", "")
+    name += "-ceil" * ceil_mode + "-without_pad" * (not count_include_pad) + (f"-divisor{divisor}" if divisor else "")
+    name += (f"-{layout}" if layout != "last" else "") + (f"-{scales.replace(' ', '_')}" if scales else "")
+    words = set(tags.split()) | ({"empty"} if 0 in shape else set()) | ({"nd"} if len(shape) == 3 else set())
+    words |= {"strided"} if layout not in ("last", "first") else set()
+    words |= {"bf16"} if out is torch.bfloat16 else set()
+    return Case(name + (f"-to_{_short(out)}" if out else ""), make, frozenset(words))
+
+
+def int8_pool2d_truth(x, kind, *arguments) -> Tensor:
+    *geometry, x_scale, out_scale, _ = arguments
+    y = int8_pool2d_reference(x, kind, *geometry)
+    if x_scale is not None:
+        y = y * x_scale.double()
+    if x_scale is not None and out_scale is None:
+        return y
+    y = y if out_scale is None else y / out_scale.double()
+    return y if kind == "max" else y.round().clamp(-127, 127)
+
+
+def int8_pool2d_check(actual: Tensor, inputs: tuple) -> None:
+    x, kind, *geometry, x_scale, out_scale, _ = inputs
+    if kind == "max":
+        return tolerances.assert_exact(actual, int8_pool2d_truth(*inputs).to(torch.int8))
+    mean = int8_pool2d_reference(x, kind, *geometry)
+    if x_scale is not None and out_scale is None:
+        y = mean * x_scale.double()
+        return tolerances.assert_sum(actual, y, terms=2, magnitude=y.abs())
+    # Sums are exact; the factor and the product are rounded.
+    ratio = torch.tensor(1.0) if out_scale is None else out_scale / x_scale
+    tolerances.assert_rounded(actual, mean, scale=ratio, error=2 * tolerances.EPS_ACC * mean.abs(), what=kind)
+
+
+def int8_pool2d_suite() -> Suite:
+    case = _int8_pool2d_case
+    ceil = {"kernel": (3, 2), "stride": (2, 3), "ceil_mode": True}
+    cases = (
+        case(0, 8, 5, 5, kind="max", kernel=(2, 2)),
+        case(0, 3, 5, 5, kind="avg", kernel=(2, 2), scales="x"),
+        case(1, 1, 1, 1, kind="avg", kernel=(1, 1), tags="one"),
+        case(7, 6, 5, kind="max", kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
+        case(2, 37, 9, 8, kind="max", kernel=(3, 3), stride=(2, 2), padding=(1, 1), layout="first", tags="odd"),
+        case(2, 131, 9, 8, kind="max", kernel=(2, 3), dilation=(2, 2), padding=(1, 1), layout="turned"),
+        case(2, 16, 10, 9, kind="max", **ceil, padding=(1, 1), layout="pixels_apart"),
+        case(2, 37, 9, 8, kind="avg", kernel=(3, 3), stride=(2, 2), padding=(1, 1), tags="odd"),
+        case(2, 5, 9, 8, kind="avg", kernel=(3, 2), padding=(1, 1), count_include_pad=False, scales="x out"),
+        case(2, 16, 10, 9, kind="avg", **ceil, padding=(1, 1), out=torch.bfloat16, scales="x"),
+        case(2, 16, 10, 9, kind="avg", **ceil, count_include_pad=False, divisor=5, layout="rows_repeated"),
+        case(2, 21, 7, 7, kind="adaptive_avg", kernel=(1, 1), scales="x", tags="odd"),
+        case(2, 21, 7, 9, kind="adaptive_avg", kernel=(3, 12), layout="last_sliced", scales="x out"),
+        case(3, 200, 23, 21, kind="avg", kernel=(3, 3), stride=(2, 1), tags="threads odd"),
+    )
+    return Suite("int8_pool2d", cases, int8_pool2d_truth, int8_pool2d_check)
 
 
 # -- quantize_rows

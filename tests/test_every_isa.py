@@ -54,6 +54,7 @@ LAST_TABLE = {
     ("int8_conv2d", torch.float32): "int8_conv_table",
     ("int8_conv2d", torch.bfloat16): "int8_conv_table",
     ("int8_conv2d", torch.int8): "int8_conv_table",
+    ("int8_pool2d", torch.int8): "int8_pool_table",
     ("quantize_rows", torch.float32): "quantize_rows_f32_table",
     ("quantize_rows", torch.bfloat16): "quantize_rows_bf16_table",
     ("attention", torch.float32): "attention_f32_table",

@@ -232,7 +232,7 @@ def test_swapping_twice_changes_nothing():
 
 
 def test_a_model_without_layers_of_interest():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
     report = swap_(model, INT8)
     assert report.decisions == ()
     assert str(report).startswith("0 of 0 layers replaced")

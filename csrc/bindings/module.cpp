@@ -12,6 +12,7 @@
 #include "ops/int8_gru.h"
 #include "ops/int8_linear.h"
 #include "ops/int8_lstm.h"
+#include "ops/int8_pool2d.h"
 #include "ops/layer_norm.h"
 #include "ops/lstm.h"
 #include "ops/parallel.h"
@@ -76,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_conv2d_unpack", &int8_conv2d_unpack, no_gil);
   m.def("int8_conv2d_packed_size", &int8_conv2d_packed_size);
   m.def("int8_conv2d_compensation_size", &int8_conv2d_compensation_size);
+
+  m.def("int8_pool2d", &int8_pool2d, no_gil);
 
   m.def("int8_linear", &int8_linear, no_gil);
   m.def("int8_linear_pack", &int8_linear_pack, no_gil);

@@ -43,6 +43,11 @@ inline constexpr long kInt8ConvWorkPerThread = 1L << 20;
 inline constexpr long kInt8DepthwiseWorkPerThread = 1L << 18;
 inline constexpr long kInt8ConvPixelsPerThread = 1L << 15;
 
+// -- int8_pool
+
+// Fewer codes to compare or add than this are not worth waking a second thread for.
+inline constexpr long kInt8PoolWorkPerThread = 1L << 17;
+
 // -- weight_only_gemm
 
 // Inputs of a panel that are floats at once where the kernel multiplies floats: 64 of 64 channels are 16 KiB, half of a

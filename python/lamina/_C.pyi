@@ -72,6 +72,19 @@ def int8_conv2d_pack(weight: Tensor, scale: Tensor, groups: int, data: Tensor, c
 def int8_conv2d_unpack(data: Tensor, groups: int, weight: Tensor) -> None: ...
 def int8_conv2d_packed_size(size: list[int], groups: int) -> int: ...
 def int8_conv2d_compensation_size(size: list[int], groups: int) -> int: ...
+def int8_pool2d(
+    x: Tensor,
+    kind: str,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    count_include_pad: bool,
+    divisor: int,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def int8_linear(
     x: Tensor,
     data: Tensor,

@@ -20,12 +20,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Int8Dynamic(Config):
-    """nn.Linear -> lamina.nn.Int8Linear: int8 weights per channel, activations quantized per row on the fly."""
+    """nn.Linear -> lamina.nn.Int8Linear: int8 weights per channel, activations quantized per row on the fly; nn.Conv1d,
+    Conv2d, ConvTranspose2d -> lamina.nn.Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d: per image on the fly."""
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Static(Config):
-    """nn.Linear -> lamina.nn.Int8Linear with one fixed scale for its input, found by running the model on examples.
+    """nn.Linear, Conv1d, Conv2d, ConvTranspose2d -> lamina.nn.Int8Linear, Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
+    with one fixed scale for its input, found by running the model on examples.
 
     calibration: an iterable of example inputs of the whole model, each a tuple of positional or a dict of keyword
         arguments, read once (a generator is fine); or what `lamina.quant.calibrate` returned, to be used again.

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from lamina.errors import FormatError
 from lamina.nn.attention import LAYERS, adopt, in_proj_of, put_in_proj
+from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d, conv_arguments_of
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.packed_linear import PackedLinear
+from lamina.nn.packed_weight import PackedWeight
 from lamina.nn.rnn import Int8GRU, Int8LSTM, arguments_of
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
@@ -32,7 +34,8 @@ FORMAT_VERSION = 1
 # the place does not give, and `check_saved(state, prefix)`, a ValueError where its part of a state_dict does not fit.
 _LINEARS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear)
 _RNNS: tuple[type[Int8LSTM | Int8GRU], ...] = (Int8LSTM, Int8GRU)
-_LAYERS = (*_LINEARS, *_RNNS)
+_CONVS = (Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d)
+_LAYERS = (*_LINEARS, *_RNNS, *_CONVS)
 
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -52,7 +55,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
             layers[fqn] = {"type": type(module).__name__, **module.options()}
             owner = owners.setdefault(module, fqn)
             if owner != fqn and isinstance(
-                module, _LINEARS
+                module, PackedWeight
             ):  # its weight is unpacked anew for each place, so the memory does not show it
                 aliases[f"{fqn}.weight"] = f"{owner}.weight"
     seen: dict[tuple, str] = {}
@@ -84,7 +87,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
 def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     """Load a file written by `save` into `model`, in place; returns the metadata given to `save`.
 
-    `model` is the float model or one already swapped: linear and recurrent layers become
+    `model` is the float model or one already swapped: linear, convolutional and recurrent layers become
     what the file has in their places.
 
     Raises FileNotFoundError, and FormatError if the file is truncated, foreign, from a newer lamina or does not fit the
@@ -105,7 +108,7 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
     quantized_here = {
         fqn: module
         for fqn, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (PackedLinear, *_RNNS)) and fqn not in replacements
+        if isinstance(module, (PackedWeight, *_RNNS)) and fqn not in replacements
     }
     found_here = {name for name in own if name.endswith("_scale") and name.rpartition(".")[0] in quantized_here}
     missing = sorted(own.keys() - rest.keys() - found_here)
@@ -184,7 +187,7 @@ def _build_layers(
             raise FormatError(f"{path.name}: layer '{fqn}' is a '{kind}', which this lamina does not know")
         state = {name.removeprefix(f"{fqn}."): t for name, t in tensors.items() if name.startswith(f"{fqn}.")}
         try:
-            arguments = _linear_arguments if made in _LINEARS else _rnn_arguments
+            arguments = _linear_arguments if made in _LINEARS else _conv_arguments if made in _CONVS else _rnn_arguments
             layer = made(**arguments(made, fqn, target, state), **options)
             layer.load_state_dict(state)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -236,6 +239,17 @@ def _linear_arguments(
         raise ValueError(f"{fqn}.weight is {list(found)}, but {list(shape)} in the model")
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
     return {**sizes, "bias": linear.bias is not None, "dtype": linear.weight.dtype}
+
+
+def _conv_arguments(
+    made: type[Int8Conv1d | Int8Conv2d | Int8ConvTranspose2d], fqn: str, target: nn.Module, state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the constructor of a convolution for the place of `target` takes. Raises ValueError."""
+    if not fqn or not made.stands_for(target):
+        raise ValueError(f"'{fqn}' is a {type(target).__name__}")
+    if "weight" not in state:
+        raise ValueError(f"it lacks {fqn}.weight")
+    return conv_arguments_of(target)
 
 
 def _rnn_arguments(

@@ -32,11 +32,13 @@ from lamina.configs import (
     resolve,
 )
 from lamina.nn.attention import LAYERS, ScaledDotProductAttention, adopt, in_proj_of, put_in_proj, release
+from lamina.nn.convs import Conv, as_conv
+from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
-from lamina.quant.calibration import Calibration, observe
+from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
 from lamina.running import FilterFn
@@ -241,12 +243,15 @@ def _prepare(
 
 
 def describe(module: nn.Module) -> str:
-    """ "Linear(768, 3072)": the type and, for linear and recurrent layers, inputs and outputs."""
+    """ "Linear(768, 3072)": the type and, for linear, convolutional and recurrent layers, inputs and outputs."""
     if type(module) in LAYERS.values():
         return f"lamina {type(module).__name__}"
     if isinstance(module, nn.RNNBase):
         ours = "lamina " if type(module) in (LSTM, GRU) else ""
         return f"{ours}{type(module).__name__}({module.input_size}, {module.hidden_size})"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        kernel = "x".join(map(str, module.kernel_size))
+        return f"{type(module).__name__}({module.in_channels}, {module.out_channels}, {kernel})"
     linear = module if isinstance(module, nn.Linear) else as_linear(module)
     if linear is None:
         return type(module).__name__
@@ -258,11 +263,12 @@ def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = Non
     """Replace the layers of `model` that `config` concerns, in place; nothing is measured.
 
     Works on the layers a model is made of, whatever the model. Linear configs take nn.Linear, transformers' Conv1D and
-    the projections of nn.MultiheadAttention. FusedAttention takes nn.MultiheadAttention and torch's Transformer layers,
-    the attention of any transformers model that can exchange it, and the calls of scaled_dot_product_attention in a
-    model's own modules, which get their methods with that one call exchanged. A module that stands in
-    several places is replaced in all of them. A head that shares its weight with an embedding gets a copy of its own
-    while the embedding keeps its floats; the report says by how much memory grows then.
+    the projections of nn.MultiheadAttention; the int8 ones nn.Conv1d, nn.Conv2d and nn.ConvTranspose2d too.
+    FusedAttention takes nn.MultiheadAttention and torch's Transformer layers, the attention of any transformers model
+    that can exchange it, and the calls of scaled_dot_product_attention in a model's own modules, which get their
+    methods with that one call exchanged. A module that stands in several places is replaced in all of them. A head that
+    shares its weight with an embedding gets a copy of its own while the embedding keeps its floats; the report says by
+    how much memory grows then.
 
     Left alone, with the reason in the report: layers in other dtypes than float32 and bfloat16, on other devices than
     the CPU, with NaN or infinite weights, with hooks, parametrized or patched, compiled by torch.compile, subclasses
@@ -452,7 +458,8 @@ def _refuse_subclass(module: nn.Module) -> str | None:
         return None  # one of ours: nothing is left to do
     if parametrize.is_parametrized(module):
         return "its weight is parametrized, and is computed anew at every call"
-    return f"{type(module).__name__} is a subclass of nn.Linear and may compute something else"
+    kind = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules."))
+    return f"{type(module).__name__} is a subclass of nn.{kind.__name__} and may compute something else"
 
 
 def _note_of_shared(site: Site, new: nn.Module) -> str:
@@ -466,9 +473,31 @@ def _note_of_shared(site: Site, new: nn.Module) -> str:
     return f"{names} keeps the weight it shared, so that memory grows by {size / 1e6:.1f} MB"
 
 
+_INT8_CONVS = {nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d, nn.ConvTranspose2d: Int8ConvTranspose2d}
+
+
+def replace_conv(site: Site, build: Callable[[Conv], nn.Module]) -> Candidate | str | None:
+    """What a handler for convolutions says of a site, as `replace_linear` does for linear layers."""
+    module, conv = site.module, as_conv(site.module)
+    if conv is None:
+        return _refuse_subclass(module) if isinstance(module, tuple(_INT8_CONVS)) else None
+    if conv.weight.device.type != "cpu":
+        return f"the weight is on {conv.weight.device}, and int8 kernels run on the CPU"
+    if conv.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weight is {conv.weight.dtype}, and int8 kernels take float32 and bfloat16"
+    return replacement(site, lambda: build(conv), lambda new: _note_of_shared(site, new))
+
+
+def replace_int8(site: Site, input_scale: Callable[[], float | None]) -> Candidate | str | None:
+    """The int8 layer in place of a linear layer or a convolution; `input_scale` may raise ValueError with a reason."""
+    if isinstance(site.module, tuple(_INT8_CONVS)):
+        return replace_conv(site, lambda conv: _INT8_CONVS[type(conv)].from_float(conv, input_scale=input_scale()))
+    return replace_linear(site, lambda linear: Int8Linear.from_float(linear, input_scale=input_scale()), packed=True)
+
+
 @handles(Int8Dynamic)
 def _int8_dynamic(site: Site, config: Config) -> Candidate | str | None:
-    return replace_linear(site, Int8Linear.from_float, packed=True)
+    return replace_int8(site, lambda: None)
 
 
 @dataclass(frozen=True)
@@ -491,7 +520,7 @@ def _calibrate(model: nn.Module, asked: dict[Config, list[Site]]) -> dict[Config
             {
                 site.fqn: (site.module, make_observer(config.observer, config.percentile))
                 for site in asked[config]
-                if as_linear(site.module) is not None
+                if takes_static_scale(site.module)
             }
             for config in configs
         ]
@@ -502,10 +531,7 @@ def _calibrate(model: nn.Module, asked: dict[Config, list[Site]]) -> dict[Config
 
 @handles(CalibratedInt8)
 def _int8_static(site: Site, config: Config) -> Candidate | str | None:
-    def build(linear: nn.Linear) -> nn.Module:
-        return Int8Linear.from_float(linear, input_scale=config.calibration.scale(site.fqn))
-
-    return replace_linear(site, build, packed=True)
+    return replace_int8(site, lambda: config.calibration.scale(site.fqn))
 
 
 @handles(Int8WeightOnly)

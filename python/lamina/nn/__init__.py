@@ -7,6 +7,7 @@ from lamina.nn.attention import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
@@ -17,6 +18,9 @@ __all__ = [
     "GRU",
     "LSTM",
     "Int4WeightOnlyLinear",
+    "Int8Conv1d",
+    "Int8Conv2d",
+    "Int8ConvTranspose2d",
     "Int8GRU",
     "Int8LSTM",
     "Int8Linear",

@@ -5,11 +5,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lamina.nn.int8_input import Int8Input
 from lamina.nn.packed_linear import Int8PackedLinear
 from lamina.ops.int8_linear import PackedInt8Weight, call_int8_linear
 
 
-class Int8Linear(Int8PackedLinear):
+class Int8Linear(Int8Input, Int8PackedLinear):
     """nn.Linear with a frozen int8 weight: activations are quantized per row inside the op.
 
     The layer holds one copy of its weight, packed for the kernels: about a quarter of the float32 bytes. Its state_dict
@@ -30,8 +31,6 @@ class Int8Linear(Int8PackedLinear):
 
     >>> layer = lamina.nn.Int8Linear.from_float(nn.Linear(768, 3072))
     """
-
-    _kept_dtypes = (*Int8PackedLinear._kept_dtypes, "input_scale")
 
     def __init__(
         self,
@@ -71,13 +70,8 @@ class Int8Linear(Int8PackedLinear):
         input_scale: Tensor | float | None = None,
         out_dtype: torch.dtype | str | None = None,
     ) -> None:
-        if isinstance(out_dtype, str):
-            out_dtype = getattr(torch, out_dtype, out_dtype)
-        if out_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"Int8Linear: out_dtype is {out_dtype}, but must be None, torch.float32 or torch.bfloat16")
-        self.out_dtype = out_dtype
         super()._set(module, activation)
-        self.register_buffer("input_scale", None if input_scale is None else _input_scale(input_scale))
+        self._set_input(input_scale, out_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], float32 or bfloat16."""
@@ -103,38 +97,3 @@ class Int8Linear(Int8PackedLinear):
 
     def _multiply(self, input: Tensor, packed: PackedInt8Weight, bias: Tensor | None) -> Tensor:
         return call_int8_linear(input, *packed, bias, self._op_activation, None, self.input_scale, None, self.out_dtype)
-
-    def options(self) -> dict[str, str | None]:
-        """The constructor's keyword arguments beside the sizes, as `lamina.save` writes them."""
-        out_dtype = {} if self.out_dtype is None else {"out_dtype": str(self.out_dtype).removeprefix("torch.")}
-        return {**super().options(), **out_dtype}
-
-    def extra_repr(self) -> str:
-        scale = "" if self.input_scale is None else f", input_scale={self.input_scale.item():.4g}"
-        out_dtype = f", out_dtype={self.out_dtype}" if self.out_dtype else ""
-        return f"{super().extra_repr()}{scale}{out_dtype}"
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        name = prefix + "input_scale"
-        try:
-            scale = None if state_dict.get(name) is None else _input_scale(state_dict[name])
-        except ValueError as error:
-            errors.append(f"{name}: {error}")
-            return
-        rest = {k: v for k, v in state_dict.items() if k != name}
-        packed, before = self._packed, self._buffers["input_scale"]
-        # The buffer is None meanwhile, or torch would miss it.
-        self._buffers["input_scale"] = None
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
-        # Weight and static scale belong together: a checkpoint without one makes the layer dynamic.
-        self._buffers["input_scale"] = before if self._packed is packed else scale
-
-
-def _input_scale(scale: Tensor | float) -> Tensor:
-    """A copy as float32 []; refused here, so that no later call fails."""
-    scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone()
-    if scale.shape != ():
-        raise ValueError(f"Int8Linear: input_scale has shape {list(scale.shape)}, but must be a scalar []")
-    if not 1e-36 <= scale.item() < float("inf"):
-        raise ValueError(f"Int8Linear: input_scale is {scale.item():g}, but must be finite and at least 1e-36")
-    return scale

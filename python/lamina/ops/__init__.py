@@ -3,14 +3,20 @@
 from lamina.ops.attention import attention
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
+    PackedInt8ConvTransposeWeight,
     PackedInt8ConvWeight,
+    int8_conv1d,
     int8_conv2d,
+    int8_conv_transpose2d,
+    pack_int8_conv_transpose_weight,
     pack_int8_conv_weight,
+    unpack_int8_conv_transpose_weight,
     unpack_int8_conv_weight,
 )
 from lamina.ops.int8_gru import int8_gru
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
 from lamina.ops.int8_lstm import int8_lstm
+from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, int8_max_pool2d, int8_pool2d
 from lamina.ops.layer_norm import layer_norm
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
@@ -24,22 +30,31 @@ from lamina.ops.weight_only_linear import (
 
 __all__ = [
     "PackedInt4Weight",
+    "PackedInt8ConvTransposeWeight",
     "PackedInt8ConvWeight",
     "PackedInt8Weight",
     "attention",
     "gru",
+    "int8_adaptive_avg_pool2d",
+    "int8_avg_pool2d",
+    "int8_conv1d",
     "int8_conv2d",
+    "int8_conv_transpose2d",
     "int8_gru",
     "int8_linear",
     "int8_lstm",
+    "int8_max_pool2d",
+    "int8_pool2d",
     "layer_norm",
     "lstm",
     "pack_int4_weight",
+    "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
     "pack_int8_weight",
     "quantize_rows",
     "rms_norm",
     "unpack_int4_weight",
+    "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",
     "unpack_int8_weight",
     "weight_only_linear",

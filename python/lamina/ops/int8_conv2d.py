@@ -248,6 +248,19 @@ _backward_op = define(
 )
 
 
+def traced_conv_weight(packed: PackedInt8ConvWeight) -> Tensor:
+    """The dequantized weight [N, C / groups, KH, KW], float32, by an op that graphs can hold: the gradient of an input
+    as large as the kernel, for one output after the other."""
+    n, c, kh, kw = packed.size
+    one = torch.eye(n).reshape(n, n, 1, 1)
+    shape = [n, c * packed.groups, kh, kw]
+    whole = _backward_op(
+        one, packed.data, packed.scale, list(packed.size), shape, [1, 1], [0, 0, 0, 0], [1, 1], packed.groups
+    )
+    own = torch.arange(n) // (n // packed.groups)
+    return whole.reshape(n, packed.groups, c, kh, kw)[torch.arange(n), own]
+
+
 class _WithGradient(torch.autograd.Function):
     """The straight-through gradient: rounding and clamping count as the identity; x sees the dequantized weight."""
 
@@ -469,3 +482,202 @@ def int8_conv2d(
         out_scale,
         out_dtype,
     )
+
+
+def int8_conv1d(
+    x: Tensor,
+    packed_weight: PackedInt8ConvWeight,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`int8_conv2d` of images one row high: x [batch, channels, length] or [channels, length], weight [N, C, K].
+
+    >>> y = lamina.ops.int8_conv1d(x, lamina.ops.pack_int8_conv_weight(conv.weight), conv.bias, stride=2)
+    """
+    along = [each if isinstance(each, int | str) else each[0] for each in (stride, padding, dilation)]
+    y = int8_conv2d(
+        x.unsqueeze(-2),
+        packed_weight,
+        bias,
+        (1, along[0]),
+        along[1] if isinstance(along[1], str) else (0, along[1]),
+        (1, along[2]),
+        activation=activation,
+        residual=None if residual is None else residual.unsqueeze(-2),
+        residual_scale=residual_scale,
+        x_scale=x_scale,
+        out_scale=out_scale,
+        out_dtype=out_dtype,
+    )
+    return y.squeeze(-2)
+
+
+class PackedInt8ConvTransposeWeight(NamedTuple):
+    """An int8 weight of a transposed convolution: the packed weight of a plain one that gives all of its phases.
+
+    conv: [N * strides, C / groups, KH', KW']; kernel_size, stride, dilation: of the transposed convolution.
+    """
+
+    conv: PackedInt8ConvWeight
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def _spread(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """A kernel [..., KH, KW] with zeros between its taps and behind them, until its sizes are multiples of the stride.
+
+    With stride 1 the plain convolution has the dilation itself.
+    """
+    if max(stride) == 1:
+        return weight
+    for dim, (step, every) in enumerate(zip(dilation, stride, strict=True), start=-2):
+        size = (weight.shape[dim] - 1) * step + 1
+        shape = list(weight.shape)
+        shape[dim] = -(-size // every) * every
+        wide = weight.new_zeros(shape)
+        index = [slice(None)] * weight.ndim
+        index[dim] = slice(0, size, step)
+        wide[tuple(index)] = weight
+        weight = wide
+    return weight
+
+
+def _phases(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
+    """[C, N / groups, KH, KW] -> [N * strides, C / groups, KH', KW'], with the output's phase inside the channel.
+
+    Output row t = stride * q + r sees input row q - j through tap stride * j + r: for each r a plain convolution.
+    """
+    weight = _spread(weight, stride, dilation)
+    c, n, kh, kw = weight.shape
+    sy, sx = stride
+    split = weight.reshape(groups, c // groups, n, kh // sy, sy, kw // sx, sx).flip(3, 5)
+    return split.permute(0, 2, 4, 6, 1, 3, 5).reshape(groups * n * sy * sx, c // groups, kh // sy, kw // sx)
+
+
+def pack_int8_conv_transpose_weight(
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> PackedInt8ConvTransposeWeight:
+    """Pack a weight [C, N / groups, KH, KW] for `int8_conv_transpose2d`; float, or int8 with its scale [N].
+
+    >>> packed = lamina.ops.pack_int8_conv_transpose_weight(conv.weight, stride=2)
+    """
+    if weight.ndim != 4 or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"pack_int8_conv_transpose_weight: weight has shape {list(weight.shape)}, but must be [C, N / groups, KH, "
+            f"KW] with C a multiple of groups, {groups}"
+        )
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    c, n, *kernel = weight.shape
+    if weight.is_floating_point():
+        if scale is not None:
+            raise ValueError(
+                "pack_int8_conv_transpose_weight: scale goes with an int8 weight, but the weight is floating point"
+            )
+        # Output channels first, for the scales.
+        turned = weight.detach().reshape(groups, c // groups, n, *kernel).transpose(1, 2).flatten(0, 1)
+        codes, scale = quantize_weight(turned)
+        weight = codes.reshape(groups, n, c // groups, *kernel).transpose(1, 2).reshape(c, n, *kernel)
+    elif scale is None:
+        raise ValueError("pack_int8_conv_transpose_weight: an int8 weight needs its scale")
+    phases = _phases(weight, stride, dilation, groups)
+    conv = pack_int8_conv_weight(phases, scale.repeat_interleave(stride[0] * stride[1]), groups=groups)
+    return PackedInt8ConvTransposeWeight(conv, tuple(kernel), stride, dilation)
+
+
+def from_phases(weight: Tensor, packed: PackedInt8ConvTransposeWeight) -> Tensor:
+    """The weight [C, N / groups, KH, KW] of the plain convolution's, codes or floats: the inverse of `_phases`."""
+    (sy, sx), groups = packed.stride, packed.conv.groups
+    n, c, jy, jx = packed.conv.size
+    split = weight.reshape(groups, n // groups // sy // sx, sy, sx, c, jy, jx)
+    wide = split.permute(0, 4, 1, 5, 2, 6, 3).flip(3, 5).reshape(groups * c, -1, jy * sy, jx * sx)
+    if max(packed.stride) > 1:
+        ends = [(k - 1) * d + 1 for k, d in zip(packed.kernel_size, packed.dilation, strict=True)]
+        wide = wide[:, :, : ends[0] : packed.dilation[0], : ends[1] : packed.dilation[1]]
+    return wide.contiguous()
+
+
+def unpack_int8_conv_transpose_weight(packed: PackedInt8ConvTransposeWeight) -> tuple[Tensor, Tensor]:
+    """The int8 codes [C, N / groups, KH, KW] and their scale [N]."""
+    phases = packed.stride[0] * packed.stride[1]
+    return from_phases(unpack_int8_conv_weight(packed.conv), packed), packed.conv.scale[::phases].clone()
+
+
+def int8_conv_transpose2d(
+    x: Tensor,
+    packed_weight: PackedInt8ConvTransposeWeight,
+    bias: Tensor | None = None,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    *,
+    activation: str | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`activation(conv_transpose2d(x, weight) + bias)` with int8 arithmetic; stride, dilation and groups are the packed
+    weight's.
+
+    One `int8_conv2d` with stride 1 computes all phases of the stride as channels; they are then put between each other.
+
+    Args as in `int8_conv2d` and torch.nn.functional.conv_transpose2d. Returns [images, N, ...], channels_last.
+
+    >>> y = lamina.ops.int8_conv_transpose2d(x, lamina.ops.pack_int8_conv_transpose_weight(weight, stride=2), bias)
+    """
+    conv, kernel, stride, dilation = packed_weight
+    padding, output_padding = _pair("padding", padding), _pair("output_padding", output_padding)
+    if x.ndim == 3:
+        out = int8_conv_transpose2d(
+            x.unsqueeze(0),
+            packed_weight,
+            bias,
+            padding,
+            output_padding,
+            activation=activation,
+            x_scale=x_scale,
+            out_scale=out_scale,
+            out_dtype=out_dtype,
+        )
+        return out.squeeze(0)
+    steps = dilation if max(stride) == 1 else (1, 1)
+    sizes, around = [], []
+    for i in range(2):
+        size = (x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
+        if size < 1:
+            raise ValueError(f"int8_conv_transpose2d: the output would have {size} {('rows', 'columns')[i]}")
+        last = (padding[i] + size - 1) // stride[i]
+        around += [(conv.size[2 + i] - 1) * steps[i], max(0, last + 1 - x.shape[2 + i])]
+        sizes.append(size)
+    phases = stride[0] * stride[1]
+    y = call_int8_conv2d(
+        x,
+        conv,
+        bias if bias is None or phases == 1 else bias.repeat_interleave(phases),
+        (1, 1),
+        around,
+        steps,
+        activation or "none",
+        x_scale=x_scale,
+        out_scale=out_scale,
+        out_dtype=out_dtype,
+    )
+    if phases > 1:
+        images, channels, height, width = y.shape
+        split = y.reshape(images, channels // phases, *stride, height, width).permute(0, 4, 2, 5, 3, 1)
+        y = split.reshape(images, height * stride[0], width * stride[1], channels // phases).permute(0, 3, 1, 2)
+    y = y[:, :, padding[0] : padding[0] + sizes[0], padding[1] : padding[1] + sizes[1]]
+    return y.contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lamina.nn.convs import as_conv
 from lamina.nn.linears import as_linear
 from lamina.quant.observers import Observer, check_observer, make_observer
 from lamina.running import FilterFn, caller, evaluating, first_tensor
@@ -29,6 +30,11 @@ class Calibration:
         return self.scales[fqn]
 
 
+def takes_static_scale(module: nn.Module) -> bool:
+    """Whether an int8 layer with a static input scale can take the module's place."""
+    return as_linear(module) is not None or as_conv(module) is not None
+
+
 def calibrate(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -37,7 +43,7 @@ def calibrate(
     percentile: float = 99.99,
     filter_fn: FilterFn | None = None,
 ) -> Calibration:
-    """The input scale of every linear layer of `model`, to be used in `Int8Static` as often as you like.
+    """The input scale of every linear and convolutional layer of `model`, for `Int8Static`, as often as you like.
 
     Args:
         model: runs in eval mode and keeps its modes.
@@ -58,7 +64,7 @@ def calibrate(
     observed = {
         fqn: (module, make_observer(observer, percentile))
         for fqn, module in model.named_modules()
-        if as_linear(module) is not None and (filter_fn is None or filter_fn(module, fqn))
+        if takes_static_scale(module) and (filter_fn is None or filter_fn(module, fqn))
     }
     return observe(model, calibration, [observed], "calibrate")[0]
 

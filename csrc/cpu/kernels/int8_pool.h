@@ -1,0 +1,31 @@
+// Contract of int8_pool: the largest code, or the mean, of each channel over a window of pixels in NHWC.
+#pragma once
+
+#include "cpu/kernels/int8_conv.h"
+
+namespace lamina {
+
+// The window of one output coordinate, outside of which nothing is read: input coordinates first, first + step, ...,
+// and over how many the mean is taken.
+struct PoolWindow {
+  int64_t first;
+  int count;
+  int divisor;
+};
+
+struct Int8PoolArgs {
+  ConvImages x;  // int8
+  ConvImages out;
+  bool largest;                // else the mean
+  const PoolWindow *rows, *columns;  // of each output row and column
+  int step_y, step_x;
+  int64_t out_height, out_width;
+  int64_t row_begin, row_end;  // output rows to compute, counted through all images
+  int64_t channels;
+  int divisor;   // of all windows; 0: the windows' own
+  float factor;  // mean: out = float(sum) * (factor / divisor), int8 rounded half to even, clamped to [-127, 127]
+};
+
+extern const KernelTable<void(const Int8PoolArgs&)> int8_pool_table;
+
+}  // namespace lamina

@@ -1,0 +1,182 @@
+"""int8_pool2d: max, average and adaptive average pooling of int8 codes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lamina import _C
+from lamina.ops.library import define
+
+
+def _out_like(x: Tensor, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype) -> Tensor:
+    """An empty output, channels_last."""
+    sizes = []
+    for i in range(2):
+        if kind == "adaptive_avg":
+            sizes.append(kernel[i])
+            continue
+        room = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
+        size = (room + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
+        # No window begins behind the last pixel and its padding.
+        if ceil_mode and (size - 1) * stride[i] >= x.shape[2 + i] + padding[i]:
+            size -= 1
+        sizes.append(size)
+    dtype = torch.int8 if x_scale is None or out_scale is not None else out_dtype or torch.float32
+    return torch.empty((*x.shape[:2], *sizes), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _cpu(
+    x: Tensor,
+    kind: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if x.ndim == 3:
+        arguments = kind, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor
+        return _cpu(x.unsqueeze(0), *arguments, x_scale, out_scale, out_dtype).squeeze(0)
+    if x.ndim != 4:
+        raise ValueError(f"int8_pool2d: x has shape {list(x.shape)}, but must be [images, channels, height, width]")
+    if divisor is not None and divisor == 0:
+        raise ValueError("int8_pool2d: divisor_override is 0, but must not be")
+    if out_dtype is not None and (x_scale is None or out_scale is not None):
+        raise ValueError(
+            f"int8_pool2d: out_dtype {out_dtype} goes with a float mean: with x_scale and without out_scale"
+        )
+    if kind != "adaptive_avg":
+        for name, values in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
+            if min(values) < 1:
+                raise ValueError(f"int8_pool2d: {name} is {list(values)}, but must be positive")
+        for size, k, p, d in zip(x.shape[2:], kernel, padding, dilation, strict=True):
+            if size + 2 * p < d * (k - 1) + 1:
+                raise ValueError(
+                    f"int8_pool2d: the padded input has {size + 2 * p} pixels, but the kernel covers {d * (k - 1) + 1}"
+                )
+    elif min(kernel) < 0:
+        raise ValueError(f"int8_pool2d: the output's size is {list(kernel)}, but must not be negative")
+    out = _out_like(x, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype)
+    if x.shape[1] != 1 and x.stride(1) != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    _C.int8_pool2d(x, kind, kernel, stride, padding, dilation, count_include_pad, divisor or 0, x_scale, out_scale, out)
+    return out
+
+
+def _fake(
+    x: Tensor,
+    kind: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    torch._check(x.ndim in (3, 4), lambda: f"int8_pool2d: x has {x.ndim} dimensions, but must have 3 or 4")
+    batched = x if x.ndim == 4 else x.unsqueeze(0)
+    out = _out_like(batched, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype)
+    return out if x.ndim == 4 else out.squeeze(0)
+
+
+_op = define(
+    "int8_pool2d(Tensor x, str kind, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
+    "bool count_include_pad, int? divisor, Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) "
+    "-> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
+
+
+def int8_pool2d(
+    x: Tensor,
+    kind: str,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Pooling of int8 codes: the largest code of each window and channel, or the mean.
+
+    Sums are exact in int32, and multiplied once, in float32, by x_scale / out_scale / divisor. Codes are rounded half
+    to even and clamped to [-127, 127]; all results are the same bits on every instruction set.
+
+    Args:
+        x: [images, channels, height, width] or [channels, height, width], int8; best in torch.channels_last.
+        kind: "max", "avg" or "adaptive_avg".
+        kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override: as in
+            torch.nn.functional.max_pool2d and avg_pool2d; kernel_size is the output's size for "adaptive_avg".
+        x_scale, out_scale: of a mean, float32 scalar tensors []: with both, codes in steps of out_scale; with x_scale
+            alone, float values; without, codes in the steps of x.
+        out_dtype: of float values, torch.float32 (the default) or torch.bfloat16.
+
+    Returns [images, channels, ...], channels_last. Raises ValueError when shapes, dtypes or scales do not fit.
+
+    >>> codes = lamina.ops.int8_pool2d(codes, "max", 3, stride=2, padding=1)
+    """
+    stride = kernel_size if stride is None else stride
+    pairs = (_pair(value) for value in (kernel_size, stride, padding, dilation))
+    return _op(x, kind, *pairs, ceil_mode, count_include_pad, divisor_override, x_scale, out_scale, out_dtype)
+
+
+def int8_max_pool2d(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`int8_pool2d` of kind "max"; codes keep their scale.
+
+    >>> codes = lamina.ops.int8_max_pool2d(codes, 3, stride=2, padding=1)
+    """
+    return int8_pool2d(x, "max", kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def int8_avg_pool2d(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    **scales,
+) -> Tensor:
+    """`int8_pool2d` of kind "avg"; `scales` are its keyword-only arguments.
+
+    >>> codes = lamina.ops.int8_avg_pool2d(codes, 2)
+    """
+    return int8_pool2d(
+        x, "avg", kernel_size, stride, padding, 1, ceil_mode, count_include_pad, divisor_override, **scales
+    )
+
+
+def int8_adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int], **scales) -> Tensor:
+    """`int8_pool2d` of kind "adaptive_avg"; `scales` are its keyword-only arguments.
+
+    >>> features = lamina.ops.int8_adaptive_avg_pool2d(codes, 1, x_scale=scale)
+    """
+    return int8_pool2d(x, "adaptive_avg", output_size, 1, **scales)
