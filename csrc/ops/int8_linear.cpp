@@ -72,16 +72,40 @@ void add_offset(const TensorView& x, const OffsetCodes& to) {
   });
 }
 
-// Into how many shares the rows are split, the rest of the threads going to panels of channels. Splitting panels reads
-// each weight once per call; splitting rows as well balances better when the panels do not divide by the threads.
-int64_t row_shares(int64_t row_tiles, int64_t panels, int64_t threads) {
+// x, and where its rows go as codes with an offset.
+struct Input {
+  const TensorView& x;
+  const TensorView* row_scales;  // of int8 x with a scale for each row, or null
+  float scale;                   // else: the one scale, or 0 for one that is found for each row
+  OffsetCodes codes;
+
+  OffsetCodes codes_from(int64_t row) const {
+    return {codes.codes + row * codes.ld, codes.ld, codes.k_padded, codes.scales + row};
+  }
+
+  void prepare(int64_t begin, int64_t end) const {
+    const int64_t shape[2] = {end - begin, x.size(1)};
+    TensorView rows = x;
+    rows.shape = shape;
+    rows.data = x.as<char>() + begin * x.stride(0) * (x.dtype == DType::float32 ? 4 : x.dtype == DType::int8 ? 1 : 2);
+    if (x.dtype != DType::int8) return quantize_rows_with_offset(rows, scale, codes_from(begin));
+    add_offset(rows, codes_from(begin));
+    for (int64_t i = begin; i < end; ++i) {
+      codes.scales[i] = row_scales ? row_scales->as<float>()[i * row_scales->stride(0)] : scale;
+    }
+  }
+};
+
+// Into how many shares the rows are split, the rest of the threads going to panels of channels. A share of rows makes
+// its own codes and waits for nobody, but reads all the weights: rows first, then, while a share stays worth that.
+int64_t row_shares(int64_t rows, int64_t panels, int64_t threads) {
   const auto load = [&](int64_t shares) {
     const int64_t columns = std::max<int64_t>(1, threads / shares);
-    return ((row_tiles + shares - 1) / shares) * ((panels + columns - 1) / columns);
+    return ((rows + shares - 1) / shares) * ((panels + columns - 1) / columns);
   };
   int64_t best = 1;
-  for (int64_t shares = 2; shares <= std::min(row_tiles, threads); ++shares) {
-    if (threads % shares == 0 && load(shares) * 100 < load(best) * 95) best = shares;
+  for (int64_t shares = 2; shares <= std::min(rows / tuning::kInt8RowsPerShare, threads); ++shares) {
+    if (threads % shares == 0 && load(shares) <= load(best)) best = shares;
   }
   return best;
 }
@@ -103,25 +127,30 @@ EpilogueMatrix part_of(const EpilogueMatrix& m, int64_t row, int64_t column) {
   return {static_cast<char*>(m.data) + (row * m.ld + column) * m.format, m.ld, m.format};
 }
 
-void multiply(const OffsetCodes& x, int64_t rows, const PackedShape& shape, const Call& call) {
-  const auto gemm = int8_gemm_table.get();
+void multiply(const Input& input, int64_t rows, const PackedShape& shape, const Call& call) {
   const int64_t work = rows * shape.n * shape.k / tuning::kInt8WorkPerThread;
   const int64_t threads = std::clamp<int64_t>(work, 1, max_threads());
-  const int64_t tiles = (rows + 5) / 6;
-  const int64_t by_rows = row_shares(tiles, shape.panels, threads);
+  const int64_t by_rows = row_shares(rows, shape.panels, threads);
   const int64_t by_panels = std::min(shape.panels, std::max<int64_t>(1, threads / by_rows));
-  const int64_t block = std::max<int64_t>(6, tuning::kInt8RowBlockBytes / x.ld / 6 * 6);
+  if (by_panels > 1) input.prepare(0, rows);
+  // Last here and in each task: last_isa() is to name this kernel, also on a thread that gets no task.
+  int8_gemm_table.get();
 
   parallel_tasks(by_rows * by_panels, [&](int64_t task) {
     const int64_t r = task / by_panels, p = task % by_panels;
-    const int64_t row_end = std::min(rows, tiles * (r + 1) / by_rows * 6);
+    const int64_t begin = rows * r / by_rows, count = rows * (r + 1) / by_rows - begin;
     const int64_t panel_begin = shape.panels * p / by_panels, panel_end = shape.panels * (p + 1) / by_panels;
     const int64_t first = panel_begin * kPanel;
-    for (int64_t row = tiles * r / by_rows * 6; row < row_end; row += block) {
-      gemm({.codes = x.codes + row * x.ld,
-            .ld_codes = x.ld,
-            .x_scales = x.scales + row,
-            .rows = std::min(block, row_end - row),
+    const int64_t blocks = (count * input.codes.ld + tuning::kInt8RowBlockBytes - 1) / tuning::kInt8RowBlockBytes;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = begin + count * block / blocks, end = begin + count * (block + 1) / blocks;
+      if (by_panels == 1) input.prepare(row, end);
+      const auto gemm = int8_gemm_table.get();
+      const OffsetCodes codes = input.codes_from(row);
+      gemm({.codes = codes.codes,
+            .ld_codes = codes.ld,
+            .x_scales = codes.scales,
+            .rows = end - row,
             .k_padded = shape.k_padded,
             .panels = call.data + shape.offset(panel_begin),
             .channels = std::min(shape.n, panel_end * kPanel) - first,
@@ -267,16 +296,11 @@ void int8_linear(const TensorView& x, const TensorView& data, const TensorView& 
   if (rows == 0 || shape.n == 0) return;
 
   const int64_t ld = round_up(shape.k_padded, 64) + tuning::kInt8RowPadding;
-  const OffsetCodes x_codes{frame.take<uint8_t>(rows * ld), ld, shape.k_padded, frame.take<float>(rows)};
-  if (quantized) {
-    add_offset(x, x_codes);
-    for (int64_t i = 0; i < rows; ++i) {
-      x_codes.scales[i] = scale_per_row ? x_scale->as<float>()[i * x_scale->stride(0)] : given_scale;
-    }
-  } else {
-    quantize_rows_with_offset(x, given_scale, x_codes);
-  }
-  multiply(x_codes, rows, shape, call);
+  const Input input{.x = x,
+                    .row_scales = scale_per_row ? &*x_scale : nullptr,
+                    .scale = given_scale,
+                    .codes = {frame.take<uint8_t>(rows * ld), ld, shape.k_padded, frame.take<float>(rows)}};
+  multiply(input, rows, shape, call);
 }
 
 }  // namespace lamina

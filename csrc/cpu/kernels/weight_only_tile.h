@@ -1,8 +1,10 @@
 // The part of weight_only_gemm that every variant shares: bias, activation and the output of one tile.
 #pragma once
 
-#include "cpu/kernels/int8_tile.h"
+#include "cpu/kernels/row_tiles.h"
 #include "cpu/kernels/weight_only_gemm.h"
+#include "cpu/tuning.h"
+#include "cpu/vec/activate.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {

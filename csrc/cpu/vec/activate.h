@@ -25,6 +25,17 @@ LAMINA_INLINE F32 activate(F32 x) {
   return x;
 }
 
+// The table of an activation that is gated(x, table), or null.
+LAMINA_INLINE const GateTable* gate_table(Activation activation) {
+  switch (activation) {
+    case Activation::gelu: return &kPhiTable;
+    case Activation::gelu_tanh: return &kTanhPhiTable;
+    case Activation::quick_gelu: return &kQuickTable;
+    case Activation::silu: return &kSigmoidTable;
+    default: return nullptr;
+  }
+}
+
 // body.operator()<A>() for the activation of a call, so that loops are compiled for each.
 template <class Body>
 LAMINA_INLINE void with_activation(Activation activation, const Body& body) {

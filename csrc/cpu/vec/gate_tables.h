@@ -11,6 +11,7 @@ namespace {
 
 struct GateTable {
   float powers[4][32];
+  float scale, limit;  // u = 1 + scale a up to a = limit, where u is the last float below 16, fused or not
 };
 
 // -Phi(-a) of GELU, a up to 5: |error of a g| < 1.5e-6.
@@ -34,7 +35,9 @@ alignas(64) constexpr GateTable kPhiTable = {
       -1.265871e-4f,  2.3802738e-4f,  6.332987e-4f,   9.0749573e-4f,  0.0010577335f,  0.0010967915f,  0.0010476466f,
       9.381285e-4f,   7.954112e-4f,   5.6784484e-4f,  3.1361252e-4f,  1.4880767e-4f,  6.132266e-5f,   2.209972e-5f,
       6.9980306e-6f,  1.9537047e-6f,  9.930073e-6f,   -0.0024607645f, -0.0024479632f, -0.0024224725f, -0.0023845125f,
-      -0.00233441f,   -0.0022725963f, -0.002199599f,  -0.0021157209f}}};
+      -0.00233441f,   -0.0022725963f, -0.002199599f,  -0.0021157209f}},
+    2.9999998f,
+    5.0f};
 
 // -1 / (1 + e^z), z = 2 sqrt(2/pi) (a + 0.044715 a^3), of the tanh form of GELU, a up to 4.9: 1.3e-6.
 alignas(64) constexpr GateTable kTanhPhiTable = {
@@ -57,7 +60,9 @@ alignas(64) constexpr GateTable kTanhPhiTable = {
       -1.6025499e-4f, 1.8070923e-4f,  5.5280735e-4f,  8.1534847e-4f,  9.660985e-4f,   0.0010165933f, 9.867746e-4f,
       9.00397e-4f,    7.8038214e-4f,  5.786506e-4f,   3.3804006e-4f,  1.688428e-4f,   7.1734525e-5f, 2.564061e-5f,
       7.6076826e-6f,  1.8474476e-6f,  3.3537374e-6f,  -0.002327554f,  -0.0023157177f, -0.002292147f, -0.0022570416f,
-      -0.0022106997f, -0.002153513f,  -0.0020859635f, -0.002008386f}}};
+      -0.0022106997f, -0.002153513f,  -0.0020859635f, -0.002008386f}},
+    3.0612245f,
+    4.8999996f};
 
 // -1 / (1 + e^a) of SiLU, a up to 15.5: 2.9e-6.
 alignas(64) constexpr GateTable kSigmoidTable = {
@@ -80,7 +85,17 @@ alignas(64) constexpr GateTable kSigmoidTable = {
       0.006152043f,   0.0048063807f, 0.0032276788f, 0.0020640583f, 0.0012829903f, 7.842845e-4f,  4.7471284e-4f,
       2.8565197e-4f,  1.7128683e-4f, 8.0170576e-5f, 2.8607703e-5f, 1.0191739e-5f, 3.6286654e-6f, 1.2916294e-6f,
       4.5970654e-7f,  1.6360572e-7f, 6.175421e-6f,  -0.022876924f, -0.022122096f, -0.02064957f,  -0.018582977f,
-      -0.016053645f,  -0.013208543f, -0.010207151f, -0.007200307f}}};
+      -0.016053645f,  -0.013208543f, -0.010207151f, -0.007200307f}},
+    0.9677419f,
+    15.499999f};
+
+// The same for -1 / (1 + e^(1.702 a)) of CLIP's GELU: its error is that of SiLU over 1.702.
+constexpr GateTable narrowed(GateTable table, float scale, float limit) {
+  table.scale = scale;
+  table.limit = limit;
+  return table;
+}
+alignas(64) constexpr GateTable kQuickTable = narrowed(kSigmoidTable, 1.6470968f, 9.106933f);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

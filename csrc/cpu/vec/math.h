@@ -40,15 +40,14 @@ LAMINA_INLINE F32 log_of_normal(F32 x) {
   return fmadd(to_float(e), set1(0.693147181f), p);
 }
 
-// x g(x) for a gate with g(-x) = 1 - g(x), by its table: max(x, 0) - |x| g(-|x|). `limit` is the |x| that the table
-// ends at, where u is the last float below 16 with and without fused multiply-add; beyond, the result is x or 0
-// exactly. Near 0 it is exact relative to x, and NaN stays NaN.
+// x g(x) for a gate with g(-x) = 1 - g(x), by its table: max(x, 0) - |x| g(-|x|). Beyond the table's end the result is
+// x or 0 exactly. Near 0 it is exact relative to x, and NaN stays NaN.
 //
 // An activation competes with the int8 kernel it is fused into for the multipliers. This takes 5 products; e^-x with a
 // division takes 11 or more.
-LAMINA_INLINE F32 gated(F32 x, const GateTable& table, float scale, float limit) {
-  const F32 a = min(set1(limit), and_bits(x, 0x7fffffffu));  // in this order a NaN stays
-  const F32 u = fmadd(a, set1(scale), set1(1.0f));
+LAMINA_INLINE F32 gated(F32 x, const GateTable& table) {
+  const F32 a = min(set1(table.limit), and_bits(x, 0x7fffffffu));  // in this order a NaN stays
+  const F32 u = fmadd(a, set1(table.scale), set1(1.0f));
   const I32 piece = shift_right(bits_of(u), 20);
   const F32 f = u - or_bits(u, 0x000fffffu);
   F32 g = lookup32(table.powers[3], piece);
@@ -59,16 +58,16 @@ LAMINA_INLINE F32 gated(F32 x, const GateTable& table, float scale, float limit)
 }
 
 // GELU, x Phi(x), absolute error 1.5e-6.
-LAMINA_INLINE F32 gelu_erf(F32 x) { return gated(x, kPhiTable, 2.9999998f, 5.0f); }
+LAMINA_INLINE F32 gelu_erf(F32 x) { return gated(x, kPhiTable); }
 
 // The tanh form of GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), absolute error 1.3e-6.
-LAMINA_INLINE F32 gelu_tanh(F32 x) { return gated(x, kTanhPhiTable, 3.0612245f, 4.8999996f); }
+LAMINA_INLINE F32 gelu_tanh(F32 x) { return gated(x, kTanhPhiTable); }
 
 // x sigmoid(x), absolute error 2.9e-6.
-LAMINA_INLINE F32 silu(F32 x) { return gated(x, kSigmoidTable, 0.9677419f, 15.499999f); }
+LAMINA_INLINE F32 silu(F32 x) { return gated(x, kSigmoidTable); }
 
 // The GELU of CLIP, x sigmoid(1.702 x), absolute error 1.7e-6.
-LAMINA_INLINE F32 quick_gelu(F32 x) { return gated(x, kSigmoidTable, 1.6470968f, 9.106933f); }
+LAMINA_INLINE F32 quick_gelu(F32 x) { return gated(x, kQuickTable); }
 
 // 1 - 2 / (1 + e^2x), absolute error 7e-7; beyond the clamp it is 1 to the last bit.
 LAMINA_INLINE F32 tanh(F32 x) {
