@@ -139,6 +139,17 @@ def test_first_call_of_a_turn_is_not_timed():
     assert found["b"].q80 == pytest.approx(2e-3)
 
 
+def test_data_that_takes_several_calls_to_be_cached_is_warm_when_timed():
+    clock = Clock()
+
+    def warming_up(clock):
+        last = next((i for i, name in enumerate(reversed(clock.calls[:-1])) if name != "a"), 99)
+        return 1e-3 if last < 5 else 4e-4
+
+    found = timing.measure({"a": clock.contender("a", warming_up), "b": clock.contender("b", 1e-3)}, clock=clock)
+    assert found["a"].q80 == pytest.approx(4e-4)
+
+
 def test_cold_calls_are_flushed_outside_the_time():
     clock = Clock()
     flushed = []
