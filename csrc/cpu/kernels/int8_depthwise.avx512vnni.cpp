@@ -5,8 +5,8 @@
 // the packs of the epilogue are the exact inverse, so the codes come out in order without another shuffle. What is per
 // channel (weights, scales, bias) is brought into the order of the registers once per call.
 //
-// 3 x 3 with stride 1: the four rows serve two output rows (weights w0 w1 w2 0 and 0 w0 w1 w2), and three interleaved
-// columns stay in registers while the output walks along the row.
+// 3 x 3 with stride 1: the four rows serve two output rows (weights w0 w1 w2 0 and 0 w0 w1 w2), and four interleaved
+// columns in registers serve two neighbouring outputs, which share the loads of weights.
 // All else: interleaved columns of 16 outputs go through L1, and four outputs share each weight.
 #include "cpu/kernels/int8_depthwise.h"
 
@@ -91,15 +91,23 @@ struct Folded {
         lowest(_mm512_set1_epi8(char(int(b.a.end.lowest)))),
         highest(_mm512_set1_epi8(char(int(b.a.end.highest)))) {}
 
-  LAMINA_INLINE __m512i codes(const Quad& sums) const {
-    __m512i i[4];
+  // The codes of N pixels.
+  template <int N>
+  LAMINA_INLINE void codes(const Quad (&sums)[N], __m512i (&to)[N]) const {
+    __m512i i[N][4];
     LAMINA_UNROLL
     for (int j = 0; j < 4; ++j) {
-      const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums.r[j]), _mm512_castsi512_ps(scale.r[j]));
-      i[j] = _mm512_cvtps_epi32(_mm512_add_ps(y, _mm512_castsi512_ps(bias.r[j])));
+      LAMINA_UNROLL
+      for (int n = 0; n < N; ++n) {
+        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[n].r[j]), _mm512_castsi512_ps(scale.r[j]));
+        i[n][j] = _mm512_cvtps_epi32(_mm512_add_ps(y, _mm512_castsi512_ps(bias.r[j])));
+      }
     }
-    const __m512i all = _mm512_packs_epi16(_mm512_packs_epi32(i[0], i[1]), _mm512_packs_epi32(i[2], i[3]));
-    return _mm512_min_epi8(_mm512_max_epi8(all, lowest), highest);
+    LAMINA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const __m512i words = _mm512_packs_epi32(i[n][0], i[n][1]), more = _mm512_packs_epi32(i[n][2], i[n][3]);
+      to[n] = _mm512_min_epi8(_mm512_max_epi8(_mm512_packs_epi16(words, more), lowest), highest);
+    }
   }
 };
 
@@ -142,37 +150,35 @@ LAMINA_INLINE void rows_of_3x3(const Block& b, const Quad (&w)[2][3], int64_t im
     at += a.pixel;
     return q;
   };
-  const auto output = [&](int64_t ox, const Quad& p, const Quad& q, const Quad& r) __attribute__((always_inline)) {
+  // N neighbouring outputs, which share the loads of weights, scales and biases.
+  const auto outputs = [&]<int N>(int64_t ox, const Quad(&c)[N + 2]) __attribute__((always_inline)) {
     LAMINA_UNROLL
     for (int h = 0; h < Rows; ++h) {
-      Quad acc = b.negative;
+      Quad acc[N];
       LAMINA_UNROLL
-      for (int j = 0; j < 4; ++j) dot4(acc.r[j], p.r[j], w[h][0].r[j]);
-      LAMINA_UNROLL
-      for (int j = 0; j < 4; ++j) dot4(acc.r[j], q.r[j], w[h][1].r[j]);
-      LAMINA_UNROLL
-      for (int j = 0; j < 4; ++j) dot4(acc.r[j], r.r[j], w[h][2].r[j]);
+      for (int j = 0; j < 4; ++j) {
+        LAMINA_UNROLL
+        for (int i = 0; i < N; ++i) acc[i].r[j] = b.negative.r[j];
+        LAMINA_UNROLL
+        for (int kx = 0; kx < 3; ++kx) {
+          const __m512i weight = w[h][kx].r[j];
+          LAMINA_UNROLL
+          for (int i = 0; i < N; ++i) dot4(acc[i].r[j], c[i + kx].r[j], weight);
+        }
+      }
       take(h, ox, acc);
     }
   };
-  Quad p = column(), q = column(), r;
+  Quad c[4] = {column(), column(), {}, {}};
   int64_t ox = 0;
-  for (; ox + 3 <= a.out_width; ox += 3) {
-    r = column();
-    output(ox, p, q, r);
-    p = column();
-    output(ox + 1, q, r, p);
-    q = column();
-    output(ox + 2, r, p, q);
+  for (; ox + 2 <= a.out_width; ox += 2) {
+    c[2] = column();
+    c[3] = column();
+    outputs.template operator()<2>(ox, c);
+    c[0] = c[2];
+    c[1] = c[3];
   }
-  if (ox < a.out_width) {
-    r = column();
-    output(ox, p, q, r);
-  }
-  if (ox + 1 < a.out_width) {
-    p = column();
-    output(ox + 1, q, r, p);
-  }
+  if (ox < a.out_width) outputs.template operator()<1>(ox, {c[0], c[1], column()});
 }
 
 // One output row of any kernel.
@@ -214,8 +220,7 @@ void row_of_any(const Block& b, const Quad* w, int64_t image, int64_t y, Quad* c
           }
         }
       }
-      LAMINA_UNROLL
-      for (int i = 0; i < N; ++i) take(0, first + at + i, acc[i]);
+      take(0, first + at, acc);
     };
     int at = 0;
     for (; at + 4 <= count; at += 4) outputs.template operator()<4>(at);
@@ -234,7 +239,7 @@ LAMINA_INLINE void for_each_row(const Int8DepthwiseArgs& a, bool pairs, const Ro
   }
 }
 
-// A block whose sums go to take(image, y)(row of two, column, sums).
+// A block whose sums go to take(image, y)(row of two, first column, sums of some columns).
 template <class Take>
 void block_rows(const Block& b, Quad* scratch, const Take& take) {
   const Int8DepthwiseArgs& a = b.a;
@@ -279,13 +284,19 @@ void int8_depthwise(const Int8DepthwiseArgs& a) {
       block_rows(b, scratch, [&](int64_t image, int64_t y) {
         const Folded folded(b, end.scale + image * end.image_scale);
         int8_t* row = out + image * end.out.image + y * end.out.row;
-        return [=, &b](int h, int64_t ox, const Quad& sums) __attribute__((always_inline)) {
-          store_block(b, row + h * end.out.row + ox * end.out.column, folded.codes(sums));
+        return [=, &b]<int N>(int h, int64_t ox, const Quad(&sums)[N]) __attribute__((always_inline)) {
+          __m512i codes[N];
+          folded.codes(sums, codes);
+          int8_t* to = row + h * end.out.row + ox * end.out.column;
+          LAMINA_UNROLL
+          for (int i = 0; i < N; ++i) store_block(b, to + i * end.out.column, codes[i]);
         };
       });
     } else {
       block_rows(b, scratch, [&](int64_t image, int64_t y) {
-        return [=, &b](int h, int64_t ox, const Quad& sums) { finish_pixel(b, image, y + h, ox, sums); };
+        return [=, &b]<int N>(int h, int64_t ox, const Quad(&sums)[N]) {
+          for (int i = 0; i < N; ++i) finish_pixel(b, image, y + h, ox + i, sums[i]);
+        };
       });
     }
   }

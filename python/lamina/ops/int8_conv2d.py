@@ -79,12 +79,13 @@ def _pixels_together(t: Tensor, rows_too: bool = False) -> Tensor:
 
 def _out_like(x: Tensor, size: Sequence[int], stride, padding, dilation, dtype: torch.dtype | None) -> Tensor:
     """An empty output, channels_last."""
-    height, width = (
-        (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (size[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
+    images, _, height, width = x.shape
+    top, bottom, left, right = padding
+    out_height = (height + top + bottom - dilation[0] * (size[2] - 1) - 1) // stride[0] + 1
+    out_width = (width + left + right - dilation[1] * (size[3] - 1) - 1) // stride[1] + 1
+    return torch.empty(
+        (images, size[0], out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
-    shape = x.shape[0], size[0], height, width
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _out_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
