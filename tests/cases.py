@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import lamina
 from lamina.reference.attention import attention as attention_reference
+from lamina.reference.attention_backward import attention_backward as attention_backward_reference
 from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
 from lamina.reference.int8_conv2d import quantize_images
@@ -933,6 +934,205 @@ def _largest(truth: Tensor) -> float:
 
 def attention_suite() -> Suite:
     return Suite("attention", tuple(_attention_cases()), attention_truth, attention_check)
+
+
+# -- attention_backward
+
+
+def _attention_backward_case(
+    name: str,
+    *lead: int,
+    q: int,
+    s: int,
+    d: int,
+    dv: int | None = None,
+    kv_lead: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    mask: tuple[int, ...] | None = None,
+    mask_dtype: torch.dtype = torch.bool,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    bottom_right: bool = False,
+    softcap: float = 0.0,
+    slopes: tuple[int, ...] | None = None,
+    sinks: bool = False,
+    lse_gradient: bool = False,
+    dropout_p: float = 0.0,
+    tags: str = "",
+) -> Case:
+    """Output and log-sum-exp are those of the float64 reference, rounded."""
+    floats = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def make(generator: torch.Generator) -> tuple:
+        forward = _attention_case(
+            name,
+            *lead,
+            q=q,
+            s=s,
+            d=d,
+            dv=dv,
+            kv_lead=kv_lead,
+            dtype=dtype,
+            layout=layout,
+            mask=mask,
+            mask_dtype=mask_dtype,
+            causal=causal,
+        )
+        query, key, value, attn_mask, _, scale, gqa = forward.make(generator)
+        alibi = torch.rand(slopes, generator=generator, dtype=floats) if slopes else None
+        sink = torch.randn(lead[-1], generator=generator, dtype=floats) if sinks else None
+        seed = torch.tensor(20) if dropout_p else None
+        options = {"window": window, "softcap": softcap, "seed": seed, "alibi_slopes": alibi, "sinks": sink}
+        out, lse = attention_reference(
+            query.double(),
+            key.double(),
+            value.double(),
+            attn_mask,
+            dropout_p,
+            causal,
+            scale,
+            gqa,
+            causal_alignment="bottom_right" if bottom_right else "top_left",
+            return_lse=True,
+            **options,
+        )
+        grad_out = LAYOUTS[layout](torch.randn(*out.shape, generator=generator).to(dtype))
+        grad_lse = torch.randn(lse.shape, generator=generator).to(floats) if lse_gradient else None
+        tensors = grad_out, query, key, value, out.to(dtype), lse.to(floats), grad_lse, attn_mask
+        rest = causal, scale, *window, bottom_right, softcap, alibi, sink, dropout_p, seed
+        wanted = attn_mask is not None and attn_mask.is_floating_point(), alibi is not None, sink is not None
+        return *tensors, *rest, *wanted
+
+    words = set(tags.split())
+    if 0 in (*lead, q, s, dv):
+        words.add("empty")
+    if layout != "contiguous":
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    if len(lead) != 2:
+        words.add("nd")
+    return Case(name, make, frozenset(words))
+
+
+def _attention_backward_cases() -> list[Case]:
+    case = _attention_backward_case
+    f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    return [
+        case("no_batch", 0, 2, q=4, s=5, d=8),
+        case("no_queries", 2, 2, q=0, s=5, d=8),
+        case("no_keys", 2, 2, q=4, s=0, d=8),
+        case("no_value_size", 2, 2, q=4, s=5, d=8, dv=0),
+        case("ones", 1, 1, q=1, s=1, d=1, tags="one"),
+        case("one_query", 1, 3, q=1, s=77, d=64, tags="one"),
+        case("one_key", 1, 3, q=9, s=1, d=64, tags="one"),
+        case("primes", 2, 3, q=37, s=53, d=29, dv=31, tags="odd"),
+        # Row blocks of 64 and registers of 4, 8 and 16; chunks of 96 keys; ranges of 384 keys for few heads.
+        *(case(f"queries_{q}", 1, 2, q=q, s=19, d=16, tags="odd") for q in (15, 17, 65)),
+        *(case(f"keys_{s}", 1, 2, q=5, s=s, d=16, tags="odd") for s in (95, 97, 385)),
+        *(case(f"head_{d}", 1, 2, q=5, s=21, d=d) for d in (3, 64, 80, 256)),
+        case("value_1", 1, 2, q=5, s=21, d=24, dv=1),
+        *(case(f"bf16_head_{d}", 1, 2, q=5, s=21, d=d, dtype=bf16, tags="odd") for d in (1, 17, 64)),
+        case("bf16_keys", 1, 2, q=66, s=97, d=32, dtype=bf16, tags="odd"),
+        case("f16", 1, 2, q=66, s=97, d=32, dtype=f16, causal=True),
+        case("f64", 1, 2, q=9, s=11, d=5, dtype=f64, causal=True, mask=(9, 11), mask_dtype=f64, sinks=True),
+        case("causal", 1, 2, q=130, s=70, d=16, causal=True, tags="odd"),
+        case("causal_bottom_right", 1, 2, q=40, s=100, d=16, causal=True, bottom_right=True),
+        case("window", 1, 2, q=130, s=150, d=16, window=(20, 9), bottom_right=True),
+        case("window_bf16", 1, 2, q=130, s=130, d=16, window=(20, 0), dtype=bf16),
+        *(
+            case(f"layout_{name}", 2, 3, q=18, s=25, d=20, layout=name)
+            for name in ("transposed", "heads_inside", "misaligned", "sliced", "every_second", "rows_repeated")
+        ),
+        case("bf16_layout_sliced", 2, 3, q=18, s=25, d=20, layout="sliced", dtype=bf16),
+        case("mask", 2, 3, q=18, s=25, d=16, mask=(2, 1, 18, 25)),
+        case("mask_of_keys_bf16", 2, 3, q=18, s=25, d=16, mask=(2, 1, 1, 25), dtype=bf16),
+        case("mask_added", 2, 3, q=18, s=25, d=16, mask=(2, 3, 18, 25), mask_dtype=f32),
+        case("mask_added_matrix", 2, 3, q=18, s=25, d=16, mask=(18, 25), mask_dtype=f32),
+        case("mask_added_heads", 2, 4, q=18, s=25, d=16, mask=(4, 1, 25), mask_dtype=f32, kv_lead=(2, 2)),
+        case("mask_added_bf16", 2, 3, q=18, s=25, d=16, mask=(2, 1, 18, 25), mask_dtype=bf16, dtype=bf16),
+        case("softcap", 2, 3, q=18, s=25, d=16, softcap=2.0, mask=(18, 25), mask_dtype=f32),
+        case("alibi", 2, 3, q=18, s=25, d=16, slopes=(3,), causal=True),
+        case("alibi_of_batches_bf16", 2, 3, q=18, s=25, d=16, slopes=(2, 3), bottom_right=True, dtype=bf16),
+        case("sinks", 2, 3, q=18, s=25, d=16, sinks=True, lse_gradient=True, causal=True),
+        case("dropout", 2, 3, q=38, s=45, d=16, dropout_p=0.3),
+        case("dropout_bf16", 2, 3, q=38, s=45, d=16, dropout_p=0.3, causal=True, dtype=bf16),
+        case("grouped", 2, 6, q=21, s=40, d=16, kv_lead=(2, 2), causal=True),
+        case("matrices", q=9, s=12, d=16),
+        case("three_dimensions", 3, q=9, s=12, d=16, lse_gradient=True),
+        case(
+            "threads",
+            2,
+            4,
+            q=130,
+            s=190,
+            d=64,
+            mask=(1, 4, 130, 190),
+            mask_dtype=f32,
+            slopes=(4,),
+            sinks=True,
+            tags="threads",
+        ),
+        case("threads_ranges", 1, 2, q=259, s=900, d=32, causal=True, bottom_right=True, tags="threads odd"),
+        case("threads_bf16", 1, 4, q=200, s=300, d=64, dtype=bf16, tags="threads"),
+    ]
+
+
+def attention_backward_options(inputs: tuple) -> dict:
+    """The keyword arguments of the reference."""
+    causal, scale, left, right, bottom_right, softcap, alibi, sinks, dropout_p, seed = inputs[8:18]
+    return {
+        "attn_mask": inputs[7],
+        "dropout_p": dropout_p,
+        "is_causal": causal,
+        "scale": scale,
+        "grad_lse": inputs[6],
+        "window": (left, right),
+        "softcap": softcap,
+        "alibi_slopes": alibi,
+        "sinks": sinks,
+        "causal_alignment": "bottom_right" if bottom_right else "top_left",
+        "seed": seed,
+    }
+
+
+def attention_backward_truth(*inputs) -> tuple[Tensor, ...]:
+    options = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in attention_backward_options(inputs).items()
+    }
+    return _all_six(attention_backward_reference(*(t.double() for t in inputs[:4]), **options), inputs)
+
+
+def _all_six(gradients: list[Tensor], inputs: tuple) -> tuple[Tensor, ...]:
+    """With an empty one for each that is not wanted."""
+    rest = iter(gradients[3:])
+    return *gradients[:3], *(next(rest) if want else gradients[0].new_empty(0) for want in inputs[18:21])
+
+
+def attention_backward_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    grad_out, query, key, value = inputs[:4]
+    truths = attention_backward_truth(*inputs)
+    # The same in plain PyTorch, of the same dtype.
+    options = attention_backward_options(inputs)
+    if options["attn_mask"] is not None and options["attn_mask"].is_floating_point():
+        options["attn_mask"] = options["attn_mask"].to(query.dtype)
+    eager = _all_six(attention_backward_reference(grad_out, query, key, value, **options), inputs)
+    names = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+    # A sum may cancel: each of its terms dS is rounded like dP, a product over the value size.
+    largest = 0.0
+    if grad_out.numel() and value.numel():
+        largest = (grad_out.double().norm(dim=-1).amax() * value.double().norm(dim=-1).amax()).item()
+    for name, got, other, truth in zip(names, actual, eager, truths, strict=True):
+        roundings = 8 * tolerances.EPS_ACC * largest + tolerances.eps(got.dtype) * _largest(truth)
+        tolerances.assert_composite(got, other.to(got.dtype), truth, floor=roundings, what=name)
+
+
+def attention_backward_suite() -> Suite:
+    return Suite(
+        "attention_backward", tuple(_attention_backward_cases()), attention_backward_truth, attention_backward_check
+    )
 
 
 # -- layer_norm, rms_norm

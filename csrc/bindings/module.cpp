@@ -7,6 +7,7 @@
 #include "bindings/tensor_view.h"
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
+#include "ops/attention_backward.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
@@ -61,12 +62,26 @@ PYBIND11_MODULE(_C, m) {
       "attention_with_lse",
       [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
          bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
-         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool bfloat16_products, const TensorView& out,
-         const TensorView& lse) {
+         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool bfloat16_products, double dropout_p,
+         int64_t seed, const TensorView& out, const TensorView& lse) {
         attention(query, key, value, mask,
-                  {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, lse,
-                   bfloat16_products},
+                  {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, dropout_p,
+                   seed, lse, bfloat16_products},
                   out);
+      },
+      no_gil);
+  m.def(
+      "attention_backward",
+      [](const TensorView& grad_out, const TensorView& query, const TensorView& key, const TensorView& value,
+         const TensorView& out, const TensorView& lse, const OptionalTensor& grad_lse, const OptionalTensor& mask,
+         bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double dropout_p, int64_t seed,
+         const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
+         const OptionalTensor& grad_mask, const OptionalTensor& grad_slopes, const OptionalTensor& grad_sinks) {
+        attention_backward(
+            grad_out, query, key, value, out, lse, grad_lse, mask,
+            {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, dropout_p, seed},
+            {grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks});
       },
       no_gil);
 

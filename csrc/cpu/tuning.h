@@ -99,6 +99,17 @@ inline constexpr int kAttentionSharesPerThread = 8;
 inline constexpr long kAttentionFarBytes = 3L << 20;
 inline constexpr long kAttentionFarHeadBytes = 16L << 10;
 
+// -- attention_backward
+
+// Keys whose scores and gradients are held at once for a block of query rows: a multiple of the tile of 6 keys, and of
+// the 8 that one random number serves.
+inline constexpr int kAttentionBackwardChunk = 96;
+
+// Heads from which on none is split: enough for an even load. Fewer are split over ranges of keys, none shorter than
+// this, at the price of one more sum over the gradient of the query for each range.
+inline constexpr int kAttentionBackwardOwners = 16;
+inline constexpr int kAttentionBackwardRange = 384;
+
 // -- norm_rows
 
 // Fewer elements than this are not worth waking a second thread for (about 3 us of rows in L2).

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/attention.h"
 #include "cpu/tuning.h"
+#include "ops/attention_inputs.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/workspace.h"
@@ -20,95 +21,6 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::boolean: return 1;
-    case DType::float32: return 4;
-    case DType::float64: return 8;
-    default: return 2;
-  }
-}
-
-AttentionMask mask_type(DType dtype) {
-  switch (dtype) {
-    case DType::boolean: return AttentionMask::boolean;
-    case DType::float16: return AttentionMask::float16;
-    case DType::bfloat16: return AttentionMask::bfloat16;
-    case DType::float64: return AttentionMask::float64;
-    default: return AttentionMask::float32;
-  }
-}
-
-// A mask seen as [B, Hq, L, S]: broadcast dimensions have stride 0.
-struct MaskView {
-  AttentionMask type = AttentionMask::none;
-  const char* data = nullptr;
-  int64_t element_size = 0;
-  int64_t strides[4] = {0, 0, 0, 0};
-};
-
-MaskView broadcast_mask(const TensorView& mask, const TensorView& query, int64_t keys) {
-  if (query.dtype == DType::float32) {
-    check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32});
-  } else {
-    check_dtype(kOp, "attn_mask", mask, {DType::boolean, DType::float32, query.dtype});
-  }
-  const int64_t full[4] = {query.size(0), query.size(1), query.size(2), keys};
-  bool fits = mask.ndim <= 4;
-  MaskView view;
-  for (int i = 1; fits && i <= mask.ndim; ++i) {
-    fits = mask.size(-i) == full[4 - i] || mask.size(-i) == 1;
-    view.strides[4 - i] = mask.size(-i) == 1 ? 0 : mask.stride(-i);
-  }
-  check(fits, kOp, "attn_mask is ", describe(mask), ", but must broadcast to [", full[0], ", ", full[1], ", ", full[2],
-        ", ", full[3], "]");
-  view.data = mask.as<const char>();
-  view.type = mask_type(mask.dtype);
-  view.element_size = element_size(mask.dtype);
-  return view;
-}
-
-void check_inputs(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out) {
-  check_dtype(kOp, "query", query, {DType::float32, DType::bfloat16, DType::float16, DType::float64});
-  check(key.dtype == query.dtype && value.dtype == query.dtype, kOp, "key is ", dtype_name(key.dtype), " and value is ",
-        dtype_name(value.dtype), ", but both must be the query's ", dtype_name(query.dtype));
-  check_shape(kOp, "query", query, {-1, -1, -1, -1});
-  const int64_t batch = query.size(0), heads = query.size(1), head_size = query.size(3);
-  check_shape(kOp, "key", key, {batch, -1, -1, head_size});
-  const int64_t kv_heads = key.size(1);
-  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, kOp, "query has ", heads, " heads and key has ", kv_heads,
-        ", but the first must be a multiple of the second");
-  check_shape(kOp, "value", value, {batch, kv_heads, key.size(2), -1});
-  const int64_t value_size = value.size(3), most = tuning::kAttentionMaxHeadSize;
-  check(head_size >= 1 && head_size <= most, kOp, "query is ", describe(query), ", but its head size must be 1 to ",
-        most);
-  check(value_size <= most, kOp, "value is ", describe(value), ", but its head size must be at most ", most);
-  check(out.dtype == query.dtype, kOp, "out is ", dtype_name(out.dtype), ", but must be ", dtype_name(query.dtype));
-  check_shape(kOp, "out", out, {batch, heads, query.size(2), value_size});
-  check(value_size <= 1 || out.stride(3) == 1, kOp, "out must be contiguous in its last dimension");
-}
-
-void check_options(const AttentionOptions& options, const TensorView& query) {
-  const int64_t batch = query.size(0), heads = query.size(1);
-  const DType floats = query.dtype == DType::float64 ? DType::float64 : DType::float32;
-  check(options.softcap >= 0.0, kOp, "softcap is ", options.softcap, ", but must be positive, or 0 for none");
-  if (options.alibi_slopes) {
-    const TensorView& slopes = *options.alibi_slopes;
-    check_dtype(kOp, "alibi_slopes", slopes, {floats});
-    check((slopes.ndim == 1 && slopes.size(0) == heads) ||
-              (slopes.ndim == 2 && slopes.size(0) == batch && slopes.size(1) == heads),
-          kOp, "alibi_slopes is ", describe(slopes), ", but must be [", heads, "] or [", batch, ", ", heads, "]");
-  }
-  if (options.sinks) {
-    check_dtype(kOp, "sinks", *options.sinks, {floats});
-    check_shape(kOp, "sinks", *options.sinks, {heads});
-  }
-  if (options.lse) {
-    check_dtype(kOp, "lse", *options.lse, {floats});
-    check_shape(kOp, "lse", *options.lse, {batch, heads, query.size(2)});
-  }
-}
-
 const KernelTable<void(const AttentionArgs&)>& table_of(DType dtype, bool bfloat16_products) {
   switch (dtype) {
     case DType::bfloat16: return attention_bf16_table;
@@ -122,10 +34,11 @@ const KernelTable<void(const AttentionArgs&)>& table_of(DType dtype, bool bfloat
 
 void attention(const TensorView& query, const TensorView& key, const TensorView& value,
                const std::optional<TensorView>& mask, const AttentionOptions& options, const TensorView& out) {
-  check_inputs(query, key, value, out);
-  check_options(options, query);
+  check_attention_inputs(kOp, query, key, value, out);
+  check(value.size(3) <= 1 || out.stride(3) == 1, kOp, "out must be contiguous in its last dimension");
+  check_attention_options(kOp, options, query);
   const int64_t keys = key.size(2);
-  const MaskView mask_view = mask ? broadcast_mask(*mask, query, keys) : MaskView{};
+  const AttentionMaskView mask_view = mask ? broadcast_mask(kOp, *mask, query, keys) : AttentionMaskView{};
   if (out.numel() == 0 && !(options.lse && options.lse->numel() > 0)) return;
 
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
@@ -209,6 +122,10 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
               .alibi_head = options.alibi_slopes ? options.alibi_slopes->stride(-1) : 0,
               .sinks = floats_at(options.sinks, b, h, 2),
               .sinks_head = options.sinks ? options.sinks->stride(0) : 0,
+              .keep_below = keep_below(options.dropout_p),
+              .seed = {uint32_t(uint64_t(options.seed)), uint32_t(uint64_t(options.seed) >> 32)},
+              .batch = uint32_t(b),
+              .first_head = uint32_t(h),
               .first_row = row,
               .rows = std::min<int64_t>(tuning::kAttentionTaskRows, rows - row),
               .far = far,

@@ -17,11 +17,15 @@ struct AttentionOptions {
   // negative: no limit on that side.
   int64_t window_left = -1, window_right = -1;
   bool bottom_right = false;
-  double softcap = 0.0;                    // scores become softcap * tanh(score / softcap); 0: they stay
-  std::optional<TensorView> alibi_slopes;  // of floats, [Hq] or [B, Hq]: -slope * |p - j| is added to the scores
-  std::optional<TensorView> sinks;         // of floats, [Hq]: one more logit, which takes weight and gives no value
-  std::optional<TensorView> lse;           // output, of floats, [B, Hq, L]: log of the sum of exp(score), natural
-  bool bfloat16_products = false;          // float32 inputs may be multiplied in bfloat16
+  double softcap = 0.0;                         // scores become softcap * tanh(score / softcap); 0: they stay
+  std::optional<TensorView> alibi_slopes = {};  // of floats, [Hq] or [B, Hq]: -slope * |p - j| is added to the scores
+  std::optional<TensorView> sinks = {};  // of floats, [Hq]: one more logit, which takes weight and gives no value
+  // Dropout of weights: kept with probability 1 - dropout_p, rounded to a multiple of 2^-16, and grown by its inverse.
+  // Which ones hangs on the seed and their place alone.
+  double dropout_p = 0.0;
+  int64_t seed = 0;
+  std::optional<TensorView> lse = {};  // output, of floats, [B, Hq, L]: log of the sum of exp(score), natural
+  bool bfloat16_products = false;      // float32 inputs may be multiplied in bfloat16
 };
 
 // query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], all of one floating dtype, any strides; Hq is a

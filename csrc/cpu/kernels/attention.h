@@ -49,6 +49,9 @@ struct AttentionArgs {
   const void* sinks;  // null, or float or double for each head: one more logit, which takes weight and gives no value
   int64_t sinks_head;
 
+  // Dropout keeps a weight where 16 random bits are below `keep_below`, 65536 for no dropout; see vec/philox.h.
+  uint32_t keep_below = 65536, seed[2] = {0, 0}, batch = 0, first_head = 0;
+
   int64_t first_row, rows;  // the rows to compute; at most tuning::kAttentionTaskRows
 
   // Whether the tensors are too large to wait in cache: rows to be written are then fetched into L2 beforehand, and so

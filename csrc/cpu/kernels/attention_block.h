@@ -38,6 +38,7 @@
 
 #include "cpu/kernels/attention_prefetch.h"
 #include "cpu/kernels/attention_values.h"
+#include "cpu/vec/philox.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
@@ -93,7 +94,7 @@ class Block {
 
   // False when something not finite came out although keys were excluded: to be done again, carefully.
   bool run() {
-    if (rows_.rows <= kShortRows) {
+    if (rows_.rows <= kShortRows && !drops()) {
       pack_short_query();
       each_chunk<true>();
     } else {
@@ -114,6 +115,10 @@ class Block {
     return col == 1 ? Math::load_words(row + w * kPerWord, rest)
                     : Math::gather_words(row + w * kPerWord * col, col, rest);
   }
+
+  bool drops() const { return a_.keep_below < 65536; }
+  // What kept weights grow by.
+  float growth() const { return a_.keep_below == 0 ? 0.0f : 65536.0f / float(a_.keep_below); }
 
   // log2(e) turns exp into exp2.
   float factor() const { return float(a_.scale) * kLog2E; }
@@ -340,6 +345,15 @@ class Block {
       total_[v] = total_[v] * f;
       maximum_[v] = m;
     }
+    if (drops()) {
+      int32_t query[kRows], head[kRows];
+      for (int r = 0; r < vectors * kLanes; ++r) {
+        query[r] = int32_t(rows_.position[r] - a_.shift);
+        head[r] = int32_t(a_.first_head + rows_.head_of[r]);
+      }
+      kept_by_dropout(a_.keep_below, a_.seed, a_.batch, query, head, vectors, first, round_up(n, kTogether),
+                      undropped_);
+    }
     if (limits) {
       limited_exponentials(first, n);
     } else {
@@ -349,7 +363,8 @@ class Block {
     }
     if (is_last) {
       for (int v = 0; v < vectors; ++v) {
-        store(inverse_ + v * kLanes, select(less(total_[v], set1(1e-30f)), zero(), reciprocal(total_[v])));
+        const F32 inverse = drops() ? set1(growth()) / total_[v] : reciprocal(total_[v]);
+        store(inverse_ + v * kLanes, select(less(total_[v], set1(1e-30f)), zero(), inverse));
       }
     }
   }
@@ -416,6 +431,7 @@ class Block {
       m[v] = maximum_[v0 + v];
       total[v] = zero();
     }
+    const bool dropping = drops();
     const float* from = s_ + begin * kRows + v0 * kLanes;
     float* to = s_ + begin / kPerWord * kRows + v0 * kLanes;
     for (int j = begin; j < end; j += kTogether) {
@@ -426,10 +442,17 @@ class Block {
         for (int i = 0; i < kTogether; ++i) {
           w[i / kPerWord][i % kPerWord] = weight_of<Math>(load(from + i * kRows + v * kLanes), m[v]);
         }
-        LAMINA_UNROLL
-        for (int i = 0; i < kTogether / kPerWord; ++i) store(to + i * kRows + v * kLanes, Math::join(w[i]));
         const F32* each = w[0];
         total[v] = total[v] + ((each[0] + each[1]) + (each[2] + each[3]));
+        if (dropping) {
+          LAMINA_UNROLL
+          for (int i = 0; i < kTogether; ++i) {
+            const Mask kept = lanes_of_bits(uint32_t(undropped_[j + i] >> ((v0 + v) * kLanes)));
+            w[i / kPerWord][i % kPerWord] = select(kept, w[i / kPerWord][i % kPerWord], zero());
+          }
+        }
+        LAMINA_UNROLL
+        for (int i = 0; i < kTogether / kPerWord; ++i) store(to + i * kRows + v * kLanes, Math::join(w[i]));
       }
       from += kTogether * kRows;
       to += kTogether / kPerWord * kRows;
@@ -589,7 +612,7 @@ class Block {
       if (!started) {
         for (int c = 0; c < columns_; c += kLanes) store(sums_ + r * columns_ + c, zero());
       }
-      store_row(r, sum < 1e-30f ? 0.0f : 1.0f / sum);
+      store_row(r, sum < 1e-30f ? 0.0f : growth() / sum);
       for (int c = 0; c < columns_; c += kLanes) watch_ = fmadd(load(sums_ + r * columns_ + c), zero(), watch_);
     }
   }
@@ -622,6 +645,7 @@ class Block {
   const bool careful_;
   float *const q_, *const s_, *const sums_, *const k_, *const v_;
   ChunkMask mask_;
+  uint64_t undropped_[tuning::kAttentionMaxChunk];  // for each key of a chunk the rows where dropout keeps it, as bits
   Prefetch ahead_;
   const char* keys_;
   int64_t key_stride_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/attention_masks.h"
+#include "cpu/vec/philox.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
@@ -29,8 +30,9 @@ class DoubleRow {
       if (!keeps(j, added)) continue;
       take(j, score(j) + added + bias(position - j));
     }
+    const double growth = a_.keep_below == 0 ? 0.0 : 65536.0 / a_.keep_below;
     double* out = static_cast<double*>(a_.out) + head_ * a_.out_head + query_ * a_.out_row;
-    for (int c = 0; c < a_.value_size; ++c) out[c] = total_ == 0.0 ? 0.0 : sums_[c] / total_;
+    for (int c = 0; c < a_.value_size; ++c) out[c] = total_ == 0.0 ? 0.0 : growth * sums_[c] / total_;
     if (!a_.lse) return;
     static_cast<double*>(a_.lse)[head_ * a_.lse_head + query_ * a_.lse_row] =
         total_ == 0.0 ? -kInfinity : maximum_ + __builtin_log(total_);
@@ -71,9 +73,22 @@ class DoubleRow {
       maximum_ = score;
     }
     const double weight = score == -kInfinity ? 0.0 : __builtin_exp(score - maximum_);
+    total_ += weight;
+    if (drops(key)) return;
     const double* v = static_cast<const double*>(a_.v) + key * a_.v_row;
     for (int c = 0; c < a_.value_size; ++c) sums_[c] += weight * v[c * a_.v_col];
-    total_ += weight;
+  }
+
+  bool drops(int64_t key) const {
+    if (a_.keep_below >= 65536) return false;
+    int32_t queries[kLanes], heads[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      queries[i] = int32_t(query_);
+      heads[i] = int32_t(a_.first_head + head_);
+    }
+    uint64_t kept;
+    kept_by_dropout(a_.keep_below, a_.seed, a_.batch, queries, heads, 1, key, 1, &kept);
+    return (kept & 1) == 0;
   }
 
   const AttentionArgs& a_;

@@ -4,12 +4,15 @@
 // from the flags of that compilation. Everything is forced inline and lives in a namespace named after the ISA, so that
 // no copy compiled with AVX-512 can be linked into code for a smaller machine.
 //
-//   load / store / load_n / store_n   of float, bf16 and (load only) int8; unaligned; _n touches the first n < lanes
-//   elements only and fills with zero round_even, to_codes              round half to even, the one rounding rule of
-//   the library max, min                          return the second operand when either is NaN transpose,
-//   reduce_add_each        of as many registers as one has lanes shift_left, shift_right(I32)      by n < 32 bits; to
-//   the right the sign comes in max(I32), abs_bits                order floats by their bits: exact, and a NaN wins
-//   over everything
+//   load / store / load_n / store_n   of float, bf16, f16 and (load only) int8; unaligned; _n touches the first
+//                                     n < lanes elements only and fills with zero
+//   round_even, to_codes              round half to even, the one rounding rule of the library
+//   max, min                          return the second operand when either is NaN
+//   transpose, reduce_add_each        of as many registers as one has lanes
+//   shift_left, shift_right(I32)      by n < 32 bits; to the right the sign comes in
+//   max(I32), abs_bits                order floats by their bits: exact, and a NaN wins over everything
+//   multiply_wide, bits_below(I32)    unsigned
+//   bits_of_lanes, lanes_of_bits      lane i is bit i
 #pragma once
 
 #include <stddef.h>

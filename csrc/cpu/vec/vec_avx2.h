@@ -95,6 +95,8 @@ LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.r, b.r)}; }
 LAMINA_INLINE Mask all_lanes() { return {_mm256_castsi256_ps(_mm256_set1_epi32(-1))}; }
 LAMINA_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.r) == 0xff; }
+// Bit i is lane i.
+LAMINA_INLINE uint32_t bits_of_lanes(Mask m) { return uint32_t(_mm256_movemask_ps(m.r)); }
 // n <= 64 bytes, 0 or 1, as bits.
 LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
   alignas(32) uint8_t t[64] = {0};
@@ -179,6 +181,21 @@ LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm256_set1_epi32(x)}; }
 LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.r, b.r)}; }
 LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.r, b.r)}; }
+LAMINA_INLINE I32 operator^(I32 a, I32 b) { return {_mm256_xor_si256(a.r, b.r)}; }
+// The 64-bit products of unsigned a and b.
+LAMINA_INLINE void multiply_wide(I32 a, uint32_t b, I32& low, I32& high) {
+  const __m256i m = _mm256_set1_epi32(int32_t(b));
+  const __m256i even = _mm256_mul_epu32(a.r, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.r, 32), m);
+  low.r = _mm256_mullo_epi32(a.r, m);
+  high.r = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+// Bit i: lane i is below the limit, unsigned.
+LAMINA_INLINE uint32_t bits_below(I32 a, uint32_t limit) {
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+  const __m256i below =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(limit ^ 0x80000000u)), _mm256_xor_si256(a.r, sign));
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
+}
 LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm256_slli_epi32(x.r, n)}; }
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm256_srai_epi32(x.r, n)}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.r)}; }

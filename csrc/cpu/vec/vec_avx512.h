@@ -74,6 +74,8 @@ LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CM
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {__mmask16(a.r & b.r)}; }
 LAMINA_INLINE Mask all_lanes() { return {__mmask16(0xffff)}; }
 LAMINA_INLINE bool all(Mask m) { return m.r == 0xffff; }
+// Bit i is lane i.
+LAMINA_INLINE uint32_t bits_of_lanes(Mask m) { return m.r; }
 // n <= 64 bytes, 0 or 1, as bits.
 LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
   const __m512i x = _mm512_maskz_loadu_epi8(n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1, p);
@@ -166,6 +168,18 @@ LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.r, b.r)}; }
 LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.r, b.r)}; }
+LAMINA_INLINE I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.r, b.r)}; }
+// The 64-bit products of unsigned a and b.
+LAMINA_INLINE void multiply_wide(I32 a, uint32_t b, I32& low, I32& high) {
+  const __m512i m = _mm512_set1_epi32(int32_t(b));
+  const __m512i even = _mm512_mul_epu32(a.r, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.r, 32), m);
+  low.r = _mm512_mullo_epi32(a.r, m);
+  high.r = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+}
+// Bit i: lane i is below the limit, unsigned.
+LAMINA_INLINE uint32_t bits_below(I32 a, uint32_t limit) {
+  return _mm512_cmplt_epu32_mask(a.r, _mm512_set1_epi32(int32_t(limit)));
+}
 LAMINA_INLINE I32 shift_left(I32 x, int n) { return {_mm512_slli_epi32(x.r, unsigned(n))}; }
 LAMINA_INLINE I32 shift_right(I32 x, int n) { return {_mm512_srai_epi32(x.r, unsigned(n))}; }
 LAMINA_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.r)}; }

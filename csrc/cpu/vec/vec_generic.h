@@ -82,6 +82,10 @@ LAMINA_INLINE Mask less(F32 a, F32 b) { return {a.r < b.r}; }
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {a.r & b.r}; }
 LAMINA_INLINE Mask all_lanes() { return {i32x4{-1, -1, -1, -1}}; }
 LAMINA_INLINE bool all(Mask m) { return (m.r[0] & m.r[1] & m.r[2] & m.r[3]) != 0; }
+// Bit i is lane i.
+LAMINA_INLINE uint32_t bits_of_lanes(Mask m) {
+  return uint32_t(m.r[0] & 1) | uint32_t(m.r[1] & 2) | uint32_t(m.r[2] & 4) | uint32_t(m.r[3] & 8);
+}
 // n <= 64 bytes, 0 or 1, as bits.
 LAMINA_INLINE uint64_t bool_bits(const uint8_t* p, int n) {
   uint64_t bits = 0;
@@ -162,6 +166,21 @@ LAMINA_INLINE I32 operator-(I32 a, I32 b) {
   return {(i32x4)((u32x4)a.r - (u32x4)b.r)};
 }
 LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {a.r & b.r}; }
+LAMINA_INLINE I32 operator^(I32 a, I32 b) { return {a.r ^ b.r}; }
+// The 64-bit products of unsigned a and b.
+LAMINA_INLINE void multiply_wide(I32 a, uint32_t b, I32& low, I32& high) {
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t product = uint64_t(uint32_t(a.r[i])) * b;
+    low.r[i] = int32_t(uint32_t(product));
+    high.r[i] = int32_t(uint32_t(product >> 32));
+  }
+}
+// Bit i: lane i is below the limit, unsigned.
+LAMINA_INLINE uint32_t bits_below(I32 a, uint32_t limit) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= uint32_t(uint32_t(a.r[i]) < limit) << i;
+  return bits;
+}
 LAMINA_INLINE I32 shift_left(I32 x, int n) {
   typedef uint32_t u32x4 __attribute__((vector_size(16)));
   return {(i32x4)((u32x4)x.r << uint32_t(n))};

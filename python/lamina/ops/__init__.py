@@ -1,6 +1,7 @@
 """Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
 
 from lamina.ops.attention import attention
+from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -29,11 +30,13 @@ from lamina.ops.weight_only_linear import (
 )
 
 __all__ = [
+    "AttentionGradients",
     "PackedInt4Weight",
     "PackedInt8ConvTransposeWeight",
     "PackedInt8ConvWeight",
     "PackedInt8Weight",
     "attention",
+    "attention_backward",
     "gru",
     "int8_adaptive_avg_pool2d",
     "int8_avg_pool2d",

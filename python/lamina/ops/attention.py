@@ -6,9 +6,11 @@ everything else as well and gives the log-sum-exp, which a gradient needs.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lamina import _C
+from lamina.ops.attention_backward import call_attention_backward
 from lamina.ops.library import define
 from lamina.reference.attention import attention as _composite
 
@@ -139,6 +141,8 @@ def _cpu_with_lse(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     bfloat16_products: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     leading = None
     if not _is_plain(query, key, value, attn_mask, enable_gqa):
@@ -160,6 +164,8 @@ def _cpu_with_lse(
         alibi_slopes,
         sinks,
         bfloat16_products,
+        dropout_p,
+        0 if seed is None else int(seed),
         out,
         lse,
     )
@@ -190,7 +196,7 @@ def _fake_with_lse(
 _attention_with_lse = define(
     "attention.with_lse(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
     "bool enable_gqa, int window_left, int window_right, bool bottom_right, float softcap, Tensor? alibi_slopes, "
-    "Tensor? sinks, bool bfloat16_products) -> (Tensor, Tensor)",
+    "Tensor? sinks, bool bfloat16_products, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     cpu=_cpu_with_lse,
     fake=_fake_with_lse,
 )
@@ -198,26 +204,85 @@ _attention_with_lse = define(
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _runs_here(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dtypes: tuple[torch.dtype, ...] = _DTYPES,
-    extras: tuple[Tensor | None, ...] = (),
-) -> bool:
+def _runs_here(query: Tensor, value: Tensor, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> bool:
     """Whether lamina's kernels take this call; what they don't take is torch's."""
-    if query.dtype not in dtypes:
-        return False
-    if not query.is_cpu or not 1 <= query.shape[-1] <= MAX_HEAD_SIZE or value.shape[-1] > MAX_HEAD_SIZE:
-        return False
-    return not torch.is_grad_enabled() or not (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (attn_mask is not None and attn_mask.requires_grad)
-        or any(t is not None and t.requires_grad for t in extras)
+    return (
+        query.dtype in dtypes
+        and query.is_cpu
+        and 1 <= query.shape[-1] <= MAX_HEAD_SIZE
+        and value.shape[-1] <= MAX_HEAD_SIZE
     )
+
+
+class _WithGradient(torch.autograd.Function):
+    """Four-dimensional inputs, nothing to broadcast but the mask -> output and log-sum-exp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query,
+        key,
+        value,
+        attn_mask,
+        alibi_slopes,
+        sinks,
+        seed,
+        is_causal,
+        scale,
+        window_left,
+        window_right,
+        bottom_right,
+        softcap,
+        bfloat16_products,
+        dropout_p,
+    ):
+        sides = window_left, window_right
+        options = (*sides, bottom_right, softcap, alibi_slopes, sinks, bfloat16_products, dropout_p, seed)
+        return _attention_with_lse(query, key, value, attn_mask, is_causal, scale, True, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.is_causal, ctx.scale, ctx.left, ctx.right, ctx.bottom_right, ctx.softcap, _, ctx.dropout_p = (
+            inputs
+        )
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 15
+        wanted = ctx.needs_input_grad[3:6]
+        gradients = call_attention_backward(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            grad_lse,
+            attn_mask,
+            ctx.is_causal,
+            ctx.scale,
+            ctx.left,
+            ctx.right,
+            ctx.bottom_right,
+            ctx.softcap,
+            alibi_slopes,
+            sinks,
+            ctx.dropout_p,
+            seed,
+            *wanted,
+        )
+        rest = (t if want else None for t, want in zip(gradients[3:], wanted, strict=True))
+        return *gradients[:3], *rest, *(None,) * 9
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
@@ -233,7 +298,7 @@ def _window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[i
     return left, right
 
 
-def _with_features(
+def _with_lse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -242,55 +307,51 @@ def _with_features(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    window: int | tuple[int | None, int | None] | None,
-    softcap: float | None,
+    window: tuple[int, int],
+    softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     causal_alignment: str,
-    compute_dtype: torch.dtype | None,
+    bfloat16_products: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of calls that torch has no op for."""
-    if dropout_p != 0.0:
-        raise ValueError("attention: dropout_p goes without window, softcap, alibi_slopes, sinks and return_lse")
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"attention: causal_alignment is {causal_alignment!r}, but must be 'top_left' or 'bottom_right'"
-        )
-    if compute_dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"attention: compute_dtype is {compute_dtype}, but must be torch.bfloat16 or None")
-    sides = _window_sides(window)
-    if _runs_here(query, key, value, attn_mask, (*_DTYPES, torch.float64), (alibi_slopes, sinks)):
+    """Output and log-sum-exp of calls with a gradient, dropout, or options that torch has no op for."""
+    seed = None
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, ())  # from the default generator of the CPU
+    if _runs_here(query, value, (*_DTYPES, torch.float64)):
         floats = _floats(query)
-        return _attention_with_lse(
-            query,
-            key,
-            value,
-            attn_mask,
-            is_causal,
-            scale,
-            enable_gqa,
-            *sides,
-            causal_alignment == "bottom_right",
-            softcap or 0.0,
-            None if alibi_slopes is None else alibi_slopes.to(floats),
-            None if sinks is None else sinks.to(floats),
-            compute_dtype is torch.bfloat16,
+        alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(floats)
+        sinks = None if sinks is None else sinks.to(floats)
+        bottom_right = causal_alignment == "bottom_right"
+        if not _needs_gradient(query, key, value, attn_mask, alibi_slopes, sinks):
+            options = bottom_right, softcap, alibi_slopes, sinks, bfloat16_products, dropout_p, seed
+            return _attention_with_lse(query, key, value, attn_mask, is_causal, scale, enable_gqa, *window, *options)
+        leading = None
+        if not _is_plain(query, key, value, attn_mask, enable_gqa):
+            query, key, value, attn_mask, leading = _as_plain(query, key, value, attn_mask, enable_gqa)
+        tensors = query, key, value, attn_mask, alibi_slopes, sinks, seed
+        out, lse = _WithGradient.apply(
+            *tensors, is_causal, scale, *window, bottom_right, softcap, bfloat16_products, dropout_p
         )
+        if leading is not None:
+            out, lse = out.reshape(*leading, *out.shape[2:]), lse.reshape(*leading, lse.shape[2])
+        return out, lse
     wide = torch.promote_types(query.dtype, torch.float32)
     out, lse = _composite(
         query.to(wide),
         key.to(wide),
         value.to(wide),
         attn_mask,
-        0.0,
+        dropout_p,
         is_causal,
         scale,
         enable_gqa,
-        window=sides,
+        window=window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         causal_alignment=causal_alignment,
+        seed=seed,
         return_lse=True,
     )
     return out.to(query.dtype), lse
@@ -322,9 +383,10 @@ def attention(
     are computed in float32. A key that a mask excludes takes no part even if it or its value is NaN, and a query
     without keys gives 0. The same inputs give the same bits on every run and for every number of threads.
 
-    A plain call that the kernels do not cover goes to torch's own op: dropout, calls that need gradients, other dtypes
-    than float32, bfloat16 and float16, other devices than the CPU, heads larger than 256. With the keyword arguments,
-    for which torch has no op, such a call is composed of torch's basic ones.
+    Gradients (`attention_backward`) exist for query, key, value, an added mask, slopes and sinks, once: there is no
+    second derivative. A plain call that the kernels do not cover goes to torch's own op: other dtypes than float32,
+    bfloat16 and float16, other devices than the CPU, heads larger than 256. With the keyword arguments, for which torch
+    has no op, such a call is composed of torch's basic ones.
 
     Args:
         query: [..., H, L, D]; leading dimensions broadcast as in torch.
@@ -332,7 +394,8 @@ def attention(
         value: [..., H, S, Dv].
         attn_mask: broadcastable to [..., H, L, S]; boolean (True = keep), or float32 or the query's dtype, added to the
             scores. Together with is_causal both hold.
-        dropout_p: probability of dropping a weight.
+        dropout_p: probability of dropping a weight, to 2^-16. Which weights fall is computed from their place and a
+            seed drawn from torch's default generator: the same after `torch.manual_seed`, for any number of threads.
         is_causal: query i takes the keys j <= p, where p is i (see causal_alignment).
         scale: of the scores, 1 / sqrt(D) by default.
         enable_gqa: key and value may have fewer heads, H a multiple of theirs.
@@ -359,34 +422,41 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
-    if (
-        return_lse
-        or window is not None
-        or softcap is not None
-        or alibi_slopes is not None
-        or sinks is not None
-        or compute_dtype is not None
-        or causal_alignment != "top_left"
-    ):
-        out, lse = _with_features(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            window,
-            softcap,
-            alibi_slopes,
-            sinks,
-            causal_alignment,
-            compute_dtype,
-        )
-        return (out, lse) if return_lse else out
-    if dropout_p == 0.0 and _runs_here(query, key, value, attn_mask):
-        return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    plain = (
+        not return_lse
+        and window is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and compute_dtype is None
+        and causal_alignment == "top_left"
     )
+    if plain and not _runs_here(query, value):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if plain and dropout_p == 0.0 and not _needs_gradient(query, key, value, attn_mask):
+        return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(
+            f"attention: causal_alignment is {causal_alignment!r}, but must be 'top_left' or 'bottom_right'"
+        )
+    if compute_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"attention: compute_dtype is {compute_dtype}, but must be torch.bfloat16 or None")
+    out, lse = _with_lse(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        _window_sides(window),
+        softcap or 0.0,
+        alibi_slopes,
+        sinks,
+        causal_alignment,
+        compute_dtype is torch.bfloat16,
+    )
+    return (out, lse) if return_lse else out

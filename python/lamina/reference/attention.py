@@ -21,15 +21,15 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     causal_alignment: str = "top_left",
+    seed: Tensor | int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key^T + mask) @ value over [..., H, L, D], [..., Hkv, S, D], [..., Hkv, S, Dv].
 
     A key that a mask excludes (False, -inf, or outside of the query's window) takes no part, whatever it and its value
-    hold; a query without keys gives 0. The arguments after `enable_gqa` are those of `lamina.ops.attention`.
+    hold; a query without keys gives 0. The arguments after `enable_gqa` are those of `lamina.ops.attention`; `seed`
+    decides which weights dropout keeps.
     """
-    if dropout_p:
-        raise ValueError("the reference of attention has no dropout")
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
@@ -52,7 +52,7 @@ def attention(
         keep &= distance <= right
 
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes[..., None, None] * distance.abs()
+        scores = scores - alibi_slopes[..., None, None].to(scores.dtype) * distance.abs()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         keep = keep & attn_mask
     elif attn_mask is not None:
@@ -68,6 +68,11 @@ def attention(
     # Rows without keys are kept out of softmax, whose gradient there is NaN.
     weights = torch.softmax(scores.masked_fill(~takes, 0), dim=-1).masked_fill(~takes, 0)[..., :keys]
 
+    if dropout_p:
+        batch = weights.reshape(-1, *weights.shape[-3:]) if weights.ndim > 2 else weights[None, None]
+        kept = dropout_mask(int(seed), batch.shape, dropout_p).to(scores.device).view(weights.shape)
+        weights = weights * kept / kept_share(dropout_p) if kept_share(dropout_p) else weights * 0
+
     # 0 * NaN is NaN: values that are not finite count only in the rows that keep their key.
     finite = value.isfinite()
     out = weights @ value.where(finite, 0)
@@ -75,3 +80,36 @@ def attention(
         touched = keep.to(value.dtype) @ (~finite).to(value.dtype) > 0
         out = torch.where(touched, weights @ value, out)
     return (out, torch.logsumexp(scores, -1)) if return_lse else out
+
+
+def kept_share(dropout_p: float) -> float:
+    """The probability with which dropout keeps a weight: 1 - dropout_p to the nearest multiple of 2^-16."""
+    return round((1 - dropout_p) * 65536) / 65536
+
+
+def dropout_mask(seed: int, shape: tuple[int, ...], dropout_p: float) -> Tensor:
+    """Which weights [B, H, L, S] dropout keeps.
+
+    Philox4x32 with 7 rounds (Salmon et al., SC 2011), key = seed, counter = (query, key / 8, head, batch): 16 bits for
+    each of the 8 keys of a block, the lower half of a word first; kept where they are below 2^16 * kept_share.
+    """
+    batch, heads, queries, keys = shape
+    low = 0xFFFFFFFF
+    blocks = (keys + 7) // 8
+    counter = torch.meshgrid(*map(torch.arange, (batch, heads, queries, blocks)), indexing="ij")
+    c2, c3, c0, c1 = counter[1], counter[0], counter[2], counter[3]
+    k0, k1 = seed & low, seed >> 32 & low
+
+    def product(c: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+        """High and low half of a 64-bit product, by 16 bits of the factor at a time."""
+        upper, lower = c * (factor >> 16), c * (factor & 0xFFFF)
+        carried = upper + (lower >> 16)
+        return carried >> 16, (carried << 16 | lower & 0xFFFF) & low
+
+    for _ in range(7):
+        (high0, low0), (high2, low2) = product(c0, 0xD2511F53), product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(halves, -1).flatten(-2)[..., :keys]
+    return bits < round((1 - dropout_p) * 65536)
