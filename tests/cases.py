@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import lamina
 from lamina.reference.attention import attention as attention_reference
+from lamina.reference.attention_decode import attention_decode as attention_decode_reference
+from lamina.reference.attention_varlen import attention_varlen as attention_varlen_reference
 from lamina.reference.attention_backward import attention_backward as attention_backward_reference
 from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
@@ -934,6 +936,248 @@ def _largest(truth: Tensor) -> float:
 
 def attention_suite() -> Suite:
     return Suite("attention", tuple(_attention_cases()), attention_truth, attention_check)
+
+
+# -- attention_decode
+
+
+def _attention_decode_case(
+    name: str,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    lengths: tuple[int, ...] | None = None,
+    q: int = 1,
+    s: int,
+    d: int,
+    dv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache: torch.dtype | None = None,
+    layout: str = "contiguous",
+    block: int = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi: bool = False,
+    sinks: bool = False,
+    tags: str = "",
+) -> Case:
+    """lengths: tokens in the cache of each sequence, all of s by default. block: tokens of a block of a paged cache."""
+    dv = d if dv is None else dv
+
+    def make(generator: torch.Generator) -> tuple:
+        query = torch.randn(batch, q, heads, d, generator=generator).to(dtype)
+        seqlens = torch.tensor(lengths or [s] * batch, dtype=torch.int32)
+        table = None
+        shape = (batch, s, kv_heads)
+        if block:
+            blocks = -(-s // block)
+            shape = (batch * blocks + 2, block, kv_heads)
+            table = torch.randperm(shape[0], generator=generator)[: batch * blocks].to(torch.int32).view(batch, blocks)
+        caches = [torch.randn(*shape, size, generator=generator) for size in (d, dv)]
+        scales = [None, None]
+        if cache is torch.int8:
+            caches, scales = zip(*(quantize_rows_reference(t) for t in caches), strict=True)
+        else:
+            caches = [t.to(dtype) for t in caches]
+        slopes = torch.rand(heads, generator=generator) / 8 if alibi else None
+        sink = torch.randn(heads, generator=generator) if sinks else None
+        tensors = [LAYOUTS[layout](t) for t in (query, *caches)]
+        return *tensors, seqlens, table, scale, window, softcap, slopes, sink, *scales
+
+    words = set(tags.split())
+    if 0 in (batch, q, heads, kv_heads):
+        words.add("empty")
+    if layout != "contiguous":
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    if block:
+        words.add("nd")
+    return Case(name, make, frozenset(words))
+
+
+def _attention_decode_cases() -> list[Case]:
+    case = _attention_decode_case
+    bf16, i8 = torch.bfloat16, torch.int8
+    return [
+        case("no_batch", 0, 2, 2, s=5, d=8),
+        case("no_heads", 2, 0, 0, s=5, d=8),
+        case("no_queries", 2, 2, 2, q=0, s=5, d=8),
+        case("no_keys", 2, 2, 2, s=0, d=8),
+        case("ones", 1, 1, 1, s=1, d=1, tags="one"),
+        case("lengths_0_and_1", 3, 2, 1, lengths=(0, 1, 9), s=9, d=16, tags="one"),
+        case("primes", 2, 3, 1, s=53, d=29, dv=31, tags="odd"),
+        # Registers of 4, 8 and 16, groups of 32 values, pieces of 512 keys.
+        *(
+            case(f"keys_{s}", 1, 2, 2, s=s, d=16, tags="odd")
+            for s in (3, 16, 33, 511, 513, 1600)
+        ),
+        *(case(f"group_{g}", 1, 2 * g, 2, s=37, d=24, tags="odd") for g in (2, 5, 33)),
+        *(case(f"bf16_group_{g}", 1, 2 * g, 2, s=37, d=24, dtype=bf16, tags="odd") for g in (1, 2, 6)),
+        *(case(f"head_{d}", 1, 2, 1, s=21, d=d, tags="odd") for d in (3, 9, 33, 127, 256)),
+        *(case(f"value_{dv}", 1, 4, 1, s=21, d=24, dv=dv, tags="odd") for dv in (1, 17, 100, 256)),
+        *(
+            case(f"bf16_head_{d}", 1, 4, 1, s=40, d=d, dtype=bf16, tags="odd")
+            for d in (1, 15, 33, 65, 256)
+        ),
+        *(case(f"bf16_keys_{s}", 1, 4, 1, s=s, d=32, dtype=bf16, tags="odd") for s in (3, 513)),
+        *(case(f"int8_head_{d}", 1, 4, 2, s=40, d=d, cache=i8, tags="odd") for d in (15, 65)),
+        case("int8_keys_600", 2, 4, 2, s=600, d=64, cache=i8),
+        case("new_3", 2, 4, 2, q=3, lengths=(50, 47), s=50, d=32, tags="odd"),
+        case("new_more_than_cached", 1, 2, 2, q=5, lengths=(3,), s=9, d=16, tags="odd"),
+        case("new_70", 1, 4, 2, q=70, s=600, d=16, tags="odd"),
+        case("new_9_bf16", 2, 6, 2, q=9, lengths=(520, 13), s=521, d=48, dtype=bf16, tags="odd"),
+        *(case(f"layout_{name}", 2, 6, 3, s=25, d=20, layout=name) for name in LAYOUTS if name != "contiguous"),
+        *(
+            case(f"bf16_layout_{name}", 2, 6, 3, q=2, s=25, d=20, layout=name, dtype=bf16)
+            for name in ("transposed", "heads_inside", "misaligned", "sliced", "every_second")
+        ),
+        *(case(f"paged_{b}", 3, 4, 2, lengths=(90, 1, 33), s=90, d=16, block=b, tags="odd") for b in (1, 7, 64)),
+        case("paged_256_bf16", 2, 8, 2, lengths=(700, 513), s=700, d=64, block=256, dtype=bf16),
+        case("paged_int8", 2, 4, 2, lengths=(70, 55), s=70, d=32, block=16, cache=i8),
+        case("paged_strided", 2, 4, 2, s=70, d=32, block=16, layout="sliced"),
+        case("scale", 1, 2, 2, s=12, d=16, scale=0.5),
+        case("scale_zero", 1, 2, 2, s=12, d=16, scale=0.0),
+        *(case(f"window_{w}", 2, 4, 2, q=3, lengths=(700, 20), s=700, d=16, window=w) for w in (1, 190)),
+        case("window_bf16", 2, 4, 2, q=3, s=700, d=32, window=40, dtype=bf16),
+        case("float16", 2, 4, 2, q=2, s=600, d=40, dtype=torch.float16, tags="odd"),
+        case("int8_float16", 2, 4, 2, s=60, d=64, dtype=torch.float16, cache=i8),
+        case("softcap", 2, 4, 2, s=60, d=16, softcap=2.0),
+        case("alibi", 2, 4, 2, q=2, s=600, d=16, alibi=True),
+        case("sinks", 2, 4, 2, lengths=(0, 60), s=60, d=16, sinks=True),
+        case("everything", 2, 6, 2, q=4, lengths=(600, 30), s=640, d=64, block=64, window=500, softcap=5.0, alibi=True,
+             sinks=True),
+        case("threads", 2, 16, 4, lengths=(1500, 700), s=1500, d=64, tags="threads"),
+        case("threads_odd", 1, 6, 3, q=5, s=1100, d=72, tags="threads odd"),
+        case("threads_bf16", 2, 16, 4, s=1500, d=64, dtype=bf16, tags="threads"),
+    ]  # fmt: skip
+
+
+def attention_decode_truth(
+    q, k_cache, v_cache, seqlens, table, scale, window, softcap, slopes, sinks, ks, vs
+) -> Tensor:
+    return attention_decode_reference(
+        q.double(), k_cache, v_cache, seqlens, table, scale, window, softcap, slopes, sinks, ks, vs
+    )[0]
+
+
+def attention_decode_check(actual: Tensor, inputs: tuple) -> None:
+    """The yardstick is the reference in eager PyTorch of the query's dtype."""
+    q, _, v_cache, *_, v_scale = inputs
+    assert actual.dtype == q.dtype
+    truth = attention_decode_truth(*inputs)
+    eager = attention_decode_reference(*inputs)[0]
+    # Beside the rounding of the output: each weight has the relative error of exp2 and, with a bfloat16 cache, of its
+    # rounding, which weigh at most max |v|.
+    values = v_cache.float() if v_scale is None else v_cache.float() * v_scale[..., None]
+    largest = values[values.isfinite()].abs().max().item() if values.isfinite().any() else 0.0
+    error = tolerances.EXP2_ERROR + (tolerances.eps(q.dtype) / 2 if v_cache.dtype is torch.bfloat16 else 0.0)
+    floor = tolerances.eps(q.dtype) * _largest(truth) + error * largest
+    tolerances.assert_composite(actual, eager, truth, floor=floor)
+
+
+def attention_decode_suite() -> Suite:
+    return Suite("attention_decode", tuple(_attention_decode_cases()), attention_decode_truth, attention_decode_check)
+
+
+# -- attention_varlen
+
+
+def _attention_varlen_case(
+    name: str,
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    *,
+    keys: tuple[int, ...] | None = None,
+    d: int,
+    dv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi: tuple[int, ...] | None = None,
+    sinks: bool = False,
+    tags: str = "",
+) -> Case:
+    keys = lengths if keys is None else keys
+
+    def make(generator: torch.Generator) -> tuple:
+        tensors = [
+            LAYOUTS[layout](torch.randn(sum(tokens), h, size, generator=generator).to(dtype))
+            for tokens, h, size in ((lengths, heads, d), (keys, kv_heads, d), (keys, kv_heads, dv or d))
+        ]
+        ends = [F.pad(torch.tensor(n, dtype=torch.int32).cumsum(0), (1, 0)).to(torch.int32) for n in (lengths, keys)]
+        slopes = torch.rand(alibi, generator=generator) / 8 if alibi else None
+        sink = torch.randn(heads, generator=generator) if sinks else None
+        longest = max(lengths, default=0), max(keys, default=0)
+        return *tensors, *ends, *longest, causal, scale, *window, softcap, slopes, sink
+
+    words = set(tags.split())
+    if 0 in (sum(lengths), heads):
+        words.add("empty")
+    if layout != "contiguous":
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    return Case(name, make, frozenset(words))
+
+
+def _attention_varlen_cases() -> list[Case]:
+    case = _attention_varlen_case
+    bf16 = torch.bfloat16
+    return [
+        case("no_sequences", (), 2, 2, d=8),
+        case("no_tokens", (0, 0), 2, 2, d=8),
+        case("no_heads", (3, 4), 0, 0, d=8),
+        case("ones", (1,), 1, 1, d=1, tags="one"),
+        case("lengths_0_and_1", (0, 1, 5, 0), 2, 1, d=16, tags="one nd"),
+        case("no_keys", (2, 3), 2, 2, keys=(0, 3), d=16),
+        case("primes", (7, 31, 13), 3, 1, d=29, dv=31, tags="odd"),
+        case("causal", (70, 3, 64), 2, 2, d=16, causal=True, tags="odd"),
+        case("causal_more_keys", (3, 1, 20), 4, 2, keys=(40, 7, 20), d=16, causal=True, tags="odd"),
+        case("causal_fewer_keys", (9, 20), 2, 2, keys=(4, 20), d=16, causal=True, tags="odd"),
+        case("bf16", (65, 9, 130), 4, 2, d=24, dtype=bf16, causal=True, tags="odd"),
+        case("float16", (65, 9), 2, 2, d=24, dtype=torch.float16),
+        *(case(f"layout_{name}", (9, 4), 3, 3, d=20, layout=name) for name in LAYOUTS if name != "contiguous"),
+        case("window", (70, 20), 2, 2, d=16, window=(5, 3)),
+        case("softcap", (30, 8), 2, 2, d=16, softcap=2.0),
+        case("alibi", (30, 8), 4, 2, d=16, causal=True, alibi=(4,)),
+        case("alibi_of_each", (30, 8), 4, 2, d=16, causal=True, alibi=(2, 4)),
+        case("sinks", (30, 8), 4, 2, d=16, causal=True, sinks=True, scale=0.3),
+        case("threads", (200, 3, 90, 150, 0, 60, 17, 33, 80), 4, 4, d=64, tags="threads"),
+        case("threads_grouped", (100, 30, 300), 8, 2, d=64, causal=True, tags="threads odd"),
+    ]
+
+
+def _attention_varlen_options(inputs: tuple) -> tuple:
+    q, k, v, q_ends, k_ends, _, _, causal, scale, left, right, softcap, slopes, sinks = inputs
+    return q, k, v, (q_ends, k_ends, causal, scale, (left, right), softcap, slopes, sinks)
+
+
+def attention_varlen_truth(*inputs) -> Tensor:
+    q, k, v, options = _attention_varlen_options(inputs)
+    return attention_varlen_reference(q.double(), k.double(), v.double(), *options)[0]
+
+
+def attention_varlen_check(actual: Tensor, inputs: tuple) -> None:
+    """The yardstick is the reference in eager PyTorch of the query's dtype."""
+    q, k, v, options = _attention_varlen_options(inputs)
+    assert actual.dtype == q.dtype
+    truth = attention_varlen_truth(*inputs)
+    eager = attention_varlen_reference(q, k, v, *options)[0].to(q.dtype)
+    # Beside the rounding of the output: each weight has the relative error of exp2 and, in bfloat16, of its rounding.
+    largest = v.abs().max().item() if v.numel() else 0.0
+    error = tolerances.EXP2_ERROR + (tolerances.eps(q.dtype) / 2 if q.dtype is torch.bfloat16 else 0.0)
+    tolerances.assert_composite(actual, eager, truth, floor=tolerances.eps(q.dtype) * _largest(truth) + error * largest)
+
+
+def attention_varlen_suite() -> Suite:
+    return Suite("attention_varlen", tuple(_attention_varlen_cases()), attention_varlen_truth, attention_varlen_check)
 
 
 # -- attention_backward

@@ -99,6 +99,27 @@ inline constexpr int kAttentionSharesPerThread = 8;
 inline constexpr long kAttentionFarBytes = 3L << 20;
 inline constexpr long kAttentionFarHeadBytes = 16L << 10;
 
+// -- attention_decode
+
+// Keys of a piece, whose softmax is by itself: a fixed part of the cache, so that the bits do not depend on who
+// computes it. A group of four rows then writes 2 KiB of sums for 128 KiB (int8) or more that it reads.
+inline constexpr int kDecodePiece = 512;
+
+// Keys whose values are read column by column: 32 KiB of float32 at head size 256.
+inline constexpr int kDecodeValueGroup = 32;
+
+// Bytes between a key that is read and the one that is asked for from memory, in each of four places of a piece.
+inline constexpr int kDecodeAheadBytes = 1024;
+
+// Rows of one task: the heads of a group times the new queries.
+inline constexpr int kDecodeTaskRows = 32;
+
+// New queries that go through the cache together; more of them take turns, which bounds the memory for their sums.
+inline constexpr int kDecodeQueries = 64;
+
+// Fewer multiply-adds than this are not worth waking a second thread for.
+inline constexpr long kDecodeWorkPerThread = 1L << 16;
+
 // -- attention_backward
 
 // Keys whose scores and gradients are held at once for a block of query rows: a multiple of the tile of 6 keys, and of
