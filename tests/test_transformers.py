@@ -186,6 +186,18 @@ def test_generate_with_cache(name):
 
 
 @pytest.mark.parametrize("name", DECODERS)
+def test_generate_with_a_static_cache(name):
+    """The cache has room for more tokens than there are; what is in the rest of it does not count."""
+    prompt = tokens(2, 5)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = make(name, "sdpa").generate(prompt, **options)
+    model = make(name, "lamina")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    actual = model.generate(prompt, past_key_values=cache, disable_compile=True, **options)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_generate_from_a_padded_batch(name):
     inputs = padded("left")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

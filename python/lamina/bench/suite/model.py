@@ -16,7 +16,7 @@ from lamina.bench import minilm
 from lamina.bench.modules import caller, count_flops, first_tensor
 from lamina.bench.peers import PEERS, convert, quantize_dynamic
 from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
-from lamina.configs import AUTO, Int8Dynamic
+from lamina.configs import AUTO, FusedAttention, Int8Dynamic
 
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
 MAX_ERROR = 0.02
@@ -66,6 +66,7 @@ def workloads() -> Iterator[Workload]:
     """Every line of shapes/model.txt."""
     for name, batch in read_shapes("model", columns=2):
         yield workload(name, int(batch), lambda name=name, batch=int(batch): prepare(name, *build(name, batch)))
+    yield generation()
 
 
 def torch_encoder() -> torch.nn.Module:
@@ -131,6 +132,81 @@ def workload(name: str, batch: int, make_inputs: Callable[[], Inputs], *, doors:
         module=lambda inputs: (inputs.model, inputs.example_inputs),
         kernels=lambda inputs: _uses_kernels(inputs.accelerated.report),
     )
+
+
+PROMPT = 16
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A causal model of transformers in eval mode with eager attention, and the tokens [1, PROMPT] it continues."""
+
+    model: torch.nn.Module
+    prompt: torch.Tensor
+
+
+def generation() -> Workload:
+    """`model/gpt2_generation/...`: transformers' `generate` with a cache, a model of GPT-2's size and random weights.
+
+    The model is rewritten by `swap_` (`accelerate` measures one forward call, which is not what generation does).
+    """
+
+    def make_inputs() -> Generation:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = GPT2LMHeadModel(GPT2Config(eos_token_id=None, bos_token_id=None)).eval()
+            prompt = torch.randint(model.config.vocab_size, (1, PROMPT))
+        model.set_attn_implementation("eager")
+        return Generation(model, prompt)
+
+    def weights(inputs: Generation) -> int:
+        """Parameters that every token is multiplied with: all but the position embeddings (the head's are tied)."""
+        return sum(p.numel() for p in inputs.model.parameters()) - inputs.model.transformer.wpe.weight.numel()
+
+    shape = f"b1-{NEW_TOKENS}tokens"
+    return Workload(
+        id=f"model/gpt2_generation/{shape}",
+        op="model",
+        shape=shape,
+        dims={"B": 1, "NEW": NEW_TOKENS},
+        make_inputs=make_inputs,
+        run=lambda inputs: _generate(_rewritten(inputs.model, (FusedAttention(), Int8Dynamic())), inputs.prompt),
+        baselines={"eager": lambda inputs: _generate(inputs.model, inputs.prompt)},
+        variants={
+            "float": lambda inputs: _generate(_rewritten(inputs.model, FusedAttention()), inputs.prompt),
+        },
+        check=_check_generation,
+        flops=lambda inputs: 2 * weights(inputs) * (PROMPT + NEW_TOKENS - 1),
+        bytes=lambda inputs: weights(inputs) * NEW_TOKENS,
+        precision=lambda inputs: "int8",
+        tags=frozenset({"model", "gpt2_generation"}),
+        requires=("transformers",),
+    )
+
+
+def _rewritten(model: torch.nn.Module, config) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    lamina.swap_(model, config)
+    return model
+
+
+def _generate(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[], torch.Tensor]:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    mask = torch.ones_like(prompt)
+    return lambda: model.generate(prompt, attention_mask=mask, **options)
+
+
+def _check_generation(inputs: Generation, tokens: torch.Tensor) -> Gate:
+    # Greedy tokens of a model with random weights hang on the last bit of near ties, so what decides is how close
+    # each one's logit comes to the largest in the eager model, as a share of how far the logits spread.
+    with torch.no_grad():
+        logits = inputs.model(tokens).logits[0, PROMPT - 1 : -1]
+    chosen = logits.gather(1, tokens[0, PROMPT:, None])[:, 0]
+    behind = float(((logits.amax(1) - chosen) / logits.std(1)).max())
+    return Gate.judge(behind, MAX_MODEL_ERROR, "largest gap of a chosen token's logit, in standard deviations,")
 
 
 def _uses_kernels(report) -> bool:
