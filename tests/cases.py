@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import lamina
 from lamina.reference.attention import attention as attention_reference
+from lamina.reference.attention_backward import attention_backward as attention_backward_reference
 from lamina.reference.attention_decode import attention_decode as attention_decode_reference
 from lamina.reference.attention_varlen import attention_varlen as attention_varlen_reference
-from lamina.reference.attention_backward import attention_backward as attention_backward_reference
 from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
 from lamina.reference.int8_conv2d import quantize_images

@@ -7,9 +7,9 @@
 #include "bindings/tensor_view.h"
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
+#include "ops/attention_backward.h"
 #include "ops/attention_decode.h"
 #include "ops/attention_varlen.h"
-#include "ops/attention_backward.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
@@ -78,10 +78,17 @@ PYBIND11_MODULE(_C, m) {
          const TensorView& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale,
          int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
          const OptionalTensor& sinks, const TensorView& out, const OptionalTensor& lse) {
-        attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            {is_causal, scale, window_left, window_right, /*bottom_right=*/true, softcap, alibi_slopes, sinks, lse},
-            out);
+        attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                         {.is_causal = is_causal,
+                          .scale = scale,
+                          .window_left = window_left,
+                          .window_right = window_right,
+                          .bottom_right = true,
+                          .softcap = softcap,
+                          .alibi_slopes = alibi_slopes,
+                          .sinks = sinks,
+                          .lse = lse},
+                         out);
       },
       no_gil);
   m.def("attention_decode", &attention_decode, no_gil);

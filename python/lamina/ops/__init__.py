@@ -1,9 +1,9 @@
 """Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
 
 from lamina.ops.attention import attention
+from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
-from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -39,9 +39,9 @@ __all__ = [
     "PackedInt8Weight",
     "append_to_cache_",
     "attention",
+    "attention_backward",
     "attention_decode",
     "attention_varlen",
-    "attention_backward",
     "gru",
     "int8_adaptive_avg_pool2d",
     "int8_avg_pool2d",
