@@ -30,6 +30,8 @@ from lamina.reference.layer_norm import layer_norm as layer_norm_reference
 from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
+from lamina.reference.rnn_relu import rnn_relu as rnn_relu_reference
+from lamina.reference.rnn_tanh import rnn_tanh as rnn_tanh_reference
 from lamina.reference.weight_only_linear import dequantize
 from lamina.reference.weight_only_linear import weight_only_linear as weight_only_linear_reference
 
@@ -1526,7 +1528,14 @@ def rms_norm_suite() -> Suite:
     return Suite("rms_norm", _unique(_norm_cases("rms_norm")[::2]), rms_norm_truth, rms_norm_check)
 
 
-# -- lstm, gru
+# -- lstm, gru, rnn_tanh, rnn_relu, int8_lstm, int8_gru
+
+_RNN_GATES = {torch.nn.LSTM: 4, torch.nn.GRU: 3, torch.nn.RNN: 1}
+
+
+def rnn_module(op: str) -> type[torch.nn.RNNBase]:
+    """torch's class of layers that a recurrent op computes."""
+    return getattr(torch.nn, op.removeprefix("int8_").split("_")[0].upper())
 
 
 def _rnn_case(
@@ -1549,12 +1558,12 @@ def _rnn_case(
     tags: str = "",
 ) -> Case:
     """`lengths`, falling, makes packed input of that many sequences. Weights are torch's own initial ones."""
-    module = getattr(torch.nn, op.removeprefix("int8_").upper())
+    module = rnn_module(op)
     options = {"proj_size": proj} if proj else {}
     is_int8 = op.startswith("int8_")
 
     def make(generator: torch.Generator) -> tuple:
-        layer = module(i, h, layers, biases, batch_first, 0.0, bidirectional, **options)
+        layer = module(i, h, layers, bias=biases, batch_first=batch_first, bidirectional=bidirectional, **options)
         weights = [((2 * torch.rand(w.shape, generator=generator) - 1) / h**0.5).to(dtype) for w in layer._flat_weights]
         parts, batch, sizes = layers * (2 if bidirectional else 1), b, None
         if lengths is not None:
@@ -1622,15 +1631,19 @@ def _rnn_cases(op: str) -> tuple[Case, ...]:
     return tuple(cases)
 
 
-def _rnn_truth(reference, inputs: tuple) -> tuple[Tensor, ...]:
-    x, sizes, *states, weights, _, layers, bidirectional, batch_first = inputs
-    directions = 2 if bidirectional else 1
+def _started(op: str, inputs: tuple) -> list[Tensor]:
+    """The initial states, zeros if there are none, in float64."""
+    x, _, *states, weights, _, layers, bidirectional, batch_first = inputs
     if states[0] is None:
-        batch = x.shape[0 if batch_first else 1]
-        gates = 4 if len(states) == 2 else 3
-        states = [x.new_zeros(layers * directions, batch, weights[0].shape[0] // gates) for _ in states]
-    doubles = [s.double() for s in states]
-    return reference(x.double(), sizes, *doubles, [w.double() for w in weights], layers, bidirectional, batch_first)
+        batch, units = x.shape[0 if batch_first else 1], weights[0].shape[0] // _RNN_GATES[rnn_module(op)]
+        states = [x.new_zeros(layers * (2 if bidirectional else 1), batch, units) for _ in states]
+    return [s.double() for s in states]
+
+
+def _rnn_truth(op: str, reference, inputs: tuple) -> tuple[Tensor, ...]:
+    x, sizes, *_, weights, _, layers, bidirectional, batch_first = inputs
+    doubles = [w.double() for w in weights]
+    return reference(x.double(), sizes, *_started(op, inputs), doubles, layers, bidirectional, batch_first)
 
 
 def _rnn_check(op: str, truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -1651,16 +1664,10 @@ def _rnn_check(op: str, truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], i
         tolerances.assert_composite(ours, theirs, right, floor=floor, what=name)
 
 
-def _int8_rnn_truth(reference, inputs: tuple) -> tuple[Tensor, ...]:
-    x, sizes, *states, weights, scales, _, layers, bidirectional, batch_first = inputs
-    if states[0] is None:
-        batch = x.shape[0 if batch_first else 1]
-        gates = 4 if len(states) == 2 else 3
-        parts = layers * (2 if bidirectional else 1)
-        states = [x.new_zeros(parts, batch, weights[0].shape[0] // gates) for _ in states]
-    return reference(
-        x.double(), sizes, *(s.double() for s in states), weights, scales, layers, bidirectional, batch_first
-    )
+def _int8_rnn_truth(op: str, reference, inputs: tuple) -> tuple[Tensor, ...]:
+    x, sizes, *states, weights, scales, biases, layers, bidirectional, batch_first = inputs
+    starts = _started(op, (x, sizes, *states, weights, biases, layers, bidirectional, batch_first))
+    return reference(x.double(), sizes, *starts, weights, scales, layers, bidirectional, batch_first)
 
 
 def _int8_rnn_check(truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -1675,7 +1682,7 @@ def _int8_rnn_check(truth: tuple[Tensor, ...], actual: tuple[Tensor, ...], input
 
 
 def int8_lstm_truth(*inputs) -> tuple[Tensor, ...]:
-    return _int8_rnn_truth(int8_lstm_reference, inputs)
+    return _int8_rnn_truth("int8_lstm", int8_lstm_reference, inputs)
 
 
 def int8_lstm_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -1687,7 +1694,7 @@ def int8_lstm_suite() -> Suite:
 
 
 def int8_gru_truth(*inputs) -> tuple[Tensor, ...]:
-    return _int8_rnn_truth(int8_gru_reference, inputs)
+    return _int8_rnn_truth("int8_gru", int8_gru_reference, inputs)
 
 
 def int8_gru_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -1699,7 +1706,7 @@ def int8_gru_suite() -> Suite:
 
 
 def lstm_truth(*inputs) -> tuple[Tensor, ...]:
-    return _rnn_truth(lstm_reference, inputs)
+    return _rnn_truth("lstm", lstm_reference, inputs)
 
 
 def lstm_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -1711,7 +1718,7 @@ def lstm_suite() -> Suite:
 
 
 def gru_truth(*inputs) -> tuple[Tensor, ...]:
-    return _rnn_truth(gru_reference, inputs)
+    return _rnn_truth("gru", gru_reference, inputs)
 
 
 def gru_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -1720,6 +1727,39 @@ def gru_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
 
 def gru_suite() -> Suite:
     return Suite("gru", _rnn_cases("gru"), gru_truth, gru_check)
+
+
+# The others would try again what the lstm's try.
+_PLAIN_RNN_CASES = """no_batch ones primes units_17 batch_7 batch_13 no_states batch_first packed bf16 bf16_packed
+    layout_sliced threads threads_packed"""
+
+
+def _plain_rnn_cases(op: str) -> tuple[Case, ...]:
+    return tuple(case for case in _rnn_cases(op) if case.id in _PLAIN_RNN_CASES.split())
+
+
+def rnn_tanh_truth(*inputs) -> tuple[Tensor, ...]:
+    return _rnn_truth("rnn_tanh", rnn_tanh_reference, inputs)
+
+
+def rnn_tanh_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    _rnn_check("rnn_tanh", rnn_tanh_truth(*inputs), actual, inputs)
+
+
+def rnn_tanh_suite() -> Suite:
+    return Suite("rnn_tanh", _plain_rnn_cases("rnn_tanh"), rnn_tanh_truth, rnn_tanh_check)
+
+
+def rnn_relu_truth(*inputs) -> tuple[Tensor, ...]:
+    return _rnn_truth("rnn_relu", rnn_relu_reference, inputs)
+
+
+def rnn_relu_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
+    _rnn_check("rnn_relu", rnn_relu_truth(*inputs), actual, inputs)
+
+
+def rnn_relu_suite() -> Suite:
+    return Suite("rnn_relu", _plain_rnn_cases("rnn_relu"), rnn_relu_truth, rnn_relu_check)
 
 
 # -- weight_only_linear

@@ -23,6 +23,8 @@
 #include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
 #include "ops/rnn.h"
+#include "ops/rnn_relu.h"
+#include "ops/rnn_tanh.h"
 #include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
@@ -134,6 +136,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("lstm", &lstm, no_gil);
   m.def("int8_gru", &int8_gru, no_gil);
   m.def("int8_lstm", &int8_lstm, no_gil);
+  m.def("rnn_tanh", &rnn_tanh, no_gil);
+  m.def("rnn_relu", &rnn_relu, no_gil);
+  m.def("rnn_backward", &rnn_backward, no_gil);
   m.def("rnn_fingerprint", &rnn_fingerprint, no_gil);
 
 #ifdef LAMINA_WITH_CUDA

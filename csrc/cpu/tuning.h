@@ -142,9 +142,6 @@ inline constexpr long kNormWorkPerThread = 1L << 15;
 // little, few enough that the gates (4 KiB a row at 256 units) do not leave the third-level cache.
 inline constexpr int64_t kRnnChunkRows = 384;
 
-// Bytes of recurrent gates between the product and the cells that consume them: half of the first-level cache.
-inline constexpr int64_t kRnnGateBytes = 16 * 1024;
-
 // Fewer multiply-adds a step than this are not worth a second thread: threads meet once a step, which costs as much.
 inline constexpr int64_t kRnnWorkPerThread = 1 << 16;
 

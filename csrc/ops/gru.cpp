@@ -5,22 +5,20 @@
 namespace lamina {
 
 void gru(const TensorView& input, const std::optional<TensorView>& batch_sizes, const std::optional<TensorView>& h_0,
-         const TensorView& weights, int64_t layers, bool bidirectional, const TensorView& output,
-         const TensorView& h_n) {
+         const TensorView& panels, const TensorView& floats, int64_t layers, bool bidirectional,
+         const TensorView& output, const TensorView& h_n, const std::optional<TensorView>& saved) {
   run_rnn({.op = "gru",
            .cell = RnnCell::gru,
            .input = input,
            .batch_sizes = batch_sizes,
            .h_0 = h_0,
            .c_0 = std::nullopt,
-           .weights = weights,
-           .codes = std::nullopt,
-           .compensation = std::nullopt,
+           .weights = {panels, floats, std::nullopt},
            .layers = layers,
            .bidirectional = bidirectional,
            .output = output,
            .h_n = h_n,
-           .c_n = std::nullopt});
+           .saved = saved});
 }
 
 }  // namespace lamina

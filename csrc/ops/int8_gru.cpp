@@ -5,8 +5,8 @@
 namespace lamina {
 
 void int8_gru(const TensorView& input, const std::optional<TensorView>& batch_sizes,
-              const std::optional<TensorView>& h_0, const TensorView& codes, const TensorView& compensation,
-              const TensorView& weights, int64_t layers, bool bidirectional, const TensorView& output,
+              const std::optional<TensorView>& h_0, const TensorView& panels, const TensorView& floats,
+              const TensorView& compensation, int64_t layers, bool bidirectional, const TensorView& output,
               const TensorView& h_n) {
   run_rnn({.op = "int8_gru",
            .cell = RnnCell::gru,
@@ -14,14 +14,11 @@ void int8_gru(const TensorView& input, const std::optional<TensorView>& batch_si
            .batch_sizes = batch_sizes,
            .h_0 = h_0,
            .c_0 = std::nullopt,
-           .weights = weights,
-           .codes = codes,
-           .compensation = compensation,
+           .weights = {panels, floats, compensation},
            .layers = layers,
            .bidirectional = bidirectional,
            .output = output,
-           .h_n = h_n,
-           .c_n = std::nullopt});
+           .h_n = h_n});
 }
 
 }  // namespace lamina

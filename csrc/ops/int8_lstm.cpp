@@ -5,8 +5,8 @@
 namespace lamina {
 
 void int8_lstm(const TensorView& input, const std::optional<TensorView>& batch_sizes,
-               const std::optional<TensorView>& h_0, const std::optional<TensorView>& c_0, const TensorView& codes,
-               const TensorView& compensation, const TensorView& weights, int64_t layers, bool bidirectional,
+               const std::optional<TensorView>& h_0, const std::optional<TensorView>& c_0, const TensorView& panels,
+               const TensorView& floats, const TensorView& compensation, int64_t layers, bool bidirectional,
                const TensorView& output, const TensorView& h_n, const TensorView& c_n) {
   run_rnn({.op = "int8_lstm",
            .cell = RnnCell::lstm,
@@ -14,9 +14,7 @@ void int8_lstm(const TensorView& input, const std::optional<TensorView>& batch_s
            .batch_sizes = batch_sizes,
            .h_0 = h_0,
            .c_0 = c_0,
-           .weights = weights,
-           .codes = codes,
-           .compensation = compensation,
+           .weights = {panels, floats, compensation},
            .layers = layers,
            .bidirectional = bidirectional,
            .output = output,

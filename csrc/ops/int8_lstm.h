@@ -1,5 +1,5 @@
 // Long short-term memory with int8 weights over whole sequences: all layers, directions and steps in one call. See
-// ops/rnn.h for the layouts and cpu/kernels/rnn_cell.h for the equations.
+// ops/rnn.h for the layouts and cpu/kernels/rnn_step.h for the equations.
 #pragma once
 
 #include <optional>
@@ -9,8 +9,8 @@
 namespace lamina {
 
 void int8_lstm(const TensorView& input, const std::optional<TensorView>& batch_sizes,
-               const std::optional<TensorView>& h_0, const std::optional<TensorView>& c_0, const TensorView& codes,
-               const TensorView& compensation, const TensorView& weights, int64_t layers, bool bidirectional,
+               const std::optional<TensorView>& h_0, const std::optional<TensorView>& c_0, const TensorView& panels,
+               const TensorView& floats, const TensorView& compensation, int64_t layers, bool bidirectional,
                const TensorView& output, const TensorView& h_n, const TensorView& c_n);
 
 }  // namespace lamina

@@ -1,5 +1,5 @@
 // Long short-term memory over whole sequences: all layers, directions and steps in one call. See ops/rnn.h for the
-// layouts and cpu/kernels/rnn_cell.h for the equations.
+// layouts and cpu/kernels/rnn_step.h for the equations.
 #pragma once
 
 #include <optional>
@@ -9,7 +9,8 @@
 namespace lamina {
 
 void lstm(const TensorView& input, const std::optional<TensorView>& batch_sizes, const std::optional<TensorView>& h_0,
-          const std::optional<TensorView>& c_0, const TensorView& weights, int64_t layers, bool bidirectional,
-          const TensorView& output, const TensorView& h_n, const TensorView& c_n);
+          const std::optional<TensorView>& c_0, const TensorView& panels, const TensorView& floats, int64_t layers,
+          bool bidirectional, const TensorView& output, const TensorView& h_n, const TensorView& c_n,
+          const std::optional<TensorView>& saved);
 
 }  // namespace lamina

@@ -54,27 +54,35 @@ void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
 // The threads of one parallel_team call, as one of them sees it.
 class Team {
  public:
-  Team(std::atomic<int>& arrived, std::atomic<int>& round, int index, int count)
-      : index(index), count(count), arrived_(arrived), round_(round) {}
+  // How often a thread has come to the barrier, each on a cache line that only its own writes.
+  struct alignas(64) Arrivals {
+    std::atomic<uint32_t> count{0};
+  };
+  static constexpr int kMost = 64;
+
+  Team(Arrivals* arrivals, int index, int count) : index(index), count(count), arrivals_(arrivals) {}
 
   const int index, count;
 
   // Returns when all threads have come here; what any wrote before is visible to all. Spins for some 50 us, since the
-  // threads of a recurrent layer meet every few microseconds, then sleeps: the other may not be running at all.
+  // threads of a recurrent layer meet every few microseconds, then sleeps: the thread waited for may not be running at
+  // all. A thread writes one line and reads those of the others: one way between two cores.
   void barrier() {
     if (count == 1) return;
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      round_.notify_all();
-      return;
+    const uint32_t round = ++round_;
+    // Sequentially consistent, or a thread that goes to sleep now might be overlooked.
+    arrivals_[index].count.store(round);
+    arrivals_[index].count.notify_all();
+    for (int other = 0, spins = 0; other < count; ++other) {
+      const std::atomic<uint32_t>& arrived = arrivals_[other].count;
+      for (uint32_t seen; int32_t((seen = arrived.load()) - round) < 0;) {
+        if (++spins < 4000) {
+          __builtin_ia32_pause();
+        } else {
+          arrived.wait(seen);
+        }
+      }
     }
-    for (int spins = 0; spins < 4000; ++spins) {
-      if (round_.load(std::memory_order_acquire) != round) return;
-      __builtin_ia32_pause();
-    }
-    round_.wait(round, std::memory_order_acquire);
   }
 
   // The share [begin, end) of [0, total) of this thread.
@@ -82,24 +90,23 @@ class Team {
   int64_t end(int64_t total) const { return total * (index + 1) / count; }
 
  private:
-  std::atomic<int>& arrived_;
-  std::atomic<int>& round_;
+  Arrivals* arrivals_;
+  uint32_t round_ = 0;
 };
 
 // Calls body(team) once on each of at most `threads` threads at the same time. The body must not throw: the others
 // would wait for ever.
 template <class Body>
 void parallel_team(int threads, const Body& body) {
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<int> round{0};
+  Team::Arrivals arrivals[Team::kMost];
   if (threads <= 1) {
-    Team team(arrived, round, 0, 1);
+    Team team(arrivals, 0, 1);
     body(team);
     return;
   }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads < Team::kMost ? threads : Team::kMost)
   {
-    Team team(arrived, round, omp_get_thread_num(), omp_get_num_threads());
+    Team team(arrivals, omp_get_thread_num(), omp_get_num_threads());
     body(team);
   }
 }

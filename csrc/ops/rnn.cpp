@@ -4,10 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels/int8_gemm.h"
 #include "cpu/kernels/panel_gemm.h"
 #include "cpu/kernels/quantize_rows.h"
-#include "cpu/kernels/rnn_cell.h"
+#include "cpu/kernels/rnn_step.h"
 #include "cpu/tuning.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
@@ -15,9 +14,12 @@
 
 namespace lamina {
 
-constinit const KernelTable<void(const PanelGemmArgs&)> panel_gemm_table;
-constinit const KernelTable<void(const RnnCellArgs&)> lstm_cell_table;
-constinit const KernelTable<void(const RnnCellArgs&)> gru_cell_table;
+constinit const KernelTable<void(const PanelGemmArgs<float>&)> panel_gemm_f32_table;
+constinit const KernelTable<void(const PanelGemmArgs<bf16>&)> panel_gemm_bf16_table;
+constinit const KernelTable<void(const PanelGemmArgs<int8_t>&)> panel_gemm_int8_table;
+constinit const KernelTable<void(const RnnStepArgs<float>&)> rnn_step_f32_table;
+constinit const KernelTable<void(const RnnStepArgs<bf16>&)> rnn_step_bf16_table;
+constinit const KernelTable<void(const RnnStepArgs<int8_t>&)> rnn_step_int8_table;
 
 namespace {
 
@@ -28,11 +30,9 @@ int64_t panels_of(int64_t columns, int64_t width) { return (columns + width - 1)
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// A matrix in panels, and the bias of its columns. Float weights, or int8 codes
-// with their scales and compensation.
+// A matrix in panels of weights of any format, the bias of its columns, and their scales and compensation if int8.
 struct Matrix {
-  const float* panels = nullptr;
-  const int8_t* codes = nullptr;
+  const void* panels = nullptr;
   const float* scales = nullptr;
   const int32_t* compensation = nullptr;
   const float* bias = nullptr;
@@ -51,18 +51,46 @@ struct Rows {
   int64_t count = 0;
 };
 
-struct Direction {
-  Matrix input, state, projection;
+// The product of `x` with `count` panels of w from `first` on, plus their bias.
+template <class Weight>
+PanelGemmArgs<Weight> product(const Matrix& w, int64_t first, int64_t count, const Rows& x) {
+  constexpr bool is_int8 = PanelGemmArgs<Weight>::is_int8;
+  const int64_t column = first * w.groups * kLanes;
+  PanelGemmArgs<Weight> args{};
+  if constexpr (is_int8) {
+    args.x = x.codes;
+    args.ldx = x.ld_codes;
+    args.x_scales = x.scales;
+    args.w_scales = w.scales + column;
+    args.compensation = w.compensation + column;
+  } else {
+    args.x = x.x;
+    args.ldx = x.ldx;
+  }
+  args.rows = x.count;
+  args.k = is_int8 ? round_up(w.k, 4) : w.k;
+  args.panels = static_cast<const Weight*>(w.panels) + column * args.k;
+  args.groups = w.groups;
+  args.count = count;
+  args.bias = w.bias ? w.bias + column : nullptr;
+  return args;
+}
+
+template <class Weight>
+struct Kernels {
+  const KernelTable<void(const PanelGemmArgs<Weight>&)>* gemm;
+  const KernelTable<void(const RnnStepArgs<Weight>&)>* step;
 };
 
-// Which sequences run at a step, and where the rows of the steps begin.
-struct Steps {
-  int64_t count, batch;
-  const int64_t* sizes = nullptr;  // null: all sequences run all steps
-  std::vector<int64_t> starts;     // of `sizes`
+template <class Weight>
+constexpr Kernels<Weight> kernels_of() {
+  if constexpr (std::is_same_v<Weight, float>) return {&panel_gemm_f32_table, &rnn_step_f32_table};
+  if constexpr (std::is_same_v<Weight, bf16>) return {&panel_gemm_bf16_table, &rnn_step_bf16_table};
+  if constexpr (std::is_same_v<Weight, int8_t>) return {&panel_gemm_int8_table, &rnn_step_int8_table};
+}
 
-  int64_t rows(int64_t t) const { return sizes ? sizes[t] : batch; }
-  int64_t start(int64_t t) const { return sizes ? starts[size_t(t)] : t * batch; }
+struct Direction {
+  Matrix input, state, projection;
 };
 
 // Rows of floats by step and sequence: [T, B, *] with any strides, or packed.
@@ -107,8 +135,10 @@ class Runner {
   void input_gates(int64_t layer, int64_t d, int64_t low, int64_t high, int64_t panel_begin, int64_t panel_end) const;
   void gather_rows(Team& team, int64_t layer, int64_t d, int64_t low, int64_t high) const;
   Rows quantized(const float* x, int64_t ldx, int64_t rows, int64_t k, uint8_t* codes, float* scales) const;
-  void multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64_t panels, bool backwards, float* out,
-                int64_t out_panel, int64_t out_row) const;
+  template <class Body>
+  void with_format(const Body& body) const;
+  void multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64_t panels, float* out, int64_t out_panel,
+                int64_t out_row) const;
   void step(Team& team, int64_t layer, int64_t d, int64_t s, int64_t low, int64_t panel_begin, int64_t panel_end) const;
   void cells(Team& team, int64_t layer, int64_t d, int64_t s, const float* h, int64_t ldh, int64_t row, int64_t rows,
              const float* x_gates, float* out, int64_t panel_begin, int64_t panel_end) const;
@@ -121,7 +151,7 @@ class Runner {
   // The sequence a layer reads or writes.
   Sequence input_of(int64_t layer) const { return layer ? between_[(layer - 1) % 2] : input_; }
   Sequence output_of(int64_t layer) const { return layer + 1 == layers_ ? output_ : between_[layer % 2]; }
-  bool is_int8() const { return args_.codes.has_value(); }
+  bool is_int8() const { return args_.weights.panels.dtype == DType::int8; }
   // Whether input gates are computed from a copy of the rows: they do not lie
   // as one run, or are quantized.
   bool gathers(int64_t layer) const { return is_int8() || !input_of(layer).is_one_run(steps_.batch); }
@@ -149,14 +179,10 @@ class Runner {
   float* x_scales_[2] = {nullptr, nullptr};     // [direction][row of the chunk], int8
   uint8_t* h_codes_ = nullptr;                  // [thread][B], int8
   float* h_scales_ = nullptr;                   // [thread][B], int8
-  float* h_gates_ = nullptr;                    // [thread]
   float* projected_ = nullptr;                  // [thread][B][64]
-  int64_t h_gates_size_ = 0, projected_size_ = 0;
+  int64_t projected_size_ = 0;
 
-  decltype(panel_gemm_table.get()) gemm_ = nullptr;
-  decltype(int8_gemm_table.get()) int8_gemm_ = nullptr;
   decltype(quantize_rows_f32_table.get()) quantize_ = nullptr;
-  decltype(lstm_cell_table.get()) cell_ = nullptr;
 };
 
 void Runner::check_state(const char* name, const TensorView& state, int64_t width) const {
@@ -169,33 +195,10 @@ void Runner::check_arguments() {
   const TensorView& x = args_.input;
   layers_ = args_.layers;
   directions_ = args_.bidirectional ? 2 : 1;
-  groups_ = args_.cell == RnnCell::lstm ? 4 : 3;
+  groups_ = gates_of(args_.cell);
   check_dtype(op_, "input", x, {DType::float32});
   check_dtype(op_, "output", args_.output, {DType::float32});
-  if (args_.batch_sizes) {
-    const TensorView& sizes = *args_.batch_sizes;
-    check_dtype(op_, "batch_sizes", sizes, {DType::int64});
-    check_shape(op_, "batch_sizes", sizes, {-1});
-    check_contiguous(op_, "batch_sizes", sizes);
-    check_shape(op_, "input", x, {-1, -1});
-    steps_.count = sizes.size(0);
-    steps_.sizes = sizes.as<int64_t>();
-    int64_t sum = 0;
-    for (int64_t t = 0; t < steps_.count; ++t) {
-      const int64_t n = steps_.sizes[t];
-      check(n >= 1 && (t == 0 || n <= steps_.sizes[t - 1]), op_, "batch_sizes[", t, "] is ", n,
-            ", but they must be at least 1 and never rise");
-      steps_.starts.push_back(sum);
-      sum += n;
-    }
-    steps_.starts.push_back(sum);
-    check(sum == x.size(0), op_, "batch_sizes come to ", sum, " rows, but input has ", x.size(0));
-    steps_.batch = steps_.count ? steps_.sizes[0] : 0;
-  } else {
-    check_shape(op_, "input", x, {-1, -1, -1});
-    steps_.count = x.size(0);
-    steps_.batch = x.size(1);
-  }
+  steps_ = steps_of(op_, x, args_.batch_sizes);
   check(steps_.count > 0, op_, "input is ", describe(x), ", but a sequence must have at least one step");
   input_size_ = x.size(-1);
   check(input_size_ <= 1 || x.stride(-1) == 1, op_, "input must be contiguous in its last dimension");
@@ -209,6 +212,12 @@ void Runner::check_arguments() {
   if (args_.h_0) check_state("h_0", *args_.h_0, state_);
   if (args_.c_n) check_state("c_n", *args_.c_n, hidden_);
   if (args_.c_0) check_state("c_0", *args_.c_0, hidden_);
+  if (args_.saved) {
+    check(layers_ == 1, op_, "saved is for one layer, not ", layers_);
+    check_dtype(op_, "saved", *args_.saved, {DType::float32});
+    check_contiguous(op_, "saved", *args_.saved);
+    check_shape(op_, "saved", *args_.saved, {directions_, panels_, steps_.all_rows(), saved_of(args_.cell), kLanes});
+  }
   if (args_.batch_sizes) {
     check_shape(op_, "output", args_.output, {x.size(0), directions_ * state_});
   } else {
@@ -221,36 +230,33 @@ void Runner::check_arguments() {
 }
 
 void Runner::find_weights() {
-  check_dtype(op_, "weights", args_.weights, {DType::float32});
-  check_contiguous(op_, "weights", args_.weights);
-  const float* const begin = args_.weights.as<float>();
-  const float* at = begin;
-  const int8_t *codes_begin = nullptr, *codes = nullptr;
-  const int32_t *compensation_begin = nullptr, *compensation = nullptr;
+  const RnnWeights& w = args_.weights;
+  check_dtype(op_, "panels", w.panels, {DType::float32, DType::bfloat16, DType::int8});
+  check_contiguous(op_, "panels", w.panels);
+  check_dtype(op_, "floats", w.floats, {DType::float32});
+  check_contiguous(op_, "floats", w.floats);
+  const int64_t size = w.panels.dtype == DType::float32 ? 4 : w.panels.dtype == DType::bfloat16 ? 2 : 1;
+  const int32_t* compensation = nullptr;
   if (is_int8()) {
-    check_dtype(op_, "codes", *args_.codes, {DType::int8});
-    check_contiguous(op_, "codes", *args_.codes);
-    check_dtype(op_, "compensation", *args_.compensation, {DType::int32});
-    check_contiguous(op_, "compensation", *args_.compensation);
-    codes_begin = codes = args_.codes->as<int8_t>();
-    compensation_begin = compensation = args_.compensation->as<int32_t>();
+    check(w.compensation.has_value(), op_, "int8 weights need their compensation");
+    check_dtype(op_, "compensation", *w.compensation, {DType::int32});
+    check_contiguous(op_, "compensation", *w.compensation);
+    compensation = w.compensation->as<int32_t>();
   }
+  const float* const floats = w.floats.as<float>();
+  int64_t panels_at = 0, floats_at = 0, columns_at = 0;
   const auto take = [&](int64_t k, int64_t columns, int groups, bool has_bias) {
-    Matrix matrix{.k = k, .groups = groups};
+    Matrix matrix{.panels = w.panels.as<char>() + panels_at * size, .k = k, .groups = groups};
+    panels_at += columns * (is_int8() ? round_up(k, 4) : k);
     if (is_int8()) {
-      matrix.codes = codes;
-      matrix.compensation = compensation;
-      matrix.scales = at;
-      codes += columns * round_up(k, 4);
-      compensation += columns;
-      at += columns;
-    } else {
-      matrix.panels = at;
-      at += k * columns;
+      matrix.compensation = compensation + columns_at;
+      columns_at += columns;
+      matrix.scales = floats + floats_at;
+      floats_at += columns;
     }
     if (has_bias) {
-      matrix.bias = at;
-      at += columns;
+      matrix.bias = floats + floats_at;
+      floats_at += columns;
     }
     return matrix;
   };
@@ -260,40 +266,28 @@ void Runner::find_weights() {
       Direction part;
       part.input = take(width_of(layer), columns, groups_, true);
       part.state = take(state_, columns, groups_, true);
-      if (args_.cell == RnnCell::lstm) part.state.bias = nullptr;
+      if (args_.cell != RnnCell::gru) part.state.bias = nullptr;
       if (state_ < hidden_) {
         part.projection = take(hidden_, round_up(state_, kProjectionColumns), 4, false);
       }
       parts_.push_back(part);
     }
   }
-  check(args_.weights.numel() == at - begin, op_, "weights hold ", args_.weights.numel(), " numbers, but ", layers_,
-        " layers of ", hidden_, " units over ", input_size_, " features take ", at - begin);
-  if (is_int8()) {
-    check(
-        args_.codes->numel() == codes - codes_begin && args_.compensation->numel() == compensation - compensation_begin,
-        op_, "the weights are ", args_.codes->numel(), " codes, but ", layers_, " layers of ", hidden_, " units over ",
-        input_size_, " features take ", codes - codes_begin);
-  }
+  check(w.panels.numel() == panels_at && w.floats.numel() == floats_at &&
+            (!is_int8() || w.compensation->numel() == columns_at),
+        op_, "the packed weights are ", describe(w.panels), " and ", describe(w.floats), ", but ", layers_,
+        " layers of ", hidden_, " units over ", input_size_, " features take ", panels_at, " and ", floats_at);
 }
 
 void Runner::run() {
   if (steps_.batch == 0) return;
-  if (is_int8()) {
-    quantize_ = quantize_rows_f32_table.get();
-    int8_gemm_ = int8_gemm_table.get();
-  } else {
-    gemm_ = panel_gemm_table.get();
-  }
-  cell_ = args_.cell == RnnCell::lstm ? lstm_cell_table.get() : gru_cell_table.get();
-
+  if (is_int8()) quantize_ = quantize_rows_f32_table.get();
   const int64_t step_work = directions_ * steps_.batch * groups_ * hidden_ * state_;
   const int threads = int(std::clamp<int64_t>(step_work / tuning::kRnnWorkPerThread, 1,
                                               std::min<int64_t>(max_threads(), directions_ * panels_)));
   WorkspaceFrame frame;
   const int64_t gate_row = groups_ * kLanes, padded = panels_ * kLanes;
-  chunk_rows_ = std::min(steps_.start(steps_.count - 1) + steps_.rows(steps_.count - 1),
-                         std::max(tuning::kRnnChunkRows, steps_.batch));
+  chunk_rows_ = std::min(steps_.all_rows(), std::max(tuning::kRnnChunkRows, steps_.batch));
   zeros_ = frame.take<float>(size_t(hidden_));
   std::memset(zeros_, 0, size_t(hidden_) * sizeof(float));
   for (int64_t d = 0; d < directions_; ++d) {
@@ -308,10 +302,6 @@ void Runner::run() {
     if (args_.cell == RnnCell::lstm) c_[d] = frame.take<float>(size_t(steps_.batch * padded));
     if (state_ < hidden_) unprojected_[d] = frame.take<float>(size_t(steps_.batch * padded));
   }
-  // At least one panel of gates for all sequences, and whole cache lines, so
-  // that threads share none.
-  h_gates_size_ = std::max<int64_t>(steps_.batch * gate_row, tuning::kRnnGateBytes / int64_t(sizeof(float)));
-  h_gates_ = frame.take<float>(size_t(threads * h_gates_size_));
   if (state_ < hidden_) {
     projected_size_ = steps_.batch * kProjectionColumns;
     projected_ = frame.take<float>(size_t(threads * projected_size_));
@@ -320,7 +310,7 @@ void Runner::run() {
     h_codes_ = frame.take<uint8_t>(size_t(threads * steps_.batch * ld_codes(hidden_)));
     h_scales_ = frame.take<float>(size_t(threads * steps_.batch));
   }
-  const int64_t rows = steps_.sizes ? steps_.starts.back() : steps_.count * steps_.batch;
+  const int64_t rows = steps_.all_rows();
   for (int64_t layer = 0; layer + 1 < layers_ && layer < 2; ++layer) {
     const int64_t width = directions_ * state_;
     between_[layer] = {frame.take<float>(size_t(rows * width)), steps_.batch * width, width, steps_.sizes != nullptr};
@@ -439,43 +429,27 @@ Rows Runner::quantized(const float* x, int64_t ldx, int64_t rows, int64_t k, uin
   return {.codes = codes, .ld_codes = ld_codes(k), .scales = scales, .count = rows};
 }
 
-// out[panel][row][groups][16] = x times the panels [panel_begin, panel_begin +
-// panels) of w, plus their bias.
-void Runner::multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64_t panels, bool backwards, float* out,
+// Calls body(a weight of the format that the weights have).
+template <class Body>
+void Runner::with_format(const Body& body) const {
+  switch (args_.weights.panels.dtype) {
+    case DType::int8: return body(int8_t{});
+    case DType::bfloat16: return body(bf16{});
+    default: return body(float{});
+  }
+}
+
+// out[panel][row][groups][16] = x times the panels [panel_begin, panel_begin + panels) of w, plus their bias.
+void Runner::multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64_t panels, float* out,
                       int64_t out_panel, int64_t out_row) const {
-  const int64_t width = w.groups * kLanes;
-  if (!is_int8()) {
-    return gemm_({.x = x.x,
-                  .ldx = x.ldx,
-                  .rows = x.count,
-                  .k = w.k,
-                  .panels = w.panels + panel_begin * w.k * width,
-                  .groups = w.groups,
-                  .count = panels,
-                  .backwards = backwards,
-                  .bias = w.bias ? w.bias + panel_begin * width : nullptr,
-                  .out = out,
-                  .out_panel = out_panel,
-                  .out_row = out_row});
-  }
-  const int64_t k_padded = round_up(w.k, 4);
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t p = backwards ? panels - 1 - i : i, column = (panel_begin + p) * width;
-    int8_gemm_({.codes = x.codes,
-                .ld_codes = x.ld_codes,
-                .x_scales = x.scales,
-                .rows = x.count,
-                .k_padded = k_padded,
-                .panels = w.codes + column * k_padded,
-                .channels = width,
-                .compensation = w.compensation + column,
-                .w_scales = w.scales + column,
-                .bias = w.bias ? w.bias + column : nullptr,
-                .residual = {},
-                .activation = Activation::none,
-                .out = {out + p * out_panel, out_row, EpilogueMatrix::f32},
-                .out_inverse = 0});
-  }
+  with_format([&](auto weight) {
+    using Weight = decltype(weight);
+    PanelGemmArgs<Weight> args = product<Weight>(w, panel_begin, panels, x);
+    args.out = out;
+    args.out_panel = out_panel;
+    args.out_row = out_row;
+    kernels_of<Weight>().gemm->get()(args);
+  });
 }
 
 void Runner::input_gates(int64_t layer, int64_t d, int64_t low, int64_t high, int64_t panel_begin,
@@ -491,8 +465,8 @@ void Runner::input_gates(int64_t layer, int64_t d, int64_t low, int64_t high, in
     x.x = gathers(layer) ? x_rows_[d] : from.at(steps_, low);
     x.ldx = gathers(layer) ? k : from.distance(steps_.batch);
   }
-  multiply(weights(layer, d).input, x, panel_begin, panel_end - panel_begin, false, x_gates_[d] + panel_begin * panel,
-           panel, row);
+  multiply(weights(layer, d).input, x, panel_begin, panel_end - panel_begin, x_gates_[d] + panel_begin * panel, panel,
+           row);
 }
 
 void Runner::step(Team& team, int64_t layer, int64_t d, int64_t s, int64_t low, int64_t panel_begin,
@@ -522,36 +496,37 @@ void Runner::cells(Team& team, int64_t layer, int64_t d, int64_t s, const float*
   const Matrix& w = weights(layer, d).state;
   const int64_t gate_row = w.groups * kLanes, padded = panels_ * kLanes, x_panel = chunk_rows_ * gate_row;
   const int64_t ld_out = state_ < hidden_ ? padded : output_of(layer).row;
-  float* h_gates = h_gates_ + team.index * h_gates_size_;
   // Each thread quantizes the whole state: to share that would take a second
   // meeting a step.
   const Rows x = is_int8() ? quantized(h, ldh, rows, w.k, h_codes_ + team.index * steps_.batch * ld_codes(hidden_),
                                        h_scales_ + team.index * steps_.batch)
                            : Rows{.x = h, .ldx = ldh, .count = rows};
-  const int64_t together = std::max<int64_t>(1, h_gates_size_ / (rows * gate_row));
-  // On odd steps the last panels come first: they are what the step before has
-  // left in the cache.
-  const bool backwards = s % 2;
-  for (int64_t done = 0; done < panel_end - panel_begin; done += together) {
-    const int64_t count = std::min(together, panel_end - panel_begin - done);
-    const int64_t p = backwards ? panel_end - done - count : panel_begin + done;
-    multiply(w, x, p, count, backwards, h_gates, rows * gate_row, gate_row);
-    const int64_t unit = p * kLanes;
-    cell_({.rows = rows,
-           .units = std::min(count * kLanes, hidden_ - unit),
-           .x_gates = x_gates + p * x_panel + row * gate_row,
-           .x_panel = x_panel,
-           .x_row = gate_row,
-           .h_gates = h_gates,
-           .h_panel = rows * gate_row,
-           .h_row = gate_row,
-           .h_before = h + unit,
-           .ld_before = ldh,
-           .c = c_[d] ? c_[d] + row * padded + unit : nullptr,
-           .ldc = padded,
-           .h = out + row * ld_out + unit,
-           .ldh = ld_out});
-  }
+  const int64_t saved_row = saved_of(args_.cell) * kLanes, saved_panel = steps_.all_rows() * saved_row;
+  const int64_t unit = panel_begin * kLanes;
+  with_format([&](auto weight) {
+    using Weight = decltype(weight);
+    RnnStepArgs<Weight> args{.cell = args_.cell,
+                             .product = product<Weight>(w, panel_begin, panel_end - panel_begin, x),
+                             .units = std::min(panel_end * kLanes, hidden_) - unit,
+                             .x_gates = x_gates + panel_begin * x_panel + row * gate_row,
+                             .x_panel = x_panel,
+                             .x_row = gate_row,
+                             .h_before = h + unit,
+                             .ld_before = ldh,
+                             .c = c_[d] ? c_[d] + row * padded + unit : nullptr,
+                             .ldc = padded,
+                             .h = out + row * ld_out + unit,
+                             .ldh = ld_out,
+                             .saved = nullptr,
+                             .saved_panel = saved_panel};
+    // On odd steps the last panels come first: they are what the step before has left in the cache.
+    args.product.backwards = s % 2;
+    if (args_.saved) {
+      args.saved = args_.saved->as<float>() + (d * panels_ + panel_begin) * saved_panel +
+                   (steps_.start(time(d, s)) + row) * saved_row;
+    }
+    kernels_of<Weight>().step->get()(args);
+  });
 }
 
 // unprojected [B][H] times the projection -> the state in the output; threads
@@ -567,7 +542,7 @@ void Runner::project(Team& team, int64_t layer, int64_t d, int64_t s) const {
                                        h_scales_ + team.index * steps_.batch)
                            : Rows{.x = unprojected_[d], .ldx = padded, .count = rows};
   for (int64_t p = team.begin(panels); p < team.end(panels); ++p) {
-    multiply(w, x, p, 1, false, scratch, 0, kProjectionColumns);
+    multiply(w, x, p, 1, scratch, 0, kProjectionColumns);
     const int64_t column = p * kProjectionColumns, width = std::min(kProjectionColumns, state_ - column);
     for (int64_t b = 0; b < rows; ++b) {
       std::memcpy(y.at(steps_, t) + b * y.row + d * state_ + column, scratch + b * kProjectionColumns,
@@ -602,6 +577,30 @@ void Runner::finish_states(int64_t layer, const Phase& phase) const {
 }
 
 }  // namespace
+
+Steps steps_of(const char* op, const TensorView& rows, const std::optional<TensorView>& batch_sizes) {
+  if (!batch_sizes) {
+    check_shape(op, "input", rows, {-1, -1, -1});
+    return {rows.size(0), rows.size(1)};
+  }
+  check_dtype(op, "batch_sizes", *batch_sizes, {DType::int64});
+  check_shape(op, "batch_sizes", *batch_sizes, {-1});
+  check_contiguous(op, "batch_sizes", *batch_sizes);
+  check_shape(op, "input", rows, {-1, -1});
+  Steps steps{batch_sizes->size(0), 0, batch_sizes->as<int64_t>()};
+  int64_t sum = 0;
+  for (int64_t t = 0; t < steps.count; ++t) {
+    const int64_t n = steps.sizes[t];
+    check(n >= 1 && (t == 0 || n <= steps.sizes[t - 1]), op, "batch_sizes[", t, "] is ", n,
+          ", but they must be at least 1 and never rise");
+    steps.starts.push_back(sum);
+    sum += n;
+  }
+  steps.starts.push_back(sum);
+  check(sum == rows.size(0), op, "batch_sizes come to ", sum, " rows, but input has ", rows.size(0));
+  steps.batch = steps.count ? steps.sizes[0] : 0;
+  return steps;
+}
 
 void run_rnn(const RnnArgs& args) { Runner(args).run(); }
 

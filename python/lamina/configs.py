@@ -81,7 +81,8 @@ class FusedAttention(Config):
 
 @dataclass(frozen=True)
 class FusedRNN(Config):
-    """nn.LSTM, nn.GRU -> lamina.nn.LSTM, GRU: all layers, directions and steps in one call, in the weights' dtype."""
+    """nn.LSTM, GRU, RNN and their cells -> lamina.nn's: all layers, directions and steps in one call, in the weights'
+    dtype."""
 
 
 @dataclass(frozen=True)

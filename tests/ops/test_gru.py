@@ -1,11 +1,11 @@
 """gru: what differs from lstm, which tests what they share: its gates, its state in the update, gradients."""
 
-import math
 import re
 
 import pytest
+import recurrent
 import torch
-from tolerances import GATE_ERROR, assert_exact
+from tolerances import GATE_ERROR
 
 from lamina import _C
 from lamina.ops import gru
@@ -42,42 +42,24 @@ def test_gru_gates_are_within_their_bound(isa):
 
 
 def test_gru_keeps_nan_in_its_sequence(isa):
-    weights = weights_of(3, 20, 2, bidirectional=True)
-    x = torch.randn(6, 3, 3)
-    clean = gru(x, None, weights, num_layers=2, bidirectional=True)
-    x[2, 0, 1] = math.nan
-    for ours, before in zip(gru(x, None, weights, num_layers=2, bidirectional=True), clean, strict=True):
-        assert ours[:, 0].isnan().all()
-        assert_exact(ours[:, 1:], before[:, 1:])
+    recurrent.check_keeps_nan_in_its_sequence("gru")
 
 
 def test_gru_takes_its_own_state_again():
-    """Streaming: one step a call gives the bits of one call."""
-    weights = weights_of(6, 21, 2)
-    x = torch.randn(9, 3, 6)
-    output, h_n = gru(x, None, weights, num_layers=2)
-    state, pieces = None, []
-    for piece in x.split(1):
-        out, state = gru(piece, state, weights, num_layers=2)
-        pieces.append(out)
-    assert_exact((torch.cat(pieces), state), (output, h_n))
+    recurrent.check_takes_its_own_state_again("gru")
 
 
 @pytest.mark.parametrize("biases", [False, True])
-def test_gru_gradients_are_torchs(biases):
-    weights = weights_of(4, 7, 2, bidirectional=True, bias=biases)
-    tensors = (torch.randn(5, 3, 4), torch.randn(4, 3, 7), *weights)
+def test_gru_gradients_are_torchs(isa, biases):
+    recurrent.check_gradients_are_torchs("gru", batch_first=False, biases=biases)
 
-    def gradients(function):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        output, h_n = function(leaves[0], leaves[1], leaves[2:])
-        total = (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() + 2 * h_n.sum()
-        return torch.autograd.grad(total, leaves)
 
-    ours = gradients(lambda x, hx, w: gru(x, hx, w, biases, 2, True))
-    theirs = gradients(lambda x, hx, w: torch.gru(x, hx, w, biases, 2, 0.0, False, True, False))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+def test_gru_gradients_of_packed_input_are_torchs(isa):
+    recurrent.check_gradients_are_torchs("gru", batch_first=False, packed=True)
+
+
+def test_gru_gradient_is_the_slope():
+    recurrent.check_gradient_is_the_slope("gru")
 
 
 @pytest.mark.parametrize(

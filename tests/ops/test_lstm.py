@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import recurrent
 import torch
 from tolerances import GATE_ERROR, assert_composite, assert_exact
 
@@ -46,13 +47,7 @@ def test_lstm_gates_are_within_their_bound(isa):
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_lstm_keeps_nan_in_its_sequence(isa, batch):
-    weights = weights_of(3, 20, 2, bidirectional=True)
-    x = torch.randn(6, batch + 1, 3)
-    clean = lstm(x, None, weights, num_layers=2, bidirectional=True)
-    x[2, 0, 1] = math.nan
-    for ours, before in zip(lstm(x, None, weights, num_layers=2, bidirectional=True), clean, strict=True):
-        assert ours[:, 0].isnan().all()
-        assert_exact(ours[:, 1:], before[:, 1:])
+    recurrent.check_keeps_nan_in_its_sequence("lstm", batch)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e30, math.inf])
@@ -72,16 +67,7 @@ def test_lstm_of_huge_values_is_torchs(isa, size):
 
 
 def test_lstm_takes_its_own_states_again():
-    """Streaming: one step a call gives the bits of one call, as does any other cut."""
-    weights = weights_of(6, 21, 2)
-    x = torch.randn(9, 3, 6)
-    output, h_n, c_n = lstm(x, None, weights, num_layers=2)
-    for cut in (1, 4):
-        states, pieces = None, []
-        for piece in x.split(cut):
-            out, *states = lstm(piece, states, weights, num_layers=2)
-            pieces.append(out)
-        assert_exact((torch.cat(pieces), *states), (output, h_n, c_n))
+    recurrent.check_takes_its_own_state_again("lstm")
 
 
 def test_lstm_rows_do_not_see_each_other():
@@ -143,23 +129,49 @@ def test_lstm_takes_weights_made_in_inference_mode():
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("proj", [0, 3])
-def test_lstm_gradients_are_torchs(batch_first, proj):
-    weights = weights_of(4, 7, 2, bidirectional=True, proj_size=proj)
-    x = torch.randn(5, 3, 4)
-    batch = 5 if batch_first else 3
-    start = (torch.randn(4, batch, proj or 7), torch.randn(4, batch, 7))
+def test_lstm_gradients_are_torchs(isa, batch_first):
+    recurrent.check_gradients_are_torchs("lstm", batch_first)
 
-    def gradients(function):
-        leaves = [t.clone().requires_grad_() for t in (x, *start, *weights)]
-        outputs = function(leaves[0], tuple(leaves[1:3]), leaves[3:])
-        total = sum((k + 1) * (o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for k, o in enumerate(outputs))
-        return torch.autograd.grad(total, leaves)
 
-    ours = gradients(lambda x, hx, w: lstm(x, hx, w, True, 2, True, batch_first))
-    theirs = gradients(lambda x, hx, w: torch.lstm(x, hx, w, True, 2, 0.0, False, True, batch_first))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+def test_lstm_gradients_of_packed_input_are_torchs(isa):
+    recurrent.check_gradients_are_torchs("lstm", batch_first=False, packed=True)
+
+
+def test_lstm_gradient_is_the_slope():
+    recurrent.check_gradient_is_the_slope("lstm")
+
+
+def test_lstm_gradients_are_the_same_for_every_thread_count(as_found):
+    """A layer that is shared out."""
+    weights = [w.requires_grad_() for w in weights_of(40, 160)]
+    x = torch.randn(20, 9, 40)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output, h_n, _ = lstm(x, None, weights)
+        found.append(torch.autograd.grad(output.square().sum() + h_n.sum(), weights[1:2]))
+    # The last product is torch's, which promises less.
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_lstm_gradients_with_a_projection_are_torchs():
+    weights = [w.requires_grad_() for w in weights_of(4, 7, proj_size=3)]
+    x, start = torch.randn(5, 3, 4), (torch.randn(1, 3, 3), torch.randn(1, 3, 7))
+    ours = torch.autograd.grad(lstm(x, start, weights)[0].square().sum(), weights)
+    theirs = torch.autograd.grad(
+        torch.lstm(x, start, weights, True, 1, 0.0, False, False, False)[0].square().sum(), weights
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_lstm_drops_between_layers_only():
+    weights = weights_of(4, 9, 2)
+    x = torch.randn(3, 2, 4)
+    assert_exact(lstm(x, None, weights[:4], dropout=0.5), lstm(x, None, weights[:4]))
+    outputs = torch.stack([lstm(x, None, weights, num_layers=2, dropout=0.5)[0] for _ in range(3)])
+    assert len({o.sum().item() for o in outputs}) == 3
+    assert (outputs != 0).all()
 
 
 def test_lstm_gradient_of_one_output_only():

@@ -47,7 +47,11 @@ class Seq2SeqConfig:
     eos: int = 2
 
 
-@register(seq2seq=Seq2SeqConfig())
+# Reads dates character by character.
+_DATES = Seq2SeqConfig(source_vocab=74, target_vocab=14, embedding=32, hidden=128, dropout=0.0)
+
+
+@register(seq2seq=Seq2SeqConfig(), seq2seq_dates=_DATES)
 class Seq2Seq(nn.Module):
     """Source tokens [B, S] and target tokens [B, T], int64 -> logits [B, T, target_vocab] of the tokens that follow.
 

@@ -11,12 +11,14 @@ from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
-from lamina.nn.rnn import GRU, LSTM, Int8GRU, Int8LSTM
+from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 __all__ = [
     "GRU",
     "LSTM",
+    "RNN",
+    "GRUCell",
     "Int4WeightOnlyLinear",
     "Int8Conv1d",
     "Int8Conv2d",
@@ -25,9 +27,11 @@ __all__ = [
     "Int8LSTM",
     "Int8Linear",
     "Int8WeightOnlyLinear",
+    "LSTMCell",
     "LoRALinear",
     "MultiheadAttention",
     "QATLinear",
+    "RNNCell",
     "ScaledDotProductAttention",
     "TransformerDecoderLayer",
     "TransformerEncoder",

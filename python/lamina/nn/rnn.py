@@ -1,4 +1,5 @@
-"""Drop-in recurrent layers: nn.LSTM and nn.GRU as one compiled call over all layers, directions and steps.
+"""Drop-in recurrent layers: nn.LSTM, nn.GRU and nn.RNN as one compiled call over all layers, directions and steps, and
+their cells.
 
 They are siblings of the torch classes, subclasses of nn.RNNBase: torch.compile refuses every nn.LSTM, nn.GRU and nn.RNN
 and breaks the graph there, subclasses included, while an op of lamina is one node of it.
@@ -21,16 +22,20 @@ def arguments_of(module: nn.RNNBase) -> dict[str, Any]:
     arguments = {name: getattr(module, name) for name in names}
     if module.proj_size:  # which nn.GRU does not take
         arguments["proj_size"] = module.proj_size
+    if module.mode.startswith("RNN"):
+        arguments["nonlinearity"] = module.mode.removeprefix("RNN_").lower()
     return arguments
 
 
 class _FusedRNN(nn.RNNBase):
-    """What LSTM and GRU share. `_torch` is the torch class it stands for."""
+    """What LSTM, GRU and RNN share. `_torch` is the torch class it stands for."""
 
     _torch: ClassVar[type[nn.RNNBase]]
 
     def __init__(self, *args, **kwargs):
         super().__init__(self._torch.__name__, *args, **kwargs)
+        if self.proj_size and self._torch is not nn.LSTM:
+            raise ValueError(f"{type(self).__name__}: proj_size is {self.proj_size}, but only an LSTM projects")
 
     @classmethod
     def from_float(cls, module: nn.RNNBase) -> Self:
@@ -50,8 +55,7 @@ class _FusedRNN(nn.RNNBase):
     def forward(self, input: Tensor | PackedSequence, hx=None):
         """As the torch class: input [T, B, I] ([B, T, I] if batch_first), [T, I] or packed -> output, last state(s).
 
-        Training and inputs that torch refuses go to torch's own forward: its backward keeps what the op's computes
-        again, and its errors are the ones people know.
+        What torch refuses goes to torch's own forward: its errors are the ones people know.
         """
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
@@ -85,8 +89,6 @@ class _FusedRNN(nn.RNNBase):
 
     def _takes(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]) -> bool:
         """Whether the op may compute this call."""
-        if self.training and (self.dropout > 0.0 or torch.is_grad_enabled()):
-            return False
         if data.ndim not in ((2, 3) if batch_sizes is None else (2,)):
             return False
         if data.shape[-1] != self.input_size or not self._takes_dtype(data.dtype):
@@ -107,17 +109,20 @@ class _FusedRNN(nn.RNNBase):
         return [(*lead, width) for width in self._state_widths()]
 
     def _options(self, batch_first: bool) -> tuple:
+        # Not _flat_weights, which torch.export and functional_call pass by.
         weights = [getattr(self, name) for name in self._flat_weights_names]
         return weights, self.bias, self.num_layers, self.bidirectional, batch_first
+
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
 
 class LSTM(_FusedRNN):
     """Drop-in for nn.LSTM: the same arguments, parameters, inputs and outputs, through `lamina.ops.lstm`.
 
-    Every option of nn.LSTM is honoured: layers, directions, projections, batch_first, initial states, packed and
-    unbatched input. In evaluation the op computes it, float32 or bfloat16 on the CPU, and gives gradients too;
-    training, other devices, other dtypes and autocast are torch's own forward. Each gate is within 3e-7 of the exact
-    function of its float32 sum.
+    Every option of nn.LSTM is honoured: layers, directions, projections, batch_first, dropout, initial states, packed
+    and unbatched input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32; what
+    it leaves to torch it says (`lamina.ops.lstm`). Each gate is within 3e-7 of the exact function of its float32 sum.
 
     >>> layer = lamina.nn.LSTM.from_float(nn.LSTM(40, 256, num_layers=3)).eval()
     >>> output, (h_n, c_n) = layer(torch.randn(160, 1, 40))
@@ -134,7 +139,9 @@ class LSTM(_FusedRNN):
         return self.proj_size or self.hidden_size, self.hidden_size
 
     def _call(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], batch_first: bool):
-        output, h_n, c_n = ops.lstm(data, states or None, *self._options(batch_first), batch_sizes=batch_sizes)
+        output, h_n, c_n = ops.lstm(
+            data, states or None, *self._options(batch_first), batch_sizes=batch_sizes, dropout=self._dropout()
+        )
         return output, (h_n, c_n)
 
     @staticmethod
@@ -145,10 +152,9 @@ class LSTM(_FusedRNN):
 class GRU(_FusedRNN):
     """Drop-in for nn.GRU: the same arguments, parameters, inputs and outputs, through `lamina.ops.gru`.
 
-    Every option of nn.GRU is honoured: layers, directions, batch_first, initial state, packed and unbatched input. In
-    evaluation the op computes it, float32 or bfloat16 on the CPU, and gives gradients too; training, other devices,
-    other dtypes and autocast are torch's own forward. Each gate is within 3e-7 of the exact function of its float32
-    sum.
+    Every option of nn.GRU is honoured: layers, directions, batch_first, dropout, initial state, packed and unbatched
+    input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32; what it leaves to
+    torch it says (`lamina.ops.gru`). Each gate is within 3e-7 of the exact function of its float32 sum.
 
     >>> layer = lamina.nn.GRU.from_float(nn.GRU(40, 256, num_layers=3)).eval()
     >>> output, h_n = layer(torch.randn(160, 1, 40))
@@ -161,11 +167,129 @@ class GRU(_FusedRNN):
 
     def _call(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], batch_first: bool):
         state = states[0] if states else None
-        return ops.gru(data, state, *self._options(batch_first), batch_sizes=batch_sizes)
+        options = {"batch_sizes": batch_sizes, "dropout": self._dropout()}
+        return ops.gru(data, state, *self._options(batch_first), **options)
 
     @staticmethod
     def _each(change, state):
         return change(state)
+
+
+class RNN(_FusedRNN):
+    """Drop-in for nn.RNN: the same arguments, parameters, inputs and outputs, through `lamina.ops.rnn_tanh` or
+    `rnn_relu`.
+
+    Every option of nn.RNN is honoured: nonlinearity, layers, directions, batch_first, dropout, initial state, packed
+    and unbatched input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32.
+
+    >>> layer = lamina.nn.RNN.from_float(nn.RNN(40, 256, nonlinearity="relu")).eval()
+    >>> output, h_n = layer(torch.randn(160, 1, 40))
+    """
+
+    _torch = nn.RNN
+    _OPS: ClassVar[dict[str, Any]] = {"tanh": ops.rnn_tanh, "relu": ops.rnn_relu}
+
+    def __init__(self, *args, **kwargs):
+        if len(args) > 3:  # where nn.RNN has it, and its siblings have `bias`
+            args, kwargs = (*args[:3], *args[4:]), kwargs | {"nonlinearity": args[3]}
+        self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in self._OPS:
+            raise ValueError(f"RNN: nonlinearity is {self.nonlinearity!r}, but must be 'tanh' or 'relu'")
+        nn.RNNBase.__init__(self, f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        if self.proj_size:
+            raise ValueError(f"RNN: proj_size is {self.proj_size}, but only an LSTM projects")
+
+    def _state_widths(self) -> tuple[int, ...]:
+        return (self.hidden_size,)
+
+    def _call(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], batch_first: bool):
+        options = {"batch_sizes": batch_sizes, "dropout": self._dropout()}
+        return self._OPS[self.nonlinearity](data, states[0] if states else None, *self._options(batch_first), **options)
+
+    @staticmethod
+    def _each(change, state):
+        return change(state)
+
+
+class _Cell:
+    """What the cells share: one step of one layer, as a sequence of one step. `_torch` is the class it stands for."""
+
+    _torch: ClassVar[type[nn.RNNCellBase]]
+
+    @classmethod
+    def from_float(cls, module: nn.RNNCellBase) -> Self:
+        """The cell with the parameters (shared, not copied) and in the mode of a torch cell.
+
+        Raises TypeError if `module` is not exactly the torch class: a subclass may compute something else.
+        """
+        if type(module) is not cls._torch:
+            raise TypeError(
+                f"{cls.__name__}.from_float: expected nn.{cls._torch.__name__}, got {type(module).__name__}"
+            )
+        names = ("input_size", "hidden_size", "bias", *(("nonlinearity",) if cls._torch is nn.RNNCell else ()))
+        cell = cls(**{name: getattr(module, name) for name in names}, device="meta")
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(cell, name, parameter)
+        return cell.train(module.training)
+
+    def forward(self, input: Tensor, hx=None):
+        """As the torch class: input [B, I] or [I] and the state(s) before, zeros if None -> the state(s) after.
+
+        What torch refuses goes to torch's own forward, for its errors.
+        """
+        states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        shape = (*input.shape[:-1], self.hidden_size)
+        fits = input.ndim in (1, 2) and input.shape[-1] == self.input_size and all(s.shape == shape for s in states)
+        if not fits or input.dtype is not self.weight_ih.dtype or len(states) not in (0, self._states):
+            return super().forward(input, hx)
+        batched = input.ndim == 2
+        x, *states = (t.unsqueeze(0) if batched else t[None, None] for t in (input, *states))
+        weights = [w for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh) if w is not None]
+        after = [s[0] if batched else s[0, 0] for s in self._step(x, tuple(states), weights)]
+        return after[0] if len(after) == 1 else tuple(after)
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    """Drop-in for nn.LSTMCell through `lamina.ops.lstm`.
+
+    >>> cell = lamina.nn.LSTMCell.from_float(nn.LSTMCell(40, 256)).eval()
+    >>> h, c = cell(torch.randn(8, 40))
+    """
+
+    _torch = nn.LSTMCell
+    _states = 2
+
+    def _step(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
+        return ops.lstm(x, states or None, weights, self.bias)[1:]
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    """Drop-in for nn.GRUCell through `lamina.ops.gru`.
+
+    >>> cell = lamina.nn.GRUCell.from_float(nn.GRUCell(40, 256)).eval()
+    >>> h = cell(torch.randn(8, 40))
+    """
+
+    _torch = nn.GRUCell
+    _states = 1
+
+    def _step(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
+        return ops.gru(x, states[0] if states else None, weights, self.bias)[1:]
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    """Drop-in for nn.RNNCell through `lamina.ops.rnn_tanh` or `rnn_relu`.
+
+    >>> cell = lamina.nn.RNNCell.from_float(nn.RNNCell(40, 256)).eval()
+    >>> h = cell(torch.randn(8, 40))
+    """
+
+    _torch = nn.RNNCell
+    _states = 1
+
+    def _step(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
+        op = {"tanh": ops.rnn_tanh, "relu": ops.rnn_relu}[self.nonlinearity]
+        return op(x, states[0] if states else None, weights, self.bias)[1:]
 
 
 class _Int8RNN(_FusedRNN):
@@ -244,7 +368,8 @@ class _Int8RNN(_FusedRNN):
     def _takes(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]) -> bool:
         needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *states))
         plain = all(t.is_cpu and t.dtype == data.dtype for t in (data, *states))
-        return plain and not needs_gradient and super()._takes(data, batch_sizes, states)
+        plain = plain and not needs_gradient and not (self.training and self.dropout > 0.0)
+        return plain and super()._takes(data, batch_sizes, states)
 
     def _options(self, batch_first: bool) -> tuple:
         how = (self.bias, self.num_layers, self.bidirectional, batch_first)

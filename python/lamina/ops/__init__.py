@@ -24,6 +24,8 @@ from lamina.ops.layer_norm import layer_norm
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
+from lamina.ops.rnn_relu import rnn_relu
+from lamina.ops.rnn_tanh import rnn_tanh
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     pack_int4_weight,
@@ -61,6 +63,8 @@ __all__ = [
     "pack_int8_weight",
     "quantize_rows",
     "rms_norm",
+    "rnn_relu",
+    "rnn_tanh",
     "unpack_int4_weight",
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",

@@ -9,7 +9,7 @@ from lamina import _C
 from lamina.ops import rnn
 from lamina.ops.library import define
 
-_GATES = 3
+_CELL = rnn.Cell("gru", gates=3, states=1, saved=4, torch_op=torch.gru)
 
 
 def _cpu(
@@ -23,7 +23,7 @@ def _cpu(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first)
-    return rnn.run("gru", _C.gru, _GATES, input, batch_sizes, (h_0,), weights, *options)
+    return rnn.run(_CELL, _C.gru, input, batch_sizes, (h_0,), weights, *options)
 
 
 def _fake(
@@ -37,7 +37,7 @@ def _fake(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first)
-    return rnn.fake("gru", _GATES, input, batch_sizes, (h_0,), weights, *options)
+    return rnn.fake(_CELL, input, batch_sizes, (h_0,), weights, *options)
 
 
 _op = define(
@@ -46,6 +46,7 @@ _op = define(
     cpu=_cpu,
     fake=_fake,
 )
+_with_gradient = rnn.define_with_gradient(_CELL, _C.gru)
 
 
 def gru(
@@ -58,8 +59,9 @@ def gru(
     batch_first: bool = False,
     *,
     batch_sizes: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """GRU over whole sequences, in evaluation (no dropout).
+    """GRU over whole sequences.
 
     r, z = sigmoid of W_ih x + b_ih + W_hh h + b_hh;  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h = (1 - z) n + z h.
     "Learning Phrase Representations using RNN Encoder-Decoder" (Cho et al. 2014), with the reset gate behind the
@@ -67,9 +69,9 @@ def gru(
 
     Sums and states are float32, whatever the dtype; each gate is within 3e-7 of the exact function of its sum. A NaN
     stays NaN in the units it reaches. The weights are packed at the first call and again when they change; only a
-    change of single elements through `.data`, past torch's version counter, may go unseen. Gradients are those of
-    torch's own op, which the backward runs again; on other devices and dtypes and under autocast torch's op computes
-    everything.
+    change of single elements through `.data`, past torch's version counter, may go unseen. Where a gradient is
+    asked for, each layer of float32 keeps its gates and has a backward of its own; bfloat16 and projected states, other
+    devices and dtypes and autocast then are torch's own op.
 
     Args:
         input: [T, B, I], [B, T, I] if batch_first, or packed [N, I] with batch_sizes; float32 or bfloat16, T >= 1.
@@ -77,6 +79,7 @@ def gru(
         weights: per layer and direction w_ih [3 H, I of the layer], w_hh [3 H, H], then b_ih, b_hh [3 H] if
             has_biases: `nn.GRU`'s flat list, gates in its order.
         batch_sizes: [T] int64, how many sequences run at each step, as in `torch.nn.utils.rnn.PackedSequence`.
+        dropout: share of the outputs of every layer but the last that are dropped: for training.
 
     Returns output [.., directions * H] laid out as the input, h_n as h_0, of the input's dtype. Raises
     ValueError when shapes or dtypes do not fit or a sequence has no step.
@@ -85,4 +88,4 @@ def gru(
     """
     states = (hx,)
     options = (has_biases, num_layers, bidirectional, batch_first)
-    return rnn.call(_op, torch.gru, 1, input, batch_sizes, states, weights, *options)
+    return rnn.call(_CELL, _op, _with_gradient, input, batch_sizes, states, weights, *options, dropout)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lamina import _C
 from lamina.ops import rnn
 from lamina.ops.library import define
 
-_GATES = 3
+_CELL = rnn.Cell("int8_gru", gates=3, states=1, saved=0, torch_op=torch.gru)
 
 
 def _cpu(
@@ -23,7 +24,7 @@ def _cpu(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first, scales)
-    return rnn.run("int8_gru", _C.int8_gru, _GATES, input, batch_sizes, (h_0,), weights, *options)
+    return rnn.run(_CELL, _C.int8_gru, input, batch_sizes, (h_0,), weights, *options)
 
 
 def _fake(
@@ -38,7 +39,7 @@ def _fake(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first, scales)
-    return rnn.fake("int8_gru", _GATES, input, batch_sizes, (h_0,), weights, *options)
+    return rnn.fake(_CELL, input, batch_sizes, (h_0,), weights, *options)
 
 
 _op = define(

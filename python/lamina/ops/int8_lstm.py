@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lamina import _C
 from lamina.ops import rnn
 from lamina.ops.library import define
 
-_GATES = 4
+_CELL = rnn.Cell("int8_lstm", gates=4, states=2, saved=0, torch_op=torch.lstm)
 
 
 def _cpu(
@@ -24,7 +25,7 @@ def _cpu(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first, scales)
-    return rnn.run("int8_lstm", _C.int8_lstm, _GATES, input, batch_sizes, (h_0, c_0), weights, *options)
+    return rnn.run(_CELL, _C.int8_lstm, input, batch_sizes, (h_0, c_0), weights, *options)
 
 
 def _fake(
@@ -40,7 +41,7 @@ def _fake(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first, scales)
-    return rnn.fake("int8_lstm", _GATES, input, batch_sizes, (h_0, c_0), weights, *options)
+    return rnn.fake(_CELL, input, batch_sizes, (h_0, c_0), weights, *options)
 
 
 _op = define(

@@ -9,7 +9,7 @@ from lamina import _C
 from lamina.ops import rnn
 from lamina.ops.library import define
 
-_GATES = 4
+_CELL = rnn.Cell("lstm", gates=4, states=2, saved=5, torch_op=torch.lstm)
 
 
 def _cpu(
@@ -24,7 +24,7 @@ def _cpu(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first)
-    return rnn.run("lstm", _C.lstm, _GATES, input, batch_sizes, (h_0, c_0), weights, *options)
+    return rnn.run(_CELL, _C.lstm, input, batch_sizes, (h_0, c_0), weights, *options)
 
 
 def _fake(
@@ -39,7 +39,7 @@ def _fake(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (has_biases, num_layers, bidirectional, batch_first)
-    return rnn.fake("lstm", _GATES, input, batch_sizes, (h_0, c_0), weights, *options)
+    return rnn.fake(_CELL, input, batch_sizes, (h_0, c_0), weights, *options)
 
 
 _op = define(
@@ -48,6 +48,7 @@ _op = define(
     cpu=_cpu,
     fake=_fake,
 )
+_with_gradient = rnn.define_with_gradient(_CELL, _C.lstm)
 
 
 def lstm(
@@ -60,8 +61,9 @@ def lstm(
     batch_first: bool = False,
     *,
     batch_sizes: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LSTM over whole sequences, in evaluation (no dropout).
+    """LSTM over whole sequences.
 
     i, f, o = sigmoid, g = tanh of W_ih x + b_ih + W_hh h + b_hh;  c = f c + i g;  h = o tanh(c), projected by W_hr if
     there is one. "Long Short-Term Memory" (Hochreiter & Schmidhuber 1997) with the forget gate of Gers et al. 2000; the
@@ -69,9 +71,9 @@ def lstm(
 
     Sums and states are float32, whatever the dtype; each gate is within 3e-7 of the exact function of its sum. A NaN
     stays NaN in the units it reaches. The weights are packed at the first call and again when they change; only a
-    change of single elements through `.data`, past torch's version counter, may go unseen. Gradients are those of
-    torch's own op, which the backward runs again; on other devices and dtypes and under autocast torch's op computes
-    everything.
+    change of single elements through `.data`, past torch's version counter, may go unseen. Where a gradient is
+    asked for, each layer of float32 keeps its gates and has a backward of its own; bfloat16 and projected states, other
+    devices and dtypes and autocast then are torch's own op.
 
     Args:
         input: [T, B, I], [B, T, I] if batch_first, or packed [N, I] with batch_sizes; float32 or bfloat16, T >= 1.
@@ -79,6 +81,7 @@ def lstm(
         weights: per layer and direction w_ih [4 H, I of the layer], w_hh [4 H, R], then b_ih, b_hh [4 H] if
             has_biases, then w_hr [R, H] if the states are projected: `nn.LSTM`'s flat list, gates in its order.
         batch_sizes: [T] int64, how many sequences run at each step, as in `torch.nn.utils.rnn.PackedSequence`.
+        dropout: share of the outputs of every layer but the last that are dropped: for training.
 
     Returns output [.., directions * R] laid out as the input, h_n and c_n as h_0 and c_0, of the input's dtype.
     Raises ValueError when shapes or dtypes do not fit or a sequence has no step.
@@ -87,4 +90,4 @@ def lstm(
     """
     states = hx if hx is not None else (None, None)
     options = (has_biases, num_layers, bidirectional, batch_first)
-    return rnn.call(_op, torch.lstm, 2, input, batch_sizes, states, weights, *options)
+    return rnn.call(_CELL, _op, _with_gradient, input, batch_sizes, states, weights, *options, dropout)

@@ -5,22 +5,34 @@ b_hh [G H] if there are biases, then w_hr [R, H] if there is a projection. Packi
 so the packed form is kept for as long as the weights live and do not change.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from lamina import _C
+from lamina.ops.library import LIBRARY, define
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Units of a panel, and outputs of a panel of the projection; csrc/ops/rnn.h has the layout.
 _LANES = 16
 _COLUMNS = 64
+
+
+class Cell(NamedTuple):
+    """What tells the recurrent ops apart: gates of a unit, states of a cell, values a unit keeps for its gradient."""
+
+    op: str
+    gates: int
+    states: int
+    saved: int
+    torch_op: Callable[..., tuple[Tensor, ...]]
 
 
 class Sizes(NamedTuple):
@@ -98,21 +110,21 @@ def check_inputs(
             raise ValueError(f"{op}: an initial state has shape {list(state.shape)}, but must be [layers, B, width]")
 
 
-def _panels(weight: Tensor, gates: int) -> Tensor:
-    """[G H, K] -> [H / 16 rounded up, K, G, 16], flat."""
-    units = weight.shape[0] // gates
-    padded = F.pad(weight.reshape(gates, units, -1), (0, 0, 0, -units % _LANES))
-    return padded.unflatten(1, (-1, _LANES)).permute(1, 3, 0, 2).reshape(-1)
+def _gate_panels(matrix: Tensor, gates: int, together: int) -> Tensor:
+    """[G H, K] -> [H / 16 rounded up, K / together rounded up, G, 16, together], flat."""
+    units = matrix.shape[0] // gates
+    padded = F.pad(matrix.reshape(gates, units, -1), (0, -matrix.shape[1] % together, 0, -units % _LANES))
+    return padded.unflatten(2, (-1, together)).unflatten(1, (-1, _LANES)).permute(1, 3, 0, 2, 4).reshape(-1)
 
 
-def _bias(bias: Tensor, gates: int) -> Tensor:
-    return _panels(bias[:, None], gates)
+def _projection_panels(matrix: Tensor, gates: int, together: int) -> Tensor:
+    """[R, H] -> [R / 64 rounded up, H / together rounded up, 64, together], flat."""
+    padded = F.pad(matrix, (0, -matrix.shape[1] % together, 0, -matrix.shape[0] % _COLUMNS))
+    return padded.unflatten(1, (-1, together)).unflatten(0, (-1, _COLUMNS)).transpose(1, 2).reshape(-1)
 
 
-def _projection(weight: Tensor) -> Tensor:
-    """[R, H] -> [R / 64 rounded up, H, 64], flat."""
-    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % _COLUMNS))
-    return padded.unflatten(0, (-1, _COLUMNS)).transpose(1, 2).reshape(-1)
+# Of w_ih, w_hh and w_hr.
+_COLUMN_ORDERS = (_gate_panels, _gate_panels, _projection_panels)
 
 
 def _joined_biases(gates: int, sizes: Sizes, biases: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -127,53 +139,27 @@ def _joined_biases(gates: int, sizes: Sizes, biases: Sequence[Tensor] | None) ->
     return of_input, of_state
 
 
-def pack(gates: int, sizes: Sizes, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor]:
-    """The weights as one float32 tensor, in the order of csrc/ops/rnn.h."""
-    pieces = []
+def pack(
+    gates: int, sizes: Sizes, weights: Sequence[Tensor], has_biases: bool, scales: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """The weights as panels of their dtype, float32 biases (and scales), and for int8 the compensation.
+
+    In the order of csrc/ops/rnn.h.
+    """
+    panels, floats, compensation = [], [], []
+    remaining = iter(scales or ())
     for at in range(0, len(weights), sizes.each):
-        w_ih, w_hh, *others = (w.detach().float() for w in weights[at : at + sizes.each])
-        input_bias, state_bias = _joined_biases(gates, sizes, others if has_biases else None)
-        pieces += [_panels(w_ih, gates), _bias(input_bias, gates), _panels(w_hh, gates), _bias(state_bias, gates)]
-        if sizes.state < sizes.hidden:
-            pieces.append(_projection(others[-1]))
-    return (torch.cat(pieces),)
-
-
-def _code_panels(codes: Tensor, gates: int) -> Tensor:
-    """int8 [G H, K] -> [H / 16 rounded up, K / 4 rounded up, G, 16, 4], flat."""
-    units, k = codes.shape[0] // gates, codes.shape[1]
-    padded = F.pad(codes.reshape(gates, units, k), (0, -k % 4, 0, -units % _LANES))
-    return padded.unflatten(2, (-1, 4)).unflatten(1, (-1, _LANES)).permute(1, 3, 0, 2, 4).reshape(-1)
-
-
-def _code_projection(codes: Tensor) -> Tensor:
-    """int8 [R, H] -> [R / 64 rounded up, H / 4 rounded up, 64, 4], flat."""
-    padded = F.pad(codes, (0, -codes.shape[1] % 4, 0, -codes.shape[0] % _COLUMNS))
-    return padded.unflatten(1, (-1, 4)).unflatten(0, (-1, _COLUMNS)).transpose(1, 2).reshape(-1)
-
-
-def pack_int8(
-    gates: int, sizes: Sizes, weights: Sequence[Tensor], has_biases: bool, scales: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 weights as codes, compensation and float32 scales and biases, in the order of csrc/ops/rnn.h."""
-    codes, compensation, floats = [], [], []
-    remaining = iter(scales)
-    for at in range(0, len(weights), sizes.each):
-        matrices = [w.detach() for w in weights[at : at + sizes.each] if w.ndim == 2]
-        biases = [w.detach() for w in weights[at : at + sizes.each] if w.ndim == 1]
-        of_matrices = _joined_biases(gates, sizes, biases if has_biases else None)
-        for i, matrix in enumerate(matrices):
-            sums = 128 * matrix.sum(1, dtype=torch.int32)
-            scale = next(remaining).detach()
-            if i < 2:
-                codes.append(_code_panels(matrix, gates))
-                compensation.append(_bias(sums, gates))
-                floats += [_bias(scale, gates), _bias(of_matrices[i], gates)]
-            else:
-                codes.append(_code_projection(matrix))
-                compensation.append(_projection(sums[:, None]))
-                floats.append(_projection(scale[:, None]))
-    return torch.cat(codes), torch.cat(compensation), torch.cat(floats)
+        part = [w.detach() for w in weights[at : at + sizes.each]]
+        matrices = [*part[:2], *(part[-1:] if sizes.state < sizes.hidden else ())]
+        biases = _joined_biases(gates, sizes, [b.float() for b in part[2:4]] if has_biases else None)
+        for matrix, in_columns, bias in zip(matrices, _COLUMN_ORDERS, (*biases, None), strict=False):
+            panels.append(in_columns(matrix, gates, 4 if matrix.dtype is torch.int8 else 1))
+            if matrix.dtype is torch.int8:
+                compensation.append(in_columns(128 * matrix.sum(1, True, dtype=torch.int32), gates, 1))
+                floats.append(in_columns(next(remaining).detach()[:, None], gates, 1))
+            if bias is not None:
+                floats.append(in_columns(bias[:, None], gates, 1))
+    return tuple(torch.cat(pieces) for pieces in (panels, floats, compensation) if pieces)
 
 
 class _Kept(NamedTuple):
@@ -198,7 +184,7 @@ def packed_weights(
     directions: int,
     scales: Sequence[Tensor] | None = None,
 ) -> tuple[Sizes, tuple[Tensor, ...]]:
-    """`sizes_of` and `pack` (with scales `pack_int8`), or what they gave last time for the same tensors and content.
+    """`sizes_of` and `pack`, or what they gave last time for the same tensors and content.
 
     A change is noticed by torch's version counter, and by a fingerprint of some elements where it is bypassed
     (`parameter.data`).
@@ -214,10 +200,7 @@ def packed_weights(
     else:
         key = None
     sizes = sizes_of(op, gates, input_size, weights, has_biases, num_layers, directions)
-    if scales is None:
-        packed = pack(gates, sizes, weights, has_biases)
-    else:
-        packed = pack_int8(gates, sizes, weights, has_biases, scales)
+    packed = pack(gates, sizes, weights, has_biases, scales)
     if key is not None:
         for old in [k for k, entry in list(_kept.items()) if any(s.expired() for s in entry.storages)]:
             _kept.pop(old, None)
@@ -242,10 +225,16 @@ def _batch(input: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | 
     return states[0].shape[1]
 
 
+def _saved(cell: Cell, input: Tensor, sizes: Sizes, directions: int) -> Tensor:
+    """What the forward of one layer leaves for its backward, by direction, panel of units and row of the input."""
+    rows = math.prod(input.shape[:-1])
+    panels = -(-sizes.hidden // _LANES)
+    return input.new_empty(directions, panels, rows, cell.saved, _LANES, dtype=torch.float32)
+
+
 def run(
-    op: str,
+    cell: Cell,
     kernel: Callable[..., None],
-    gates: int,
     input: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor | None],
@@ -255,18 +244,26 @@ def run(
     bidirectional: bool,
     batch_first: bool,
     scales: Sequence[Tensor] | None = None,
+    saves: bool = False,
 ) -> tuple[Tensor, ...]:
     """The CPU implementation of a recurrent op around its compiled function."""
-    check_inputs(op, input, batch_sizes, weights, states, scales)
+    check_inputs(cell.op, input, batch_sizes, weights, states, scales)
     directions = 2 if bidirectional else 1
-    sizes, packed = packed_weights(op, gates, input.shape[-1], weights, has_biases, num_layers, directions, scales)
+    sizes, packed = packed_weights(
+        cell.op, cell.gates, input.shape[-1], weights, has_biases, num_layers, directions, scales
+    )
     # The kernels compute in float32.
     x, *states = (None if t is None else _plain(t) for t in (input, *states))
     batch = _batch(x, batch_sizes, states, batch_first)
     outputs = _outputs(x, batch, sizes, num_layers * directions, directions, len(states))
     by_step = batch_sizes is None and batch_first
     steps, output = (x.transpose(0, 1), outputs[0].transpose(0, 1)) if by_step else (x, outputs[0])
-    kernel(steps, batch_sizes, *states, *packed, num_layers, bidirectional, output, *outputs[1:])
+    saved = ()
+    if cell.saved and scales is None:
+        saved = (_saved(cell, x, sizes, directions) if saves else None,)
+    kernel(steps, batch_sizes, *states, *packed, num_layers, bidirectional, output, *outputs[1:], *saved)
+    if saves:
+        return *outputs, saved[0] if saved else x.new_empty(0)
     return outputs if input.dtype is torch.float32 else tuple(t.to(input.dtype) for t in outputs)
 
 
@@ -278,8 +275,7 @@ def _plain(t: Tensor) -> Tensor:
 
 
 def fake(
-    op: str,
-    gates: int,
+    cell: Cell,
     input: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor | None],
@@ -289,19 +285,177 @@ def fake(
     bidirectional: bool,
     batch_first: bool,
     scales: Sequence[Tensor] | None = None,
+    saves: bool = False,
 ) -> tuple[Tensor, ...]:
     """The shapes `run` gives."""
-    check_inputs(op, input, batch_sizes, weights, states, scales)
+    check_inputs(cell.op, input, batch_sizes, weights, states, scales)
     directions = 2 if bidirectional else 1
-    sizes = sizes_of(op, gates, input.shape[-1], weights, has_biases, num_layers, directions)
+    sizes = sizes_of(cell.op, cell.gates, input.shape[-1], weights, has_biases, num_layers, directions)
     batch = _batch(input, batch_sizes, states, batch_first)
-    return _outputs(input, batch, sizes, num_layers * directions, directions, len(states))
+    outputs = _outputs(input, batch, sizes, num_layers * directions, directions, len(states))
+    if not saves:
+        return outputs
+    return *outputs, _saved(cell, input, sizes, directions) if cell.saved else input.new_empty(0)
+
+
+# -- gradients
+
+
+def backward(
+    cell: Cell,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    bidirectional: bool,
+    output: Tensor,
+    saved: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of the input, the initial states and the weights of one layer [T, B, *], or packed [N, *].
+
+    `grads` are those of the output and of the last states. The compiled part runs over the steps and gives the
+    gradient of every gate's sum, d_x; the rest are products of whole matrices.
+    """
+    directions, each = (2, len(weights) // 2) if bidirectional else (1, len(weights))
+    hidden = weights[1].shape[1]
+    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
+    rows = math.prod(input.shape[:-1])
+    padding = -hidden % _LANES
+
+    def of_state(grad: Tensor | None) -> Tensor:
+        if grad is None:
+            return input.new_zeros(directions, batch, hidden + padding)
+        return F.pad(grad, (0, padding)).contiguous()
+
+    d_h = of_state(grads[1])
+    d_c = of_state(grads[2]) if cell.states == 2 else None
+    is_gru = cell.gates == 3
+    d_x = input.new_empty(directions, rows, cell.gates * hidden)
+    d_of_state = torch.empty_like(d_x) if is_gru else None
+    transposed = torch.stack(
+        [F.pad(w, (0, padding)).unflatten(1, (-1, _LANES)).transpose(0, 1) for w in weights[1::each]]
+    )
+    h_0, *others = (None if state is None else state.contiguous() for state in states)
+    _C.rnn_backward(
+        cell.op,
+        batch_sizes,
+        output.contiguous(),
+        saved if cell.saved else None,
+        h_0,
+        others[0] if others else None,
+        None if grads[0] is None else grads[0].contiguous(),
+        transposed.contiguous(),
+        d_h,
+        torch.zeros_like(d_h) if is_gru else None,
+        d_c,
+        d_x,
+        d_of_state,
+    )
+    x = input.reshape(rows, -1)
+    d_input = sum(d_x[d] @ weights[d * each] for d in range(directions)).view_as(input)
+    d_weights: list[Tensor] = []
+    for d in range(directions):
+        mine = d_x[d]
+        theirs = mine if d_of_state is None else d_of_state[d]
+        own = output[..., d * hidden : (d + 1) * hidden]
+        start = input.new_zeros(batch, hidden) if h_0 is None else h_0[d]
+        before = _states_before(own, start, batch_sizes, backwards=d == 1)
+        d_weights += [mine.T @ x, theirs.T @ before]
+        if has_biases:
+            d_weights += [mine.sum(0), theirs.sum(0)]
+    d_states = [d[..., :hidden] for d in (d_h, d_c) if d is not None]
+    return d_input, d_states, d_weights
+
+
+def _states_before(output: Tensor, start: Tensor, batch_sizes: Tensor | None, backwards: bool) -> Tensor:
+    """[N, H]: the state that each row of the output of one direction came from."""
+    if batch_sizes is None:
+        pieces = [output[1:].flatten(0, 1), start] if backwards else [start, output[:-1].flatten(0, 1)]
+        return torch.cat(pieces)
+    rows = list(output.split(batch_sizes.tolist()))
+    pieces = []
+    for t, now in enumerate(rows):
+        earlier = t + 1 if backwards else t - 1
+        known = rows[earlier][: len(now)] if 0 <= earlier < len(rows) else now[:0]
+        pieces += [known, start[len(known) : len(now)]]
+    return torch.cat(pieces)
+
+
+def define_with_gradient(cell: Cell, kernel: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """Defines `lamina::<op>.with_saved`, one layer of the op that also returns what its gradient needs, with that
+    gradient, `lamina::<op>.backward`. Returns the first."""
+    states = ["h_0", "c_0"][: cell.states]
+    count = cell.states
+    tail = "Tensor[] weights, bool has_biases, bool bidirectional"
+    starts = ", ".join(f"Tensor? {name}" for name in states)
+
+    def saves(function: Callable) -> Callable:
+        def with_saved(input, batch_sizes, *rest):
+            weights, has_biases, bidirectional = rest[count:]
+            options = (has_biases, 1, bidirectional, False)
+            return function(input, batch_sizes, rest[:count], weights, *options, saves=True)
+
+        return with_saved
+
+    define(
+        f"{cell.op}.with_saved(Tensor input, Tensor? batch_sizes, {starts}, {tail}) -> "
+        f"({', '.join(['Tensor'] * (count + 2))})",
+        cpu=saves(partial(run, cell, kernel)),
+        fake=saves(partial(fake, cell)),
+    )
+
+    def cpu(input, batch_sizes, *rest):
+        starts, (weights, has_biases, bidirectional, output, saved, *grads) = rest[:count], rest[count:]
+        return backward(cell, grads, input, batch_sizes, starts, weights, has_biases, bidirectional, output, saved)
+
+    def fake_backward(input, batch_sizes, *rest):
+        weights = rest[count]
+        directions = 2 if rest[count + 2] else 1
+        hidden = weights[1].shape[1]
+        batch = rest[count + 6].shape[1]
+        new = [input.new_empty(directions, batch, hidden) for _ in range(count)]
+        return torch.empty_like(input), new, [torch.empty_like(w) for w in weights]
+
+    define(
+        f"{cell.op}.backward(Tensor input, Tensor? batch_sizes, {starts}, {tail}, Tensor output, Tensor saved, "
+        f"{', '.join(f'Tensor grad_{i}' for i in range(count + 1))}) -> (Tensor, Tensor[], Tensor[])",
+        cpu=cpu,
+        fake=fake_backward,
+    )
+    forward = getattr(torch.ops.lamina, cell.op).with_saved
+    backward_op = getattr(torch.ops.lamina, cell.op).backward
+
+    def setup_context(ctx, inputs, output):
+        input, batch_sizes, *rest = inputs
+        weights, ctx.has_biases, ctx.bidirectional = rest[count:]
+        ctx.has_starts = [state is not None for state in rest[:count]]
+        kept = [t for t in (batch_sizes, *rest[:count]) if t is not None]
+        ctx.has_sizes = batch_sizes is not None
+        ctx.save_for_backward(input, output[0], output[-1], *kept, *weights)
+        ctx.mark_non_differentiable(output[-1])
+
+    def gradient(ctx, *grads):
+        input, output, saved, *others = ctx.saved_tensors
+        batch_sizes = others.pop(0) if ctx.has_sizes else None
+        starts = [others.pop(0) if there else None for there in ctx.has_starts]
+        options = (others, ctx.has_biases, ctx.bidirectional, output, saved)
+        d_input, d_states, d_weights = backward_op(input, batch_sizes, *starts, *options, *grads[:-1])
+        d_states = [d if there else None for d, there in zip(d_states, ctx.has_starts, strict=True)]
+        return d_input, None, *d_states, d_weights, None, None
+
+    torch.library.register_autograd(f"lamina::{cell.op}.with_saved", gradient, setup_context=setup_context, lib=LIBRARY)
+    return forward
+
+
+# -- calls
 
 
 def call(
+    cell: Cell,
     op: Callable[..., tuple[Tensor, ...]],
-    torch_op: Callable[..., tuple[Tensor, ...]],
-    state_count: int,
+    with_gradient: Callable[..., tuple[Tensor, ...]],
     input: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor | None],
@@ -310,6 +464,7 @@ def call(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """The op where it can run, torch's own elsewhere (other devices and dtypes, autocast); with a gradient if asked."""
     tensors = (input, *states, *weights)
@@ -318,54 +473,35 @@ def call(
         if t is not None:
             plain = plain and t.dtype is dtype and t.is_cpu
             gradient = gradient or t.requires_grad
-    options = (has_biases, num_layers, bidirectional)
     gradient = gradient and torch.is_grad_enabled()
-    here = plain and dtype in DTYPES and not torch.is_autocast_enabled("cpu")
-    if here and not gradient:
-        return op(input, batch_sizes, *states, weights, *options, batch_first)
-
-    def ours(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        return op(x, batch_sizes, *others[:state_count], list(others[state_count:]), *options, batch_first)
-
-    def theirs(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        start = others[0] if state_count == 1 else list(others[:state_count])
-        arguments = (start, list(others[state_count:]), has_biases, num_layers, 0.0, False, bidirectional)
-        if batch_sizes is None:
-            return torch_op(x, *arguments, batch_first)
-        return torch_op(x, batch_sizes, *arguments)
-
+    plain = plain and dtype in DTYPES and not torch.is_autocast_enabled("cpu")
+    if plain and not gradient and dropout == 0.0:
+        return op(input, batch_sizes, *states, weights, has_biases, num_layers, bidirectional, batch_first)
+    directions = 2 if bidirectional else 1
+    plain_each = 4 if has_biases else 2
+    projected = len(weights) // max(num_layers * directions, 1) != plain_each
+    if plain and dtype is torch.float32 and not projected:
+        check_inputs(cell.op, input, batch_sizes, weights, states)
+        sizes_of(cell.op, cell.gates, input.shape[-1], weights, has_biases, num_layers, directions)
+        x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+        last = []
+        for layer in range(num_layers):
+            mine = slice(layer * directions, (layer + 1) * directions)
+            starts = [None if state is None else state[mine] for state in states]
+            part = weights[mine.start * plain_each : mine.stop * plain_each]
+            x, *ends, _ = with_gradient(x, batch_sizes, *starts, part, has_biases, bidirectional)
+            last.append(ends)
+            if dropout > 0.0 and layer + 1 < num_layers:
+                x = F.dropout(x, dropout)
+        output = x.transpose(0, 1) if batch_first and batch_sizes is None else x
+        return output, *(torch.cat(ends) for ends in zip(*last, strict=True))
     if any(state is None for state in states):
-        states = _zeros(input, batch_sizes, weights, has_biases, num_layers, bidirectional, batch_first, state_count)
-    if here and not torch.compiler.is_compiling():
-        return _WithGradient.apply(ours, theirs, input, *states, *weights)
-    return theirs(input, *states, *weights)
-
-
-def _zeros(input, batch_sizes, weights, has_biases, num_layers, bidirectional, batch_first, state_count):
-    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if batch_first else 1]
-    parts = num_layers * (2 if bidirectional else 1)
-    plain = 4 if has_biases else 2
-    projected = len(weights) // parts > plain
-    units = weights[0].shape[0] // (4 if state_count == 2 else 3)
-    widths = (weights[plain].shape[0] if projected else units, units)[:state_count]
-    return tuple(input.new_zeros(parts, batch, width) for width in widths)
-
-
-class _WithGradient(torch.autograd.Function):
-    """`ours(*tensors)`, with the gradient of `theirs`, torch's own op, which the backward runs again."""
-
-    @staticmethod
-    def forward(ctx, ours: Callable, theirs: Callable, *tensors: Tensor):
-        ctx.save_for_backward(*tensors)
-        ctx.theirs = theirs
-        return ours(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        wanted = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_(asked) for t, asked in zip(ctx.saved_tensors, wanted, strict=True)]
-        with torch.enable_grad():
-            outputs = ctx.theirs(*tensors)
-        found = iter(torch.autograd.grad(outputs, [t for t in tensors if t.requires_grad], grads))
-        return None, None, *(next(found) if asked else None for asked in wanted)
+        sizes = sizes_of(cell.op, cell.gates, input.shape[-1], weights, has_biases, num_layers, directions)
+        batch = int(batch_sizes[0]) if batch_sizes is not None else _batch(input, None, states, batch_first)
+        widths = (sizes.state, sizes.hidden)[: cell.states]
+        states = tuple(input.new_zeros(num_layers * directions, batch, width) for width in widths)
+    start = states[0] if cell.states == 1 else list(states)
+    arguments = (start, list(weights), has_biases, num_layers, dropout, dropout > 0.0, bidirectional)
+    if batch_sizes is None:
+        return cell.torch_op(input, *arguments, batch_first)
+    return cell.torch_op(input, batch_sizes, *arguments)

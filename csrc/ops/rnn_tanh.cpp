@@ -1,0 +1,23 @@
+#include "ops/rnn_tanh.h"
+
+#include "ops/rnn.h"
+
+namespace lamina {
+
+void rnn_tanh(const TensorView& input, const std::optional<TensorView>& batch_sizes,
+              const std::optional<TensorView>& h_0, const TensorView& panels, const TensorView& floats, int64_t layers,
+              bool bidirectional, const TensorView& output, const TensorView& h_n) {
+  run_rnn({.op = "rnn_tanh",
+           .cell = RnnCell::tanh,
+           .input = input,
+           .batch_sizes = batch_sizes,
+           .h_0 = h_0,
+           .c_0 = std::nullopt,
+           .weights = {panels, floats, std::nullopt},
+           .layers = layers,
+           .bidirectional = bidirectional,
+           .output = output,
+           .h_n = h_n});
+}
+
+}  // namespace lamina
