@@ -1,6 +1,7 @@
 """The split stays fixed and fair, augmentation is seeded, and the sentences are usable."""
 
 import builtins
+import datetime
 import hashlib
 
 import pytest
@@ -129,3 +130,32 @@ def test_sentences_topics_and_queries_belong_together():
     for query in data.queries().values():
         assert query.endswith("?")
         assert query not in data.sentences()
+
+
+def test_dates_say_the_same_day_in_many_styles():
+    splits = data.dates()
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [16000, 1000, 2000]
+    seen = set()
+    styles = set()
+    for text, answer in zip(*splits.test, strict=True):
+        assert answer[0] == data.BEGIN
+        assert answer[-1] == data.END
+        written, iso = data.decode_text(text), data.decode_text(answer, data.TARGET_CHARACTERS)
+        day = datetime.date.fromisoformat(iso)
+        fitting = [style for style in data.DATE_STYLES if day.strftime(style) == written]
+        assert fitting
+        styles.update(fitting)
+        seen.add(iso)
+    assert styles == set(data.DATE_STYLES)
+    learnt = {data.decode_text(answer, data.TARGET_CHARACTERS) for answer in splits.train.y}
+    assert not seen & learnt
+    for style in data.DATE_STYLES:  # every one says which day is meant
+        for day in (datetime.date(1969, 1, 2), datetime.date(2004, 2, 29), datetime.date(2068, 12, 31)):
+            assert datetime.datetime.strptime(day.strftime(style), style).date() == day
+
+
+def test_dates_are_fixed():
+    # Accuracies in old reports were measured on these very dates.
+    test = data.dates().test
+    content = test.x.to(torch.uint8).numpy().tobytes() + test.y.to(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == "bc9c3ef8e6a677a7"

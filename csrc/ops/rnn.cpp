@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <variant>
 #include <vector>
 
 #include "cpu/kernels/panel_gemm.h"
@@ -76,17 +77,18 @@ PanelGemmArgs<Weight> product(const Matrix& w, int64_t first, int64_t count, con
   return args;
 }
 
+// The kernels for one format of weights, looked up once a call.
 template <class Weight>
 struct Kernels {
-  const KernelTable<void(const PanelGemmArgs<Weight>&)>* gemm;
-  const KernelTable<void(const RnnStepArgs<Weight>&)>* step;
+  void (*gemm)(const PanelGemmArgs<Weight>&);
+  void (*step)(const RnnStepArgs<Weight>&);
 };
 
 template <class Weight>
-constexpr Kernels<Weight> kernels_of() {
-  if constexpr (std::is_same_v<Weight, float>) return {&panel_gemm_f32_table, &rnn_step_f32_table};
-  if constexpr (std::is_same_v<Weight, bf16>) return {&panel_gemm_bf16_table, &rnn_step_bf16_table};
-  if constexpr (std::is_same_v<Weight, int8_t>) return {&panel_gemm_int8_table, &rnn_step_int8_table};
+Kernels<Weight> find_kernels() {
+  if constexpr (std::is_same_v<Weight, float>) return {panel_gemm_f32_table.get(), rnn_step_f32_table.get()};
+  if constexpr (std::is_same_v<Weight, bf16>) return {panel_gemm_bf16_table.get(), rnn_step_bf16_table.get()};
+  if constexpr (std::is_same_v<Weight, int8_t>) return {panel_gemm_int8_table.get(), rnn_step_int8_table.get()};
 }
 
 struct Direction {
@@ -183,6 +185,7 @@ class Runner {
   int64_t projected_size_ = 0;
 
   decltype(quantize_rows_f32_table.get()) quantize_ = nullptr;
+  std::variant<Kernels<float>, Kernels<bf16>, Kernels<int8_t>> kernels_;
 };
 
 void Runner::check_state(const char* name, const TensorView& state, int64_t width) const {
@@ -282,6 +285,7 @@ void Runner::find_weights() {
 void Runner::run() {
   if (steps_.batch == 0) return;
   if (is_int8()) quantize_ = quantize_rows_f32_table.get();
+  with_format([&](auto weight) { kernels_ = find_kernels<decltype(weight)>(); });
   const int64_t step_work = directions_ * steps_.batch * groups_ * hidden_ * state_;
   const int threads = int(std::clamp<int64_t>(step_work / tuning::kRnnWorkPerThread, 1,
                                               std::min<int64_t>(max_threads(), directions_ * panels_)));
@@ -448,7 +452,7 @@ void Runner::multiply(const Matrix& w, const Rows& x, int64_t panel_begin, int64
     args.out = out;
     args.out_panel = out_panel;
     args.out_row = out_row;
-    kernels_of<Weight>().gemm->get()(args);
+    std::get<Kernels<Weight>>(kernels_).gemm(args);
   });
 }
 
@@ -525,7 +529,7 @@ void Runner::cells(Team& team, int64_t layer, int64_t d, int64_t s, const float*
       args.saved = args_.saved->as<float>() + (d * panels_ + panel_begin) * saved_panel +
                    (steps_.start(time(d, s)) + row) * saved_row;
     }
-    kernels_of<Weight>().step->get()(args);
+    std::get<Kernels<Weight>>(kernels_).step(args);
   });
 }
 
@@ -605,7 +609,7 @@ Steps steps_of(const char* op, const TensorView& rows, const std::optional<Tenso
 void run_rnn(const RnnArgs& args) { Runner(args).run(); }
 
 uint64_t rnn_fingerprint(const std::vector<TensorView>& weights) {
-  constexpr int64_t kSamples = 64, kSmall = 4096;
+  constexpr int64_t kSamples = 24, kSmall = 128;
   uint64_t hash = 14695981039346656037u;
   const auto mix = [&](const char* element, int64_t bytes) {
     uint64_t bits = 0;

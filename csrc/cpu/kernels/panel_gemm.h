@@ -14,8 +14,6 @@
 
 #include <stdint.h>
 
-#include <type_traits>
-
 #include "cpu/dispatch.h"
 #include "cpu/dtype.h"
 
@@ -23,10 +21,22 @@ namespace lamina {
 
 inline constexpr int kPanelLanes = 16;
 
+// What weights of a format are multiplied with.
+template <class Weight>
+struct PanelOperand {
+  using type = float;
+  static constexpr bool is_int8 = false;
+};
+template <>
+struct PanelOperand<int8_t> {
+  using type = uint8_t;
+  static constexpr bool is_int8 = true;
+};
+
 template <class Weight>  // float, bf16 or int8_t
 struct PanelGemmArgs {
-  static constexpr bool is_int8 = std::is_same_v<Weight, int8_t>;
-  using Operand = std::conditional_t<is_int8, uint8_t, float>;
+  static constexpr bool is_int8 = PanelOperand<Weight>::is_int8;
+  using Operand = typename PanelOperand<Weight>::type;
 
   const Operand* x;  // [rows, k], row stride ldx, last stride 1; with int8 weights codes with an offset of 128
   int64_t ldx;

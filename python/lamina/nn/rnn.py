@@ -89,19 +89,23 @@ class _FusedRNN(nn.RNNBase):
 
     def _takes(self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]) -> bool:
         """Whether the op may compute this call."""
-        if data.ndim not in ((2, 3) if batch_sizes is None else (2,)):
+        shape = data.shape
+        dims = len(shape)
+        if dims != 2 and (dims != 3 or batch_sizes is not None):
             return False
-        if data.shape[-1] != self.input_size or not self._takes_dtype(data.dtype):
+        if shape[-1] != self.input_size or not self._takes_dtype(data.dtype):
             return False
+        time = 1 if dims == 3 and self.batch_first else 0
+        if batch_sizes is None and shape[time] == 0:
+            return False
+        if not states:
+            return True
         if batch_sizes is not None:
-            batch = int(batch_sizes[0]) if states else 0
+            batch = int(batch_sizes[0])
         else:
-            time = 1 if self.batch_first and data.ndim == 3 else 0
-            if data.shape[time] == 0:
-                return False
-            batch = None if data.ndim == 2 else data.shape[1 - time]
+            batch = shape[1 - time] if dims == 3 else None
         expected = self._state_shapes(batch)
-        return not states or [tuple(state.shape) for state in states] == expected
+        return len(states) == len(expected) and all(s.shape == e for s, e in zip(states, expected, strict=True))
 
     def _state_shapes(self, batch: int | None) -> list[tuple[int, ...]]:
         parts = self.num_layers * (2 if self.bidirectional else 1)
@@ -109,8 +113,9 @@ class _FusedRNN(nn.RNNBase):
         return [(*lead, width) for width in self._state_widths()]
 
     def _options(self, batch_first: bool) -> tuple:
-        # Not _flat_weights, which torch.export and functional_call pass by.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        # Not _flat_weights, which torch.export and functional_call pass by; getattr costs half a microsecond.
+        known = self._parameters
+        weights = [known[name] if name in known else getattr(self, name) for name in self._flat_weights_names]
         return weights, self.bias, self.num_layers, self.bidirectional, batch_first
 
     def _dropout(self) -> float:

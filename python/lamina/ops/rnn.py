@@ -212,11 +212,9 @@ def _outputs(
     input: Tensor, batch: int, sizes: Sizes, parts: int, directions: int, state_count: int
 ) -> tuple[Tensor, ...]:
     """output, then the last states: h_n, and c_n where a cell has two."""
-    widths = (sizes.state, sizes.hidden)[:state_count]
-    return (
-        input.new_empty(*input.shape[:-1], directions * sizes.state),
-        *(input.new_empty(parts, batch, width) for width in widths),
-    )
+    shapes = [(parts, batch, width) for width in (sizes.state, sizes.hidden)[:state_count]]
+    shapes.insert(0, (*input.shape[:-1], directions * sizes.state))
+    return tuple(input.new_empty(shape) for shape in shapes)
 
 
 def _batch(input: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | None], batch_first: bool) -> int:
