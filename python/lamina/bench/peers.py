@@ -240,8 +240,25 @@ def _quantize_onnx(path: str) -> str:
 
     quantized = f"{path}.int8"
     with _quiet():
-        quantize(_whole_onnx(path), quantized, weight_type=QuantType.QInt8)
+        quantize(_folded_onnx(_whole_onnx(path)), quantized, weight_type=QuantType.QInt8)
     return quantized
+
+
+def _folded_onnx(path: str) -> str:
+    """The model with the weights of LSTM layers as constants; returns the path of it.
+
+    The exporter has them behind slices, where the quantizer does not look: it would leave the layers float.
+    """
+    import onnx
+    import onnxruntime
+
+    if all(node.op_type != "LSTM" for node in onnx.load(path).graph.node):
+        return path
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = f"{path}.folded"
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return options.optimized_model_filepath
 
 
 def _not_installed(*packages: str) -> str | None:
