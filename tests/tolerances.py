@@ -23,7 +23,7 @@ EPS_ACC = torch.finfo(torch.float32).eps
 # Relative error of the vectorised 2^x in float32, csrc/cpu/vec/math.h.
 EXP2_ERROR = 2.4e-7
 
-# Absolute error of a sigmoid or tanh gate of a recurrent cell, csrc/cpu/kernels/rnn_cell.h.
+# Absolute error of a sigmoid or tanh gate of a recurrent cell, csrc/cpu/vec/gates.h.
 GATE_ERROR = 3e-7
 
 # weight_only_linear with VNNI: a row is rounded to multiples of a power of two of which its largest value is at least
