@@ -82,6 +82,7 @@ def _step(function: Callable, inputs: Inputs) -> Callable[[], tuple[torch.Tensor
     return step
 
 
+@torch.inference_mode(False)  # which the runner is in
 def _check(inputs: Inputs, output: tuple[torch.Tensor, ...]) -> Gate:
     # STYLE: not further from the float64 truth than twice torch's own kernel of the same dtype, plus one rounding.
     # Dropout draws other weights than torch's: there the same step, without it, is judged.
