@@ -18,6 +18,7 @@ from lamina.reference.attention import attention as attention_reference
 from lamina.reference.attention_backward import attention_backward as attention_backward_reference
 from lamina.reference.attention_decode import attention_decode as attention_decode_reference
 from lamina.reference.attention_varlen import attention_varlen as attention_varlen_reference
+from lamina.reference.conv2d import conv2d as conv2d_reference
 from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
 from lamina.reference.int8_conv2d import quantize_images
@@ -1374,6 +1375,163 @@ def attention_backward_suite() -> Suite:
     return Suite(
         "attention_backward", tuple(_attention_backward_cases()), attention_backward_truth, attention_backward_check
     )
+
+
+# -- conv2d
+
+
+def _conv2d_case(
+    *lead: int,
+    c: int,
+    hw: tuple[int, int],
+    n: int,
+    k: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    winograd: int = 0,
+    activation: str = "none",
+    pool: str = "none",
+    pool_sizes: tuple[int, ...] = (),
+    residual: bool = False,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    tags: str = "",
+) -> Case:
+    def pair(value: int | tuple[int, ...]) -> list[int]:
+        return [value, value] if isinstance(value, int) else list(value)
+
+    kernel, options = pair(k), (pair(stride), pair(padding), pair(dilation), groups)
+
+    def make(generator: torch.Generator) -> tuple:
+        x = torch.randn(*lead, c, *hw, generator=generator).to(dtype)
+        weight = torch.randn(n, c // groups, *kernel, generator=generator)
+        weight = (weight / max(1, weight[0].numel() if n else 1) ** 0.5).to(dtype)
+        b = torch.randn(n, generator=generator).to(dtype) if bias else None
+        r = None
+        if residual:
+            shape = conv2d_reference(x.double(), weight.double(), None, None, *options).shape
+            r = torch.randn(shape, generator=generator).to(dtype)
+        if layout == "channels_last":
+            x = x.movedim(-3, -1).contiguous().movedim(-1, -3)
+        else:
+            x = LAYOUTS[layout](x)
+        return x, weight, b, r, *options, winograd, activation, pool, list(pool_sizes)
+
+    words = set(tags.split())
+    if 0 in (*lead, c, n):
+        words.add("empty")
+    if layout != "contiguous":
+        words.add("strided")
+    if dtype is torch.bfloat16:
+        words.add("bf16")
+    if len(lead) != 1:
+        words.add("nd")
+    sizes = "x".join(map(str, (*lead, c, *hw, n)))
+    name = f"{sizes}-k{'x'.join(map(str, kernel))}"
+    for word, value, plain in (
+        ("s", stride, 1),
+        ("p", padding, 0),
+        ("d", dilation, 1),
+        ("g", groups, 1),
+        ("f", winograd, 0),
+    ):
+        name += "" if value == plain else f"-{word}{value}".replace(", ", "x").strip("()")
+    name += f"-{activation}" if activation != "none" else ""
+    name += f"-{pool}" if pool != "none" else ""
+    name += "-residual" if residual else ""
+    name += "-nobias" if not bias else ""
+    name += f"-{layout}" if layout != "contiguous" else ""
+    name += "-bf16" if dtype is torch.bfloat16 else ""
+    return Case(name, make, frozenset(words))
+
+
+def _conv2d_cases() -> list[Case]:
+    case, bf16, last = _conv2d_case, torch.bfloat16, "channels_last"
+    halves, thirds = (2, 2, 2, 2, 0, 0), (3, 2, 2, 1, 1, 1)
+    wino = {"padding": 1, "residual": True}
+    return [
+        case(0, c=3, hw=(5, 5), n=4),
+        case(1, c=1, hw=(1, 1), n=1, k=1, tags="one"),
+        case(1, c=1, hw=(3, 3), n=1, tags="one"),
+        case(c=5, hw=(7, 9), n=6, padding=1, tags="odd"),
+        # Around the panel of 32, its half, and the vectors of 4, 8 and 16.
+        *(
+            case(1, c=c, hw=(5, 7), n=n, k=(1, 2), tags="odd")
+            for c, n in ((1, 15), (3, 16), (4, 17), (17, 33), (7, 49))
+        ),
+        case(2, c=3, hw=(17, 19), n=20, k=7, stride=2, padding=3, activation="relu", tags="odd"),
+        case(2, c=3, hw=(17, 19), n=20, k=5, stride=(2, 3), padding=(1, 2), dilation=(2, 1), tags="odd"),
+        case(1, c=6, hw=(9, 8), n=10, k=4, padding=(1, 2, 1, 2), residual=True, tags="odd"),
+        case(1, c=20, hw=(6, 5), n=48, groups=4, padding=1, activation="relu6", tags="odd"),
+        case(1, c=3, hw=(9, 9), n=21, groups=3, padding=2, dilation=2, tags="odd"),
+        case(2, c=19, hw=(9, 30), n=19, groups=19, padding=1, activation="hardswish", tags="odd"),
+        case(1, c=33, hw=(9, 8), n=33, k=7, groups=33, padding=3, residual=True, layout=last),
+        case(1, c=512, hw=(7, 7), n=20, k=1, layout=last),
+        case(1, c=512, hw=(7, 7), n=20, k=1, stride=2, layout=last),
+        case(1, c=3, hw=(2, 2), n=4, padding=3),
+        case(2, c=8, hw=(11, 13), n=40, k=1, activation="silu", residual=True, layout=last, bias=False),
+        case(2, c=8, hw=(11, 13), n=40, padding=1, activation="gelu", layout="every_second", bias=False),
+        case(2, c=8, hw=(11, 13), n=40, padding=1, layout="batch_repeated"),
+        case(2, c=8, hw=(11, 13), n=40, padding=1, layout="sliced"),
+        *(
+            case(2, c=c, hw=hw, n=n, winograd=f, layout=layout, **wino, tags="odd")
+            for f in (2, 4)
+            for c, hw, n, layout in (
+                (3, (5, 7), 20, "contiguous"),
+                (17, (8, 8), 33, last),
+                (64, (13, 31), 16, last),
+                (5, (1, 1), 65, "contiguous"),
+            )
+        ),
+        case(1, c=20, hw=(12, 9), n=24, winograd=2, activation="tanh", layout=last, dtype=bf16, padding=1),
+        case(1, c=20, hw=(12, 9), n=24, winograd=2, padding=(0, 2), pool="max", pool_sizes=halves, activation="relu"),
+        case(1, c=20, hw=(33, 9), n=24, winograd=4, padding=1, pool="avg", pool_sizes=thirds, layout=last),
+        case(2, c=1, hw=(28, 28), n=6, k=5, padding=2, activation="relu", pool="max", pool_sizes=halves),
+        case(1, c=3, hw=(40, 40), n=18, k=7, stride=2, padding=3, pool="max", pool_sizes=thirds, layout=last),
+        case(1, c=19, hw=(9, 9), n=19, groups=19, pool="avg", pool_sizes=halves, residual=True),
+        case(1, c=9, hw=(9, 7), n=35, padding=1, pool="max", pool_sizes=thirds, dtype=bf16),
+        case(1, c=9, hw=(9, 7), n=35, stride=2, dtype=bf16, residual=True, layout=last, activation="quick_gelu"),
+        case(2, c=64, hw=(28, 28), n=96, padding=1, winograd=2, activation="relu", layout=last, tags="threads"),
+        case(2, c=64, hw=(28, 28), n=96, padding=1, winograd=4, pool="max", pool_sizes=halves, tags="threads"),
+        case(1, c=96, hw=(14, 14), n=96, padding=1, stride=2, residual=True, tags="threads"),
+        case(2, c=96, hw=(28, 28), n=96, groups=96, padding=1, activation="gelu_tanh", layout=last, tags="threads"),
+    ]
+
+
+def conv2d_truth(x, weight, bias, residual, stride, padding, dilation, groups, winograd, *rest) -> Tensor:
+    x, weight, bias, residual = (None if t is None else t.double() for t in (x, weight, bias, residual))
+    return conv2d_reference(x, weight, bias, residual, stride, padding, dilation, groups, *rest)
+
+
+def conv2d_check(actual: Tensor, inputs: tuple) -> None:
+    x, weight, bias, residual, stride, padding, dilation, groups, winograd, activation, pool, pool_sizes = inputs
+    assert actual.dtype == x.dtype
+    sizes = (stride, padding, dilation, groups)
+    before = conv2d_truth(x, weight, bias, residual, *sizes, 0, "none", "none", [])
+    positive = (None if t is None else t.double().abs() for t in (x, weight, bias, residual))
+    magnitude = conv2d_reference(*positive, *sizes)
+    terms = weight[0].numel() + 2 if weight.shape[0] else 2
+    if winograd:
+        around = padding if len(padding) == 4 else [padding[0], padding[0], padding[1], padding[1]]
+        padded = F.pad(x.double(), (around[2], around[3], around[0], around[1]))
+        magnitude = magnitude + tolerances.winograd_magnitude(padded, weight.double(), winograd)
+        terms = weight.shape[1] + 2 + tolerances.WINOGRAD_ROUNDINGS
+    extra = tolerances.activation_error(activation, before)
+    if pool != "none":
+        window = (pool_sizes[0:2], pool_sizes[2:4], pool_sizes[4:6])
+        magnitude, extra = F.max_pool2d(magnitude, *window), F.max_pool2d(extra, *window)
+        terms += 0 if pool == "max" else pool_sizes[0] * pool_sizes[1]
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    tolerances.assert_sum(
+        actual, conv2d_truth(*inputs), terms=terms, magnitude=slope * magnitude, extra=extra, what=activation
+    )
+
+
+def conv2d_suite() -> Suite:
+    return Suite("conv2d", _unique(_conv2d_cases()), conv2d_truth, conv2d_check)
 
 
 # -- layer_norm, rms_norm

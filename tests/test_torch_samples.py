@@ -1,23 +1,16 @@
 """The sample inputs that PyTorch tests its own attention with, through lamina's op and layers."""
 
 import copy
-import sys
-import types
-import unittest
 
 import pytest
 import torch
 from tolerances import assert_composite
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 import lamina
-
-# torch's test helpers import this package for the snapshot tests of torch itself.
-sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
-
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
-from torch.testing._internal.common_modules import module_db  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),

@@ -124,6 +124,55 @@ def assert_sum(
     _assert_within(actual, truth64, tolerance, what or "sum")
 
 
+# Winograd's minimal filtering, csrc/cpu/kernels/conv_winograd.cpp: B^T, G and A^T of F(2x2, 3x3) and F(4x4, 3x3).
+_WINOGRAD = {
+    2: (
+        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+        [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+        [[1, 1, 1, 0], [0, 1, -1, -1]],
+    ),
+    4: (
+        [
+            [4, 0, -5, 0, 1, 0],
+            [0, -4, -4, 1, 1, 0],
+            [0, 4, -4, -1, 1, 0],
+            [0, -2, -1, 2, 1, 0],
+            [0, 2, -1, -2, 1, 0],
+            [0, 4, 0, -5, 0, 1],
+        ],
+        [
+            [1 / 4, 0, 0],
+            [-1 / 6, -1 / 6, -1 / 6],
+            [-1 / 6, 1 / 6, -1 / 6],
+            [1 / 24, 1 / 12, 1 / 6],
+            [1 / 24, -1 / 12, 1 / 6],
+            [0, 0, 1],
+        ],
+        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    ),
+}
+
+# Roundings that a term meets in the three transforms: two dimensions of at most three sums of the input, one of the
+# weight, two dimensions of at most five sums of the output.
+WINOGRAD_ROUNDINGS = 17
+
+
+def winograd_magnitude(x64: Tensor, weight64: Tensor, tile: int) -> Tensor:
+    """What the terms of a 3 x 3 convolution of padded x [B, C, H, W] amount to in Winograd's form, at each output.
+
+    The transforms with the absolute values of everything: what cancels in the truth does not cancel in rounding errors.
+    """
+    b_t, g, a_t = (torch.tensor(matrix, dtype=torch.float64).abs() for matrix in _WINOGRAD[tile])
+    height, width = x64.shape[2] - 2, x64.shape[3] - 2
+    x64 = torch.nn.functional.pad(x64.abs(), (0, -width % tile, 0, -height % tile))
+    tiles = x64.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)
+    of_inputs = torch.einsum("iy,jx,bcpqyx->bcpqij", b_t, b_t, tiles)
+    of_weights = torch.einsum("iy,jx,ncyx->ncij", g, g, weight64.abs())
+    products = torch.einsum("bcpqij,ncij->bnpqij", of_inputs, of_weights)
+    outputs = torch.einsum("yi,xj,bnpqij->bnpyqx", a_t, a_t, products)
+    return outputs.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
 def assert_composite(
     actual: Tensor, eager: Tensor, truth64: Tensor, *, factor: float = 2.0, floor: float | None = None, what: str = ""
 ) -> None:

@@ -10,6 +10,7 @@
 #include "ops/attention_backward.h"
 #include "ops/attention_decode.h"
 #include "ops/attention_varlen.h"
+#include "ops/conv2d.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
@@ -109,6 +110,10 @@ PYBIND11_MODULE(_C, m) {
             {grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks});
       },
       no_gil);
+
+  m.def("conv2d", &conv2d, no_gil);
+  m.def("conv2d_packed_size", &conv2d_packed_size);
+  m.def("conv2d_pack", &conv2d_pack, no_gil);
 
   m.def("gru", &gru, no_gil);
 

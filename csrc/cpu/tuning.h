@@ -131,6 +131,14 @@ inline constexpr int kAttentionBackwardChunk = 96;
 inline constexpr int kAttentionBackwardOwners = 16;
 inline constexpr int kAttentionBackwardRange = 384;
 
+// -- conv2d
+
+// Input or output rows of a task: a quarter of L2, beside the panel of weights that passes over them.
+inline constexpr long kConvBandBytes = 256 * 1024;
+
+// Fewer multiply-adds than this are not worth waking a second thread for (about 5 us at the FMA peak of one core).
+inline constexpr long kConvWorkPerThread = 1L << 18;
+
 // -- norm_rows
 
 // Fewer elements than this are not worth waking a second thread for (about 3 us of rows in L2).

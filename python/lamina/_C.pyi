@@ -1,5 +1,7 @@
 """The compiled module. Tensors come in through DLPack; functions write into the outputs they are given."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 with_cuda: bool
@@ -112,6 +114,18 @@ def attention_varlen(
     out: Tensor,
     lse: Tensor | None,
 ) -> None: ...
+def conv2d(
+    input: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Sequence[int],
+    activation: str,
+    pool: str,
+    out: Tensor,
+) -> None: ...
+def conv2d_pack(weight: Tensor, geometry: Sequence[int], packed: Tensor) -> None: ...
+def conv2d_packed_size(out_channels: int, group_inputs: int, geometry: Sequence[int]) -> int: ...
 def gru(
     input: Tensor,
     batch_sizes: Tensor | None,

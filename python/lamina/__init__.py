@@ -11,7 +11,16 @@ from importlib.metadata import version as _version
 from lamina import compile, integrations, nn, ops, quant, reference
 from lamina._backends import force_isa, info
 from lamina.accelerate import Accelerated, accelerate
-from lamina.configs import FusedAttention, FusedRNN, Int4WeightOnly, Int8Dynamic, Int8RNN, Int8Static, Int8WeightOnly
+from lamina.configs import (
+    FusedAttention,
+    FusedConv,
+    FusedRNN,
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8RNN,
+    Int8Static,
+    Int8WeightOnly,
+)
 from lamina.errors import FormatError
 from lamina.serialization import load_, save
 from lamina.swap import LayerDecision, SwapReport, swap_
@@ -22,6 +31,7 @@ __all__ = [
     "Accelerated",
     "FormatError",
     "FusedAttention",
+    "FusedConv",
     "FusedRNN",
     "Int4WeightOnly",
     "Int8Dynamic",

@@ -512,7 +512,7 @@ def _reduce_error(
     kept: list[Candidate], decided: dict[str, LayerDecision], error_of_model: Callable[[], float], most: float
 ) -> float:
     """Takes back the least accurate quarter of the replacements, again and again, while the model errs too much."""
-    error = error_of_model()
+    error = _first_error(kept, decided, error_of_model)
     while kept and error > most:
         kept.sort(key=lambda c: decided[c.fqn].error or 0.0)
         keep = len(kept) * 3 // 4
@@ -520,6 +520,36 @@ def _reduce_error(
         _take_back(kept[keep:], decided, reason)
         del kept[keep:]
         error = error_of_model()
+    return error
+
+
+def _first_error(
+    kept: list[Candidate], decided: dict[str, LayerDecision], error_of_model: Callable[[], float]
+) -> float:
+    """The model's error with the replacements, less those of one kind that it cannot run with.
+
+    A layer may be right by itself and its output of a form that the model around it refuses: `.view` of a tensor that
+    is channels_last.
+    """
+    try:
+        return error_of_model()
+    except (RuntimeError, ValueError, TypeError) as failure:
+        reason = f"taken back: the model does not run with it: {' '.join(str(failure).split())[:200]}"
+    for kind in dict.fromkeys(type(candidate.after) for candidate in kept):
+        taken = [candidate for candidate in kept if type(candidate.after) is kind]
+        for candidate in taken:
+            candidate.revert()
+        try:
+            error = error_of_model()
+        except (RuntimeError, ValueError, TypeError):
+            for candidate in taken:
+                candidate.apply()
+            continue
+        break
+    else:
+        taken, error = list(kept), 0.0
+    _take_back(taken, decided, reason)
+    kept[:] = [candidate for candidate in kept if candidate not in taken]
     return error
 
 

@@ -90,9 +90,26 @@ class Int8RNN(Config):
     """nn.LSTM, nn.GRU -> lamina.nn.Int8LSTM, Int8GRU: int8 weights, inputs and states quantized per row and step."""
 
 
+@dataclass(frozen=True)
+class FusedConv(Config):
+    """nn.Conv2d -> lamina.nn.Conv2d in the weights' dtype: Winograd for 3 x 3 kernels, channels_last throughout.
+
+    winograd: as in lamina.nn.Conv2d; 4 allows F(4x4), which loses about a digit of float32's seven.
+    channels_last: lays the weight out channels_last, so that (by torch's rule) outputs are channels_last too, which the
+        kernels read and write as it is. A model that calls `.view` on them needs False, or `.reshape`.
+    """
+
+    winograd: int = 2
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        if self.winograd not in (0, 2, 4):
+            raise ValueError(f"FusedConv: winograd is {self.winograd}, but must be 0, 2 or 4")
+
+
 ConfigLike = Config | Sequence[Config] | Mapping[str, Config | Sequence[Config] | None]
 
-AUTO: tuple[Config, ...] = (Int8Dynamic(), FusedAttention(), FusedRNN())
+AUTO: tuple[Config, ...] = (Int8Dynamic(), FusedAttention(), FusedRNN(), FusedConv(winograd=4))
 
 
 def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:

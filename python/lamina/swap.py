@@ -23,6 +23,7 @@ from lamina.configs import (
     Config,
     ConfigLike,
     FusedAttention,
+    FusedConv,
     FusedRNN,
     Int4WeightOnly,
     Int8Dynamic,
@@ -32,6 +33,7 @@ from lamina.configs import (
     resolve,
 )
 from lamina.nn.attention import LAYERS, ScaledDotProductAttention, adopt, in_proj_of, put_in_proj, release
+from lamina.nn.conv import Conv2d
 from lamina.nn.convs import Conv, as_conv
 from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
@@ -253,15 +255,16 @@ _FUSED_RNNS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def describe(module: nn.Module) -> str:
-    """ "Linear(768, 3072)": the type and, for linear, convolutional and recurrent layers, inputs and outputs."""
+    """ "Linear(768, 3072)": the type and, where the layer has them, inputs, outputs and the size of its kernel."""
     if type(module) in LAYERS.values():
         return f"lamina {type(module).__name__}"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         ours = "lamina " if type(module) in _FUSED_RNNS.values() else ""
         return f"{ours}{type(module).__name__}({module.input_size}, {module.hidden_size})"
     if isinstance(module, nn.modules.conv._ConvNd):
+        ours = "lamina " if type(module) is Conv2d else ""
         kernel = "x".join(map(str, module.kernel_size))
-        return f"{type(module).__name__}({module.in_channels}, {module.out_channels}, {kernel})"
+        return f"{ours}{type(module).__name__}({module.in_channels}, {module.out_channels}, {kernel})"
     linear = module if isinstance(module, nn.Linear) else as_linear(module)
     if linear is None:
         return type(module).__name__
@@ -676,6 +679,30 @@ def _fused_rnn(site: Site, config: Config) -> Candidate | str | None:
 @handles(Int8RNN)
 def _int8_rnn(site: Site, config: Config) -> Candidate | str | None:
     return _replace_rnn(site, {nn.LSTM: Int8LSTM, nn.GRU: Int8GRU}, "int8")
+
+
+@handles(FusedConv)
+def _fused_conv(site: Site, config: FusedConv) -> Candidate | str | None:
+    module = site.module
+    if not isinstance(module, nn.Conv2d) or isinstance(module, Conv2d):
+        return None
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized, and is computed anew at every call"
+    if type(module) is not nn.Conv2d:
+        return f"{type(module).__name__} is a subclass of nn.Conv2d and may compute something else"
+    if module.weight.device.type != "cpu":
+        return f"the weight is on {module.weight.device}, and the fused convolution runs on the CPU"
+    if module.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weight is {module.weight.dtype}, and the fused convolution takes float32 and bfloat16"
+
+    def build() -> nn.Module:
+        layer = Conv2d.from_float(module, winograd=config.winograd)
+        if config.channels_last:
+            weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+            layer.weight = nn.Parameter(weight, module.weight.requires_grad)
+        return layer
+
+    return replacement(site, build)
 
 
 def ordered(found: Sequence[Candidate]) -> list[Candidate]:

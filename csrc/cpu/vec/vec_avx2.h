@@ -92,6 +92,7 @@ LAMINA_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.r, b.r)}; }
 LAMINA_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.r, b.r)}; }
 
 LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
+LAMINA_INLINE Mask is_nan(F32 x) { return {_mm256_cmp_ps(x.r, x.r, _CMP_UNORD_Q)}; }
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.r, b.r)}; }
 LAMINA_INLINE Mask all_lanes() { return {_mm256_castsi256_ps(_mm256_set1_epi32(-1))}; }
 LAMINA_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.r) == 0xff; }

@@ -71,6 +71,7 @@ LAMINA_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.r, b.r)}; }
 LAMINA_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.r, b.r)}; }
 
 LAMINA_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
+LAMINA_INLINE Mask is_nan(F32 x) { return {_mm512_cmp_ps_mask(x.r, x.r, _CMP_UNORD_Q)}; }
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {__mmask16(a.r & b.r)}; }
 LAMINA_INLINE Mask all_lanes() { return {__mmask16(0xffff)}; }
 LAMINA_INLINE bool all(Mask m) { return m.r == 0xffff; }

@@ -79,6 +79,7 @@ LAMINA_INLINE F32 max(F32 a, F32 b) { return {a.r > b.r ? a.r : b.r}; }
 LAMINA_INLINE F32 min(F32 a, F32 b) { return {a.r < b.r ? a.r : b.r}; }
 
 LAMINA_INLINE Mask less(F32 a, F32 b) { return {a.r < b.r}; }
+LAMINA_INLINE Mask is_nan(F32 x) { return {x.r != x.r}; }
 LAMINA_INLINE Mask operator&(Mask a, Mask b) { return {a.r & b.r}; }
 LAMINA_INLINE Mask all_lanes() { return {i32x4{-1, -1, -1, -1}}; }
 LAMINA_INLINE bool all(Mask m) { return (m.r[0] & m.r[1] & m.r[2] & m.r[3]) != 0; }

@@ -7,6 +7,7 @@ from lamina.nn.attention import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from lamina.nn.conv import Conv2d
 from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
@@ -19,6 +20,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "Conv2d",
     "Int4WeightOnlyLinear",
     "Int8Conv1d",
     "Int8Conv2d",

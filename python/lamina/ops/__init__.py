@@ -4,6 +4,7 @@ from lamina.ops.attention import attention
 from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
+from lamina.ops.conv2d import conv2d
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -44,6 +45,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_varlen",
+    "conv2d",
     "gru",
     "int8_adaptive_avg_pool2d",
     "int8_avg_pool2d",
