@@ -180,7 +180,7 @@ def accelerate(
             raise ValueError(
                 "accelerate: the model is on meta and has no values to compute with; load its weights first"
             )
-        found = list(candidates(work, config, filter_fn))
+        found = list(candidates(work, config, filter_fn, alternatives=True))
         decided = {c.fqn: c for c in found if isinstance(c, LayerDecision)}
         tried = ordered([c for c in found if isinstance(c, Candidate)])
         inputs = _captured_inputs(work, caller(example_inputs, _INPUTS), tried)
@@ -424,8 +424,8 @@ def _faster_layers(
     max_error: float,
     tell: Progress,
 ) -> list[Candidate]:
-    """Puts in the candidates that are accurate and faster, and returns them."""
-    kept: list[Candidate] = []
+    """Puts in the candidates that are accurate and faster, of several for a layer the fastest, and returns them."""
+    kept: dict[str, Candidate] = {}
     kinds: dict[Any, list[Candidate]] = {}
     for candidate in tried:
         kinds.setdefault(_kind(candidate, inputs.get(candidate.module)), []).append(candidate)
@@ -436,25 +436,32 @@ def _faster_layers(
             tell(f"measuring {candidate.fqn or 'the model'}", done, len(tried))
             done += 1
             decision = _check(candidate, inputs.get(candidate.module), max_error)
-            decided[candidate.fqn] = decision
             if decision.now is not None:
-                accurate.append(candidate)
+                accurate.append((candidate, decision))
+            elif candidate.fqn in kept:
+                kept[candidate.fqn].apply()
             else:
                 candidate.revert()
+                decided[candidate.fqn] = decision
         if not accurate:
             continue
-        speedup = _speedup(accurate, inputs, min_speedup)
-        for candidate in accurate:
-            decision = replace(decided[candidate.fqn], speedup=speedup)
-            if speedup < min_speedup:
+        speedup = _speedup([candidate for candidate, _ in accurate], inputs, min_speedup)
+        for candidate, decision in accurate:
+            decision = replace(decision, speedup=speedup)
+            best = kept.get(candidate.fqn)
+            if best is not None and speedup <= decided[candidate.fqn].speedup:
+                best.apply()
+            elif speedup < min_speedup:
                 reason = f"{speedup:.2f}x on its inputs is below min_speedup {min_speedup:g}"
-                decision = replace(decision, now=None, reason=reason)
+                decided[candidate.fqn] = replace(decision, now=None, reason=reason)
                 candidate.revert()
             else:
+                if best is not None:
+                    best.revert()
                 candidate.apply()
-                kept.append(candidate)
-            decided[candidate.fqn] = decision
-    return kept
+                kept[candidate.fqn] = candidate
+                decided[candidate.fqn] = decision
+    return list(kept.values())
 
 
 def _kind(candidate: Candidate, inputs: tuple[tuple, dict] | None) -> Any:

@@ -206,15 +206,19 @@ def candidates(
     config: ConfigLike | str,
     filter_fn: FilterFn | None,
     handlers: Mapping[type[Config], Handler] = _HANDLERS,
+    *,
+    alternatives: bool = False,
 ) -> Iterator[Candidate | LayerDecision]:
     """For every layer that `config` concerns: a candidate, or the decision to leave it alone and why.
 
-    `handlers`: what a config asks for, by its type; the default builds inference layers.
+    The first config that concerns a layer has the word; with `alternatives` all have, and a layer may come with several
+    candidates, to choose from. `handlers`: what a config asks for, by its type; the default builds inference layers.
     """
     policy = resolve(config)
     places = list(sites(model))
     prepared = _prepare(model, policy, places)
     for site in places:
+        reason = taken = None
         for item in policy(site.fqn):
             item = prepared.get(item, item)
             handler = handlers.get(type(item))
@@ -225,8 +229,15 @@ def candidates(
                 continue
             if filter_fn is not None and not filter_fn(site.module, site.fqn):
                 found = "excluded by filter_fn"
-            yield LayerDecision(site.fqn, describe(site.module), None, found) if isinstance(found, str) else found
-            break
+            if isinstance(found, Candidate):
+                taken = found
+                yield found
+            else:
+                reason = reason or found
+            if not alternatives:
+                break
+        if reason is not None and taken is None:
+            yield LayerDecision(site.fqn, describe(site.module), None, reason)
 
 
 def _prepare(
