@@ -862,6 +862,10 @@ def _attention_cases() -> list[Case]:
             case(f"causal_{q}_{s}", 1, 2, q=q, s=s, d=16, causal=True, tags="odd")
             for q, s in ((65, 65), (7, 300), (130, 9))
         ),
+        *(
+            case(f"f16_{name}", 1, 2, q=66, s=77, d=d, dtype=torch.float16, causal=name == "causal", tags="odd")
+            for name, d in (("even", 32), ("odd", 33), ("causal", 40))
+        ),
         case("causal_bf16", 2, 2, q=97, s=97, d=24, causal=True, dtype=bf16, tags="odd"),
         *(case(f"layout_{name}", 2, 3, q=18, s=25, d=20, layout=name) for name in LAYOUTS if name != "contiguous"),
         *(

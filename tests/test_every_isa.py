@@ -59,6 +59,7 @@ LAST_TABLE = {
     ("quantize_rows", torch.bfloat16): "quantize_rows_bf16_table",
     ("attention", torch.float32): "attention_f32_table",
     ("attention", torch.bfloat16): "attention_bf16_table",
+    ("attention", torch.float16): "attention_f16_table",
     ("attention_varlen", torch.float32): "attention_f32_table",
     ("attention_varlen", torch.bfloat16): "attention_bf16_table",
     ("attention_varlen", torch.float16): "attention_f16_table",

@@ -60,18 +60,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "attention",
       [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
-         bool is_causal, double scale,
-         const TensorView& out) { attention(query, key, value, mask, {.is_causal = is_causal, .scale = scale}, out); },
+         bool is_causal, double scale, const TensorView& out) {
+        AttentionOptions options;
+        options.is_causal = is_causal;
+        options.scale = scale;
+        attention(query, key, value, mask, options, out);
+      },
       no_gil);
   m.def(
       "attention_with_lse",
       [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
          bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
          const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool bfloat16_products, double dropout_p,
-         int64_t seed, const TensorView& out, const TensorView& lse) {
+         int64_t seed, bool int8_scores, const TensorView& out, const TensorView& lse) {
         attention(query, key, value, mask,
                   {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, dropout_p,
-                   seed, lse, bfloat16_products},
+                   seed, lse, bfloat16_products, int8_scores},
                   out);
       },
       no_gil);

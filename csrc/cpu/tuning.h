@@ -84,6 +84,13 @@ inline constexpr int kAttentionMaxChunk = kAttentionChunk + 64;
 // Query rows of one task: four 512-bit vectors, the wide side of the score tile. Narrower ISAs take several blocks.
 inline constexpr int kAttentionTaskRows = 64;
 
+// Keys and values of a head in packed form, in floats, that are kept for all of its blocks: half of 1 MiB of L2, which
+// bfloat16 pairs fill by half.
+inline constexpr long kAttentionPackedFloats = 256L << 10;
+
+// Fewer rows of queries for each head than this do not pay for quantizing K.
+inline constexpr int kAttentionInt8Rows = 16;
+
 // Models in use stop at 256, where Q, K, V and scores of a chunk still fit L2 together. Larger heads go to torch.
 inline constexpr int kAttentionMaxHeadSize = 256;
 

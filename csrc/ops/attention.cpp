@@ -14,6 +14,9 @@ namespace lamina {
 constinit const KernelTable<void(const AttentionArgs&)> attention_f32_table;
 constinit const KernelTable<void(const AttentionArgs&)> attention_bf16_table;
 constinit const KernelTable<void(const AttentionArgs&)> attention_f32_as_bf16_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_f32_int8_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_f32_as_bf16_int8_table;
+constinit const KernelTable<void(const AttentionArgs&)> attention_bf16_int8_table;
 constinit const KernelTable<void(const AttentionArgs&)> attention_f16_table;
 constinit const KernelTable<void(const AttentionArgs&)> attention_f64_table;
 
@@ -21,12 +24,14 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-const KernelTable<void(const AttentionArgs&)>& table_of(DType dtype, bool bfloat16_products) {
+const KernelTable<void(const AttentionArgs&)>& table_of(DType dtype, bool bfloat16_products, bool int8_scores) {
   switch (dtype) {
-    case DType::bfloat16: return attention_bf16_table;
+    case DType::bfloat16: return int8_scores ? attention_bf16_int8_table : attention_bf16_table;
     case DType::float16: return attention_f16_table;
     case DType::float64: return attention_f64_table;
-    default: return bfloat16_products ? attention_f32_as_bf16_table : attention_f32_table;
+    default:
+      if (int8_scores) return bfloat16_products ? attention_f32_as_bf16_int8_table : attention_f32_int8_table;
+      return bfloat16_products ? attention_f32_as_bf16_table : attention_f32_table;
   }
 }
 
@@ -58,13 +63,19 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
   const int64_t most = max_threads() == 1 ? 1 : tuning::kAttentionSharesPerThread * max_threads();
   const int64_t shares = alone ? 1 : std::min({tasks, most, int64_t(4 * work / tuning::kAttentionWorkPerThread)});
 
-  const auto kernel = table_of(query.dtype, options.bfloat16_products).get();
+  const bool int8 = options.int8_scores && rows >= tuning::kAttentionInt8Rows && keys > 0;
+  const auto kernel = table_of(query.dtype, options.bfloat16_products, int8).get();
   const int64_t size = element_size(query.dtype);
   const int64_t floats_size = query.dtype == DType::float64 ? 8 : 4;
   const int64_t head_bytes = size * keys * (head_size + value_size);
   const bool far =
       head_bytes >= tuning::kAttentionFarHeadBytes &&
       batch * (2 * heads * queries * head_size * size + key.size(1) * head_bytes) >= tuning::kAttentionFarBytes;
+  // What a kernel packs is worth keeping for the other blocks that read the same keys.
+  const int64_t per_kv_head = group / together * blocks;  // tasks
+  const int64_t k_floats = attention_packed_floats(keys, int(head_size));
+  const int64_t v_floats = attention_packed_floats(keys, int(value_size));
+  const bool packs = int8 || (per_kv_head > 1 && k_floats + v_floats <= tuning::kAttentionPackedFloats);
   // The numbers of heads from (b, h) on, in a tensor [B, Hq, ...] or [Hq] of floats.
   const auto floats_at = [floats_size](const std::optional<TensorView>& t, int64_t b, int64_t h, int dims) -> char* {
     if (!t) return nullptr;
@@ -78,8 +89,11 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
   parallel_tasks(shares, [&](int64_t share) {
     WorkspaceFrame frame;
     float* scratch = frame.take<float>(attention_scratch_floats(int(head_size), int(value_size)));
-    const int64_t end = tasks * (share + 1) / shares;
-    for (int64_t task = tasks * share / shares; task < end; ++task) {
+    AttentionPacked packed{packs ? frame.take<float>(k_floats) : nullptr, packs ? frame.take<float>(v_floats) : nullptr,
+                           0, 0};
+    const int64_t begin = tasks * share / shares, end = tasks * (share + 1) / shares;
+    for (int64_t task = begin; task < end; ++task) {
+      if (task % per_kv_head == 0) packed.k_keys = packed.v_keys = 0;
       const int64_t b = task / blocks / (heads / together), h = task / blocks % (heads / together) * together;
       // The head after this one, when this is the last task that works on this one's keys.
       const int64_t next = far && task + 1 < end && (task + 1) % blocks == 0 ? (task + 1) / blocks : -1;
@@ -132,6 +146,7 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
               .next_q = next < 0 ? nullptr : at(query, next_b, next_h) + next_row * query.stride(2) * size,
               .next_k = next < 0 ? nullptr : at(key, next_b, next_h / group),
               .next_v = next < 0 ? nullptr : at(value, next_b, next_h / group),
+              .packed = packs ? &packed : nullptr,
               .scratch = scratch});
     }
   });

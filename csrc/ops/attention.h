@@ -26,6 +26,7 @@ struct AttentionOptions {
   int64_t seed = 0;
   std::optional<TensorView> lse = {};  // output, of floats, [B, Hq, L]: log of the sum of exp(score), natural
   bool bfloat16_products = false;      // float32 inputs may be multiplied in bfloat16
+  bool int8_scores = false;            // float32 and bfloat16 inputs may have scores computed from int8 codes
 };
 
 // query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], all of one floating dtype, any strides; Hq is a

@@ -41,6 +41,7 @@ def attention_with_lse(
     bfloat16_products: bool,
     dropout_p: float,
     seed: int,
+    int8_scores: bool,
     out: Tensor,
     lse: Tensor,
 ) -> None: ...

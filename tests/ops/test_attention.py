@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_every_isa import expected_isa
-from tolerances import assert_composite, assert_exact
+from tolerances import assert_composite, assert_exact, assert_lossy
 
 from lamina import _C
 from lamina.nn import attention as nn_attention
@@ -16,6 +16,7 @@ from lamina.ops.attention import attention
 from lamina.reference.attention import attention as reference
 
 DTYPES = [torch.float32, torch.bfloat16]
+ALL_DTYPES = [*DTYPES, torch.float16, torch.float64]
 # Around the vector widths (4, 8, 16), the row block (64) and the chunk of keys (256, at most 320).
 LENGTHS = [1, 2, 3, 7, 15, 16, 17, 50, 63, 64, 65, 100, 128, 130, 257]
 KEY_LENGTHS = [*LENGTHS, 24, 31, 256, 320, 321, 600]
@@ -75,10 +76,14 @@ def assert_as_good_as_sdpa(query, key, value, **options):
         causal = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
         eager_options |= {"attn_mask": options["attn_mask"] & causal, "is_causal": False}
     eager = F.scaled_dot_product_attention(query, key, value, **eager_options)
-    # The yardstick of a few outputs may be exact by luck. Four roundings are always fair, of the scaled query, the
-    # score, the weight and the sum, all in float32; and one to the output's dtype.
+    # The yardstick of a few outputs may be exact by luck. Some roundings are always fair, all in float32: of the scaled
+    # query, the weight and the sum, and of the score, which moves its weight by as much as the score is large; and one
+    # to the output's dtype.
     largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-    roundings = 4 * torch.finfo(torch.float32).eps + (query.dtype == torch.bfloat16) * torch.finfo(torch.bfloat16).eps
+    scores = (query.double() @ key.double().mT).abs() / math.sqrt(query.shape[-1])
+    score = scores[scores.isfinite()].max().item() if scores.isfinite().any() else 0.0
+    roundings = (3 + max(1.0, score)) * torch.finfo(torch.float32).eps
+    roundings += (query.dtype.itemsize == 2) * torch.finfo(query.dtype).eps
     assert_composite(actual, eager, truth, floor=roundings * largest)
 
 
@@ -94,7 +99,7 @@ def assert_as_good_as_sdpa(query, key, value, **options):
     keys=st.sampled_from(KEY_LENGTHS),
     size=st.sampled_from(HEAD_SIZES),
     value_size=st.sampled_from([None, None, 1, 7, 16, 33, 64, 80, 256]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from([*DTYPES, torch.float16]),
     mask=st.sampled_from(MASKS),
     layout=st.sampled_from(["heads first", "tokens first", "columns apart"]),
     seed=st.integers(0, 2**16),
@@ -127,6 +132,254 @@ def test_attention_runs_the_forced_isa(isa, dtype):
 def test_attention_over_many_chunks(queries, keys, mask, dtype):
     options = mask_options(mask, 1, 2, queries, keys, dtype)
     assert_as_good_as_sdpa(*inputs(1, 2, 2, queries, keys, 64, 64, dtype), **options)
+
+
+# -- what torch has no op for
+
+
+@st.composite
+def features(draw):
+    """Shapes, dtype and keyword arguments; `mask` is a kind of mask_options."""
+    return {
+        "batch": draw(st.integers(1, 2)),
+        "kv_heads": draw(st.integers(1, 2)),
+        "group": draw(st.sampled_from([1, 3])),
+        "queries": draw(st.sampled_from([1, 2, 9, 33, 70, 130])),
+        "keys": draw(st.sampled_from([1, 3, 40, 64, 257, 330, 600])),
+        "size": draw(st.sampled_from([8, 33, 64])),
+        "dtype": draw(st.sampled_from(ALL_DTYPES)),
+        "mask": draw(st.sampled_from(["none", "none", "causal", "boolean", "additive", "additive_keys"])),
+        "window": draw(st.sampled_from([None, None, 0, 5, (30, 2), (-1, 3), (64, None), (100, 0)])),
+        "softcap": draw(st.sampled_from([None, None, 1.0, 30.0])),
+        "alibi": draw(st.sampled_from([None, None, "heads", "batches"])),
+        "sinks": draw(st.sampled_from([False, False, True])),
+        "alignment": draw(st.sampled_from(["top_left", "bottom_right"])),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(f=features())
+def test_attention_features_match_the_reference(isa, f):
+    generator = torch.Generator().manual_seed(f["seed"])
+    heads, dtype = f["kv_heads"] * f["group"], f["dtype"]
+    q, k, v = inputs(f["batch"], heads, f["kv_heads"], f["queries"], f["keys"], f["size"], 24, dtype, generator)
+    options = mask_options(f["mask"], f["batch"], heads, f["queries"], f["keys"], dtype, generator)
+    options |= {"window": f["window"], "softcap": f["softcap"], "causal_alignment": f["alignment"]}
+    if f["alibi"]:
+        options["alibi_slopes"] = torch.rand((f["batch"], heads) if f["alibi"] == "batches" else heads) / 8
+    if f["sinks"]:
+        options["sinks"] = torch.randn(heads)
+    _C.poison_workspace(True)
+    assert_as_good_as_composite(q, k, v, **options)
+
+
+def assert_as_good_as_composite(q, k, v, **options):
+    """Output and log-sum-exp against float64, the reference in the dtype itself being the yardstick."""
+    options = {"enable_gqa": q.shape[-3] != k.shape[-3], "return_lse": True, **options}
+    out, lse = attention(q, k, v, **options)
+    wide = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()
+    }
+    truth, truth_lse = reference(q.double(), k.double(), v.double(), **wide)
+    eager, _ = reference(q, k, v, **{name: x.to(q.dtype) if x is not wide[name] else x for name, x in options.items()})
+    largest = v.abs().max().item()
+    roundings = 4 * torch.finfo(torch.promote_types(lse.dtype, torch.float32)).eps
+    assert out.dtype == q.dtype
+    assert_composite(
+        out, eager.to(q.dtype), truth, floor=(roundings + (q.dtype.itemsize == 2) * torch.finfo(q.dtype).eps) * largest
+    )
+    # A score of 100 has the rounding error of 100, whatever computes it.
+    _, yardstick = reference(
+        *(t.to(lse.dtype) for t in (q, k, v)),
+        **{n: x.to(lse.dtype) if x is not wide[n] else x for n, x in options.items()},
+    )
+    # The weights of the bfloat16 kernel, whose sum it is, are exact to 1e-4, and its scores as well.
+    assert_composite(lse, yardstick, truth_lse, floor=2 * roundings + (q.dtype == torch.bfloat16) * 2e-4)
+    assert_exact(lse == -math.inf, truth_lse == -math.inf)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_attention_with_lse_is_the_plain_call_bit_for_bit(dtype, mask):
+    q, k, v = inputs(2, 3, 3, 70, 330, 40, 24, dtype)
+    options = mask_options(mask, 2, 3, 70, 330)
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    assert_exact(out, attention(q, k, v, **options))
+    assert lse.shape == (2, 3, 70)
+    assert_exact(attention(q, k, v, window=(-1, None), **options), out)
+    assert_exact(attention(q[0, 0], k[0, 0], v[0, 0], return_lse=True)[1], attention(q, k, v, return_lse=True)[1][0, 0])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("queries", [3, 70])
+def test_attention_window_keeps_out_what_is_not_in_it(isa, dtype, queries):
+    q, k, v = inputs(1, 2, 2, queries, 700, 32, 32, dtype)
+    options = {"window": (20, 5), "causal_alignment": "bottom_right"}
+    out = attention(q, k, v, **options)
+    first = 700 - queries - 20
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[:, :, :first], bad_v[:, :, :first] = math.nan, math.inf
+    assert_exact(attention(q, bad_k, bad_v, **options), out)
+    bad_v[:, :, first] = math.nan  # which only the first query takes
+    touched = attention(q, bad_k, bad_v, **options)
+    assert touched[:, :, 0].isnan().all()
+    assert_exact(touched[:, :, 1:], out[:, :, 1:])
+
+
+@pytest.mark.parametrize("queries", [2, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_scores_of_any_size(isa, queries, dtype):
+    """Weights are relative to a base that moves with the scores; whether it does is a matter of each row alone."""
+    q, k, v = inputs(1, 2, 2, queries, 600, 32, 32, dtype)
+    plain = attention(q, k, v)
+    for factor in (40.0, -40.0, 300.0):
+        far = q.clone()
+        far[:, :, 1] *= factor
+        out = attention(far, k, v)
+        assert_exact(out[:, :, [0, *range(2, queries)]], plain[:, :, [0, *range(2, queries)]])
+        assert_as_good_as_sdpa(far, k, v)
+    shifted = k + 50  # the same for all keys, so that all scores of a row go up or down together
+    assert_as_good_as_sdpa(q, shifted.to(dtype), v)
+    rising = (k * torch.linspace(0, 30, 600)[:, None]).to(dtype)
+    assert_as_good_as_sdpa(q, rising, v)
+    assert_as_good_as_sdpa(q, rising.flip(2), v)
+
+
+@pytest.mark.parametrize("queries", [2, 70])
+def test_attention_sinks_take_weight(isa, queries):
+    q, k, v = inputs(1, 3, 3, queries, 50, 16, 16)
+    plain, plain_lse = attention(q, k, v, return_lse=True)
+    without = attention(q, k, v, sinks=torch.full((3,), -math.inf))
+    torch.testing.assert_close(without, plain)
+    all_weight = attention(q, k, v, sinks=torch.full((3,), 500.0))
+    assert all_weight.abs().max() < 1e-30
+    sinks = torch.tensor([-1.0, 0.0, 4.0])
+    out, lse = attention(q, k, v, sinks=sinks, return_lse=True)
+    torch.testing.assert_close(lse, torch.logaddexp(plain_lse, sinks[:, None].expand(1, 3, queries)))
+    torch.testing.assert_close(out, plain * (plain_lse - lse).exp()[..., None])
+    nothing = torch.zeros(50, dtype=torch.bool)
+    out, lse = attention(q, k, v, nothing, sinks=sinks, return_lse=True)
+    assert_exact(out, torch.zeros_like(out))
+    torch.testing.assert_close(lse, sinks[:, None].expand(1, 3, queries))
+
+
+@pytest.mark.parametrize(("queries", "keys", "size"), [(5, 40, 33), (70, 330, 64), (130, 700, 64), (200, 200, 20)])
+def test_attention_of_float32_computed_in_bfloat16(isa, queries, keys, size):
+    q, k, v = inputs(1, 2, 2, queries, keys, size, size)
+    for options in ({}, {"is_causal": True}, {"window": (30, 4)}, mask_options("boolean", 1, 2, queries, keys)):
+        out = attention(q, k, v, compute_dtype=torch.bfloat16, **options)
+        if isa != "avx512bf16":  # no instruction for it: float32 is no slower
+            assert_exact(out, attention(q, k, v, return_lse=True, **options)[0])
+            continue
+        assert out.dtype == torch.float32
+        narrow = (t.bfloat16() for t in (q, k, v))
+        assert_exact(out.bfloat16(), attention(*narrow, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("queries", "keys", "size"), [(16, 40, 33), (70, 330, 64), (129, 700, 128), (200, 200, 20)])
+def test_attention_with_int8_scores(isa, queries, keys, size, dtype):
+    q, k, v = inputs(1, 4, 2, queries, keys, size, 40, dtype)
+    k = k + 3 * torch.randn(size).to(dtype)  # what all keys have in common must not cost codes
+    for options in (
+        {},
+        {"is_causal": True, "softcap": 10.0},
+        {"window": (30, 4), "sinks": torch.randn(4)},
+        mask_options("boolean", 1, 2, queries, keys),
+        {**mask_options("additive", 1, 4, queries, keys), "compute_dtype": torch.bfloat16},
+    ):
+        out, lse = attention(q, k, v, enable_gqa=True, qk_dtype=torch.int8, return_lse=True, **options)
+        if "vnni" not in isa and "bf16" not in isa:  # no instruction for it
+            assert_exact(out, attention(q, k, v, enable_gqa=True, return_lse=True, **options)[0])
+            continue
+        options.pop("compute_dtype", None)
+        truth, truth_lse = reference(q.double(), k.double(), v.double(), enable_gqa=True, return_lse=True, **options)
+        assert_lossy(out, truth, min_sqnr_db=36)
+        judged = truth_lse.isfinite()
+        assert_lossy(lse[judged], truth_lse[judged], min_sqnr_db=40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_int8_scores_does_not_leak_excluded_keys(isa, dtype):
+    q, k, v = inputs(1, 2, 2, 70, 100, 32, 32, dtype)
+    keep = torch.arange(100) < 60
+    padded_k, padded_v = k.clone(), v.clone()
+    padded_k[:, :, 60:], padded_v[:, :, 60:] = 0, 0
+    clean = attention(q, padded_k, padded_v, keep, qk_dtype=torch.int8)
+    for bad in (math.nan, math.inf):
+        padded_k[:, :, 60:], padded_v[:, :, 60:] = bad, bad
+        assert_exact(attention(q, padded_k, padded_v, keep, qk_dtype=torch.int8), clean)
+    q[:, :, 3, 5] = math.nan
+    out = attention(q, k, v, qk_dtype=torch.int8)
+    assert out[:, :, 3].isnan().all()
+    assert out[:, :, [0, 1, 2, *range(4, 70)]].isfinite().all()
+
+
+def test_attention_of_one_query_and_very_many_keys(isa):
+    q, k, v = inputs(1, 1, 1, 1, 100_000, 16, 16)
+    assert_as_good_as_sdpa(q, k, v)
+    assert_as_good_as_composite(q, k, v, window=(50_000, 0), causal_alignment="bottom_right")
+
+
+def test_attention_features_have_gradients():
+    q, k, v = inputs(1, 4, 2, 9, 12, 8, 8, torch.float64)
+    slopes, sinks = torch.rand(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+
+    def call(q, k, v, sinks):
+        return attention(
+            q, k, v, enable_gqa=True, is_causal=True, window=(5, 0), softcap=2.0, alibi_slopes=slopes, sinks=sinks
+        )
+
+    assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in (q, k, v, sinks)])
+
+
+def test_attention_features_in_torchs_machinery():
+    q, k, v = inputs(2, 4, 2, 9, 12, 8, 6)
+    slopes, sinks = torch.rand(4), torch.randn(4)
+    op = torch.ops.lamina.attention.with_lse
+    torch.library.opcheck(
+        op, (q, k, v, None, True, None, True, 5, -1, True, 3.0, slopes, sinks, False, 0.0, None, True)
+    )
+    plain = (-1, -1, False, 0.0, None, None)
+    torch.library.opcheck(op, (q[0, :2], k[0], v[0], None, False, 0.1, False, *plain, True))
+
+    def call(q, k, v):
+        return attention(q, k, v, enable_gqa=True, window=(5, 1), softcap=3.0, alibi_slopes=slopes, return_lse=True)
+
+    expected = call(q, k, v)
+    for actual in (torch.compile(call, fullgraph=True)(q, k, v), torch.vmap(call)(q[:, None], k[:, None], v[:, None])):
+        for one, other in zip(actual, expected, strict=True):
+            assert_exact(one.reshape(other.shape), other)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = call(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": (1, 2, 3)}, r"attention: window is \(1, 2, 3\), but must be a number of keys or \(left, right\)"),
+        ({"window": -2}, "attention: window is -2, but must be a number of keys"),
+        ({"softcap": -1.0}, "attention: softcap is -1, but must be positive, or 0 for none"),
+        (
+            {"causal_alignment": "left"},
+            "attention: causal_alignment is 'left', but must be 'top_left' or 'bottom_right'",
+        ),
+        (
+            {"compute_dtype": torch.float16},
+            "attention: compute_dtype is torch.float16, but must be torch.bfloat16 or None",
+        ),
+        ({"qk_dtype": torch.float16}, "attention: qk_dtype is torch.float16, but must be torch.int8 or None"),
+        ({"alibi_slopes": torch.ones(3)}, r"attention: alibi_slopes is float32\[3\], but must be \[2\] or \[1, 2\]"),
+        ({"sinks": torch.ones(3)}, r"attention: sinks has shape \[3\], but must be \[2\]"),
+    ],
+    ids=str,
+)
+def test_attention_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs(1, 2, 2, 5, 7, 8, 8), **options)
 
 
 def test_attention_of_large_scores_is_stable(isa):

@@ -12,7 +12,11 @@ namespace {
 
 REGISTER_KERNEL(attention_f32_table, attention<FloatMath<float>>);
 REGISTER_KERNEL(attention_bf16_table, attention<FloatMath<bf16>>);
+// Where nothing faster exists for them, float32 is the answer to those who allow less.
 REGISTER_KERNEL(attention_f32_as_bf16_table, attention<FloatMath<float>>);
+REGISTER_KERNEL(attention_f32_int8_table, attention<FloatMath<float>>);
+REGISTER_KERNEL(attention_f32_as_bf16_int8_table, attention<FloatMath<float>>);
+REGISTER_KERNEL(attention_bf16_int8_table, attention<FloatMath<bf16>>);
 REGISTER_KERNEL(attention_f16_table, attention<FloatMath<f16>>);
 REGISTER_KERNEL(attention_f64_table, attention_of_doubles);
 

@@ -19,6 +19,13 @@ enum class AttentionMask : int { none, boolean, float16, bfloat16, float32, floa
 // A side of a window that has no limit; far from the ends of int64, so that positions can be added to it.
 inline constexpr int64_t kAttentionUnlimited = int64_t{1} << 60;
 
+// K and V of one key/value head as a kernel packs them, kept from call to call: room for all keys,
+// attention_packed_floats() each, and how many keys from 0 on are there already. The kernel counts them up.
+struct AttentionPacked {
+  float *k, *v;
+  int64_t k_keys, v_keys;
+};
+
 // Strides are in elements and may be anything, 0 and negative included, unless it says otherwise. Numbers that are
 // `float` or `double` by the storage are double for float64 storage and float for every other.
 struct AttentionArgs {
@@ -59,6 +66,8 @@ struct AttentionArgs {
   bool far;
   const void *next_q, *next_k, *next_v;
 
+  AttentionPacked* packed;  // null where K and V are not worth keeping; int8 kernels need it
+
   float* scratch;  // attention_scratch_floats() of them, 64-byte aligned
 };
 
@@ -69,10 +78,18 @@ static inline int64_t attention_scratch_floats(int head_size, int value_size) {
   return rows * (d + dv) + 2 * rows * keys + keys * (d + dv);
 }
 
-// By the storage of q, k, v and out. The third takes float32 storage and may multiply in bfloat16.
+static inline int64_t attention_packed_floats(int64_t keys, int size) {
+  return keys * ((size + 15) / 16 * 16 + 2) + tuning::kAttentionMaxHeadSize;
+}
+
+// By the storage of q, k, v and out. Those "as bf16" take float32 storage and may multiply in
+// bfloat16, those "int8" may compute scores from int8 codes.
 extern const KernelTable<void(const AttentionArgs&)> attention_f32_table;
 extern const KernelTable<void(const AttentionArgs&)> attention_bf16_table;
 extern const KernelTable<void(const AttentionArgs&)> attention_f32_as_bf16_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_f32_int8_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_f32_as_bf16_int8_table;
+extern const KernelTable<void(const AttentionArgs&)> attention_bf16_int8_table;
 extern const KernelTable<void(const AttentionArgs&)> attention_f16_table;
 extern const KernelTable<void(const AttentionArgs&)> attention_f64_table;
 

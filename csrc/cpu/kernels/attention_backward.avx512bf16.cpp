@@ -8,7 +8,7 @@
 namespace lamina::LAMINA_ISA {
 namespace {
 
-REGISTER_KERNEL(attention_backward_bf16_table, attention_backward<PairMath>);
+REGISTER_KERNEL(attention_backward_bf16_table, attention_backward<PairMath<bf16>>);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

@@ -162,14 +162,14 @@ __attribute__((noinline)) void weight_tile(const GradientTiles& t, int key, int 
 
 // Where words of weights and of dS go. For float32 all four are the same two buffers of [key][kRows].
 struct GradientWords {
-  float* p;      // [key][kRows / per_word]: words of adjacent queries
+  float* p;      // [key][kRows / keys_per_word]: words of adjacent queries
   float* ds;     // the same
-  float* ds_by;  // [key / per_word][kRows]: words of adjacent keys
+  float* ds_by;  // [key / keys_per_word][kRows]: words of adjacent keys
 };
 
 template <class Math, int NV, int KT>
 LAMINA_INLINE void store_gradient_words(const GradientWords& to, int key, int v, const F32 (&ds)[KT]) {
-  constexpr int kPerWord = Math::per_word, kWords = kRows / kPerWord;
+  constexpr int kPerWord = Math::keys_per_word, kWords = kRows / kPerWord;
   LAMINA_UNROLL
   for (int k = 0; k < KT; ++k) {
     if constexpr (kPerWord > 1) Math::store_words(to.ds + (key + k) * kWords + v * kLanes / kPerWord, ds[k]);
@@ -187,7 +187,7 @@ LAMINA_INLINE void store_gradient_words(const GradientWords& to, int key, int v,
 template <class Math, int NV, int KT>
 __attribute__((noinline)) void gradient_tile(const GradientTiles& t, int key, int v0, const float* p,
                                              const GradientWords& to) {
-  constexpr int kPerWord = Math::per_word, kWords = kRows / kPerWord;
+  constexpr int kPerWord = Math::keys_per_word, kWords = kRows / kPerWord;
   F32 acc[KT][NV];
   multiply_rows<Math>(t.grad + v0 * kLanes, t.v + key * t.v_stride, t.v_stride, t.v_words, acc);
   LAMINA_UNROLL
@@ -264,7 +264,7 @@ __attribute__((noinline)) void product_tile(const float* a, const float* b, int6
 template <class Math>
 class RangeGradient {
   using T = typename Math::Storage;
-  static constexpr int kPerWord = Math::per_word;
+  static constexpr int kPerWord = Math::keys_per_word;
   static constexpr int kWords = kRows / kPerWord;  // words of one key's row of weights
   // Behind the rows of the wide products, for tiles that read a whole register.
   static constexpr int kSlack = 16;
@@ -374,7 +374,7 @@ class RangeGradient {
     return {reinterpret_cast<const char*>(packed), stride * int64_t(sizeof(float))};
   }
 
-  // The same rows as the right side of a product over rows: words of per_word rows.
+  // The same rows as the right side of a product over rows: words of keys_per_word rows.
   struct Matrix {
     const float* rows;
     int64_t stride;

@@ -4,8 +4,8 @@
 //
 //   S[key][query lanes] = sum_d Q^T[d][query lanes] * K[key][d]        Q^T packed once per block, K read as it lies
 //
-// so the maximum and the sum of softmax are vertical operations, and exp(S) is already in the layout that the second
-// product wants to broadcast from:
+// so the sum of softmax is a vertical operation, and exp(S), taken before S leaves the registers, is already in the
+// layout that the second product wants to broadcast from:
 //
 //   O[query][value lanes] += P[key][query] * V[key][value lanes]       V read as it lies
 //
@@ -23,19 +23,23 @@
 //
 // Math, the arithmetic of a variant, offers:
 //   Storage                           element type of q, k, v and out
-//   per_word                          elements in a 32-bit word, the unit that is broadcast and multiplied
+//   dims_per_word, keys_per_word      elements in a 32-bit word, the unit that is broadcast and multiplied: neighbours
+//                                     in a row of Q and K, and keys of P and V
+//   int8_scores                       whether scores come from codes (see attention_codes.h)
 //   scales_query                      whether packed Q carries the scale; otherwise scores are multiplied by it
 //   reads_in_place                    whether words are the storage itself, so that K needs no conversion
-//   multiply_add(a, b, c)             c + a * b, word by word
-//   load_words(p, n)                  n <= lanes * per_word adjacent elements as words, zero behind them
+//   score_multiply_add, multiply_add(a, b, c)   c + a * b, word by word, of Q K^T and of P V
+//   load_words(p, n)                  n <= lanes * dims_per_word adjacent elements as words, zero behind them
 //   gather_words(p, stride, n)        the same, elements apart
-//   exp2(x)                           as exact as the weights need, for x <= 0; 0 for -inf, NaN stays NaN
-//   join(w)                           weights of per_word keys, a register each -> one register of words
-//   join_adjacent(w, to)              per_word registers of adjacent keys' weights -> words in memory
+//   exp2(x)                           as exact as the weights need; 0 for -inf, NaN stays NaN
+//   join(w)                           weights of keys_per_word keys, a register each -> one register of words
+//   add_weights(word, sum)             the weights of a word of join, added to a sum
+//   join_adjacent(w, to)              keys_per_word registers of adjacent keys' weights -> words in memory
 //   nonzero_bits(word)                all ones in the elements of a word that are not 0
-//   pack_pairs(v, ..., to, stride)    where per_word is 2: V as pairs of keys
+//   pack_pairs(v, ..., to, stride)    where keys_per_word is 2: V as pairs of keys
 #pragma once
 
+#include "cpu/kernels/attention_codes.h"
 #include "cpu/kernels/attention_prefetch.h"
 #include "cpu/kernels/attention_values.h"
 #include "cpu/vec/philox.h"
@@ -43,30 +47,25 @@
 namespace lamina::LAMINA_ISA {
 namespace {
 
-// Keys whose weights are summed before they join the total.
-constexpr int kTogether = 4;
+// How far (in log2 units) scores may be from the base of their row; beyond, the base moves. Weights of 2^24 and 2^-24
+// leave floats all their precision and room enough.
+constexpr float kMostFromBase = 24.0f;
 // Up to this many rows the head size goes into the lanes.
 constexpr int kShortRows = kLanes / 2;
 // Distance of the score rows of a short block: room for a chunk and the tail of its last vector.
 constexpr int kShortStride = tuning::kAttentionMaxChunk + 16;
 
-// Scores in log2 units less the row's maximum -> weights.
-template <class Math>
-LAMINA_INLINE F32 weight_of(F32 score, F32 maximum) {
-  return Math::exp2(score - maximum);
-}
-
 template <class Math>
 class Block {
   using T = typename Math::Storage;
-  static constexpr int kPerWord = Math::per_word;
+  static constexpr int kPerWord = Math::keys_per_word, kDims = Math::dims_per_word;
 
  public:
   // `careful`: see [NOTE] Excluded keys.
   Block(const AttentionArgs& args, int64_t first_row, int rows, bool careful)
       : a_(args),
         rows_(args, first_row, rows),
-        words_((args.head_size + kPerWord - 1) / kPerWord),
+        words_((args.head_size + kDims - 1) / kDims),
         columns_(round_up(args.value_size, kLanes)),
         careful_(careful),
         q_(args.scratch),
@@ -98,7 +97,11 @@ class Block {
       pack_short_query();
       each_chunk<true>();
     } else {
-      pack_query();
+      if constexpr (Math::int8_scores) {
+        pack_int8_query();
+      } else {
+        pack_query();
+      }
       each_chunk<false>();
     }
     const bool excludes = mask_.exists() || rows_.shared.begin > 0 || rows_.shared.end < a_.keys;
@@ -111,9 +114,8 @@ class Block {
 
   // Words [w, w + lanes) of a row of n elements, zero behind its end.
   static LAMINA_INLINE F32 row_words(const T* row, int64_t col, int n, int w) {
-    const int rest = smaller(n - w * kPerWord, kLanes * kPerWord);
-    return col == 1 ? Math::load_words(row + w * kPerWord, rest)
-                    : Math::gather_words(row + w * kPerWord * col, col, rest);
+    const int rest = smaller(n - w * kDims, kLanes * kDims);
+    return col == 1 ? Math::load_words(row + w * kDims, rest) : Math::gather_words(row + w * kDims * col, col, rest);
   }
 
   bool drops() const { return a_.keep_below < 65536; }
@@ -147,6 +149,24 @@ class Block {
     }
   }
 
+  void pack_int8_query() {
+    const Int8Keys packed(a_);
+    const float none[tuning::kAttentionMaxHeadSize] = {};
+    for (int r = 0; r < rows_.vectors * kLanes; ++r) {
+      const T* row = query_row(smaller(r, rows_.rows - 1));
+      alignas(64) uint8_t codes[tuning::kAttentionMaxHeadSize];
+      float sum;
+      row_scale_[r] = factor() * quantize_row(row, a_.q_col, a_.head_size, none, 128, codes, &sum);
+      for (int w = 0; w < words_; ++w) memcpy(q_ + w * kRows + r, codes + 4 * w, 4);
+      F32 shift = zero();
+      for (int c = 0; c < a_.head_size; c += kLanes) {
+        shift = fmadd(row_elements(row + c * a_.q_col, a_.q_col, smaller(kLanes, a_.head_size - c)),
+                      load(packed.mean + c), shift);
+      }
+      row_shift_[r] = factor() * reduce_add(shift);
+    }
+  }
+
   // [row][words, rounded up to lanes]
   void pack_short_query() {
     const int stride = round_up(words_, kLanes);
@@ -161,60 +181,82 @@ class Block {
 
   // Keys of the chunk as words: in place where that is possible, else packed with rows of whole registers.
   void load_keys(int64_t first, int n, bool whole_registers) {
+    if constexpr (Math::int8_scores) {
+      const Int8Keys packed(a_);
+      keys_ = reinterpret_cast<const char*>(packed.codes + first * packed.stride);
+      key_stride_ = packed.stride;
+      key_scale_ = packed.scale + first;
+      key_start_ = packed.start + first;
+      return;
+    }
     const T* k = static_cast<const T*>(a_.k) + first * a_.k_row;
-    if (Math::reads_in_place && a_.k_col == 1 && a_.head_size % (whole_registers ? kLanes * kPerWord : kPerWord) == 0) {
+    if (Math::reads_in_place && a_.k_col == 1 && a_.head_size % (whole_registers ? kLanes * kDims : kDims) == 0) {
       keys_ = reinterpret_cast<const char*>(k);
       key_stride_ = a_.k_row * int64_t(sizeof(T));
       return;
     }
     const int stride = round_up(words_, kLanes);
+    const bool keeps = a_.packed && first <= a_.packed->k_keys;
+    float* to = keeps ? a_.packed->k + first * stride : k_;
+    keys_ = reinterpret_cast<const char*>(to);
+    key_stride_ = stride * int64_t(sizeof(float));
+    if (keeps) {
+      if (first + n <= a_.packed->k_keys) return;
+      a_.packed->k_keys = first + n;
+    }
     for (int j = 0; j < n; ++j) {
       for (int w = 0; w < words_; w += kLanes) {
-        store(k_ + j * stride + w, row_words(k + j * a_.k_row, a_.k_col, a_.head_size, w));
+        store(to + j * stride + w, row_words(k + j * a_.k_row, a_.k_col, a_.head_size, w));
       }
     }
-    keys_ = reinterpret_cast<const char*>(k_);
-    key_stride_ = stride * int64_t(sizeof(float));
   }
 
   void load_values(int64_t first, int n) {
     const T* v = static_cast<const T*>(a_.v) + first * a_.v_row;
+    if (kPerWord == 1 && sizeof(T) == sizeof(float) && a_.v_col == 1 && a_.value_size % kLanes == 0) {
+      values_ = reinterpret_cast<const float*>(v);
+      value_stride_ = a_.v_row;
+      return;
+    }
+    const bool keeps = a_.packed && first <= a_.packed->v_keys && first % kPerWord == 0;
+    float* to = keeps ? a_.packed->v + first / kPerWord * columns_ : v_;
+    values_ = to;
+    value_stride_ = columns_;
+    if (keeps) {
+      if (first + n <= a_.packed->v_keys) return;
+      a_.packed->v_keys = first + n;
+    }
     if constexpr (kPerWord == 1) {
-      if (Math::reads_in_place && a_.v_col == 1 && a_.value_size % kLanes == 0) {
-        values_ = reinterpret_cast<const float*>(v);
-        value_stride_ = a_.v_row;
-        return;
-      }
       for (int j = 0; j < n; ++j) {
         for (int c = 0; c < a_.value_size; c += kLanes) {
-          store(v_ + j * columns_ + c, row_words(v + j * a_.v_row, a_.v_col, a_.value_size, c));
+          store(to + j * columns_ + c,
+                row_elements(v + j * a_.v_row + c * a_.v_col, a_.v_col, smaller(kLanes, a_.value_size - c)));
         }
       }
     } else {
-      Math::pack_pairs(v, a_.v_row, a_.v_col, n, a_.value_size, v_, columns_);
+      Math::pack_pairs(v, a_.v_row, a_.v_col, n, a_.value_size, to, columns_);
     }
-    values_ = v_;
-    value_stride_ = columns_;
   }
 
-  // The running maximum and sum: of nothing, or of the sink.
+  // Sums begin with nothing, or with the sink.
   void start_rows() {
-    alignas(64) float maximum[kRows], total[kRows];
+    alignas(64) float base[kRows], total[kRows];
     for (int r = 0; r < rows_.vectors * kLanes; ++r) {
-      maximum[r] = kLowest;
+      base[r] = 0.0f;
       total[r] = 0.0f;
+      rescale_[r] = 1.0f;
       if (!a_.sinks) continue;
       const float sink = static_cast<const float*>(a_.sinks)[rows_.head_of[r] * a_.sinks_head] * kLog2E;
       if (sink <= kLowest) continue;  // a NaN goes on
-      maximum[r] = sink;
+      base[r] = sink;
       total[r] = 1.0f;
     }
     for (int v = 0; v < rows_.vectors; ++v) {
-      maximum_[v] = load(maximum + v * kLanes);
-      total_[v] = load(total + v * kLanes);
+      base_[v] = load(base + v * kLanes);
+      total_[v] = divisor_[v] = load(total + v * kLanes);
     }
     for (int r = 0; r < kShortRows && r < rows_.rows; ++r) {
-      short_maximum_[r] = maximum[r];
+      short_maximum_[r] = total[r] == 0.0f ? kLowest : base[r];
       short_total_[r] = total[r];
     }
   }
@@ -273,20 +315,22 @@ class Block {
   }
 
   template <int NV>
-  static void score_keys(const ScoreTiles& t, int keys, int key, int v0, bool limited) {
-    constexpr int kMost = NV <= kTileVectors ? kTileSums / NV : 1;
+  static void score_keys(const ScoreTiles& t, int keys, int key, int known, int v0, bool limited) {
+    constexpr int kMost = NV <= kTileVectors ? kTileSums / NV : kPerWord;
     if (keys == kMost) {
-      score_tile<Math, NV, kMost>(t, key, v0, limited);
+      score_tile<Math, NV, kMost>(t, key, known, v0, limited);
     } else if (keys == kTileSums / kTileVectors) {
-      score_tile<Math, NV, kTileSums / kTileVectors>(t, key, v0, limited);
+      score_tile<Math, NV, kTileSums / kTileVectors>(t, key, known, v0, limited);
     } else if (keys == 4) {
-      score_tile<Math, NV, 4>(t, key, v0, limited);
+      score_tile<Math, NV, 4>(t, key, known, v0, limited);
+    } else if (keys == kPerWord) {
+      score_tile<Math, NV, kPerWord>(t, key, known, v0, limited);
     } else {
-      score_tile<Math, NV, 1>(t, key, v0, limited);
+      score_tile<Math, NV, 1>(t, key, known, v0, limited);
     }
   }
 
-  // Scores of the chunk -> weights in place, in words; updates maximum, total, rescale and, at the end, inverse.
+  // The chunk's weights, in words; updates base, total, rescale and, at the end, inverse.
   void weights(int64_t first, int n, int mask_begin, bool masked, bool is_last) {
     const int vectors = rows_.vectors;
     const bool limits = rows_.shared.begin > first || rows_.shared.end < first + n;
@@ -297,8 +341,7 @@ class Block {
         end[r] = float(within(rows_.taken[r].end - first, n));
       }
     }
-    F32 chunk_maximum[kRowVectors];
-    for (int v = 0; v < vectors; ++v) chunk_maximum[v] = set1(-kInfinity);
+    F32 highest[kRowVectors], total[kRowVectors], rounded[kRowVectors];
     const ScoreTiles t{q_,
                        keys_,
                        key_stride_,
@@ -311,9 +354,67 @@ class Block {
                        careful_,
                        begin,
                        end,
+                       base_,
+                       highest,
+                       total,
+                       rounded,
                        s_,
-                       chunk_maximum};
-    int v0 = 0, v1 = vectors;  // the vectors with a row that takes a key of the tile
+                       row_scale_,
+                       row_shift_,
+                       key_scale_,
+                       key_start_};
+    score_chunk(t, first, n, limits);
+    if (rescaled_) {
+      for (int r = 0; r < vectors * kLanes; ++r) rescale_[r] = 1.0f;
+      rescaled_ = false;
+    }
+    if (move_base(highest)) {
+      rescaled_ = true;
+      score_chunk(t, first, n, limits);
+    }
+    if (drops()) drop_weights(first, n);
+    for (int v = 0; v < vectors; ++v) {
+      total_[v] = total_[v] + total[v];
+      divisor_[v] = divisor_[v] + (kPerWord > 1 ? rounded : total)[v];
+    }
+    if (is_last) {
+      for (int v = 0; v < vectors; ++v) {
+        const F32 inverse = drops() ? set1(growth()) / divisor_[v] : reciprocal(divisor_[v]);
+        store(inverse_ + v * kLanes, select(less(divisor_[v], set1(1e-30f)), zero(), inverse));
+      }
+    }
+  }
+
+  // Dropped weights become 0; what they are part of the total of stays.
+  void drop_weights(int64_t first, int n) {
+    int32_t query[kRows], head[kRows];
+    for (int r = 0; r < rows_.vectors * kLanes; ++r) {
+      query[r] = int32_t(rows_.position[r] - a_.shift);
+      head[r] = int32_t(a_.first_head + rows_.head_of[r]);
+    }
+    kept_by_dropout(a_.keep_below, a_.seed, a_.batch, query, head, rows_.vectors, first, round_up(n, kPerWord),
+                    undropped_);
+    for (int j = 0; j < n; j += kPerWord) {
+      float* words = s_ + j / kPerWord * kRows;
+      for (int v = 0; v < rows_.vectors; ++v) {
+        F32 w = load(words + v * kLanes);
+        for (int i = 0; i < kPerWord; ++i) {
+          const Mask kept = lanes_of_bits(uint32_t(undropped_[j + i] >> (v * kLanes)));
+          w = select(kept, w, kPerWord == 1 ? zero() : and_bits(w, i == 0 ? 0xffff0000u : 0x0000ffffu));
+        }
+        store(words + v * kLanes, w);
+      }
+    }
+  }
+
+  void score_chunk(const ScoreTiles& t, int64_t first, int n, bool limits) {
+    const int vectors = rows_.vectors;
+    for (int v = 0; v < vectors; ++v) {
+      t.highest[v] = set1(-kInfinity);
+      t.total[v] = t.rounded[v] = zero();
+    }
+    const int whole = n / kPerWord * kPerWord;  // keys in whole words
+    int v0 = 0, v1 = vectors;                   // the vectors with a row that takes a key of the tile
     for (int j = 0; j < n;) {
       if (limits) {
         while (v0 + 1 < vectors && rows_.any_of[v0].end <= first + j) ++v0;
@@ -321,145 +422,65 @@ class Block {
         for (v1 = vectors; v1 > v0 + 1 && rows_.any_of[v1 - 1].begin >= reached;) --v1;
       }
       const int group = smaller(v1 - v0, kTileVectors);
-      int keys = kTileSums / group;
-      // The last tile starts early enough to be a full one: doing a few keys twice is cheaper than small tiles.
-      if (keys > n) keys = n >= 4 ? 4 : 1;
-      const int key = smaller(j, n - keys);
+      int keys = kTileSums / group, key = j;
+      if (j == whole) {
+        keys = 1;
+      } else {
+        // The last tile starts early enough to be a full one: doing a few keys twice is cheaper than small tiles.
+        if (keys > whole) keys = whole >= 4 ? 4 : kPerWord;
+        key = smaller(j, whole - keys);
+      }
       for (int v = v0; v < v1; v += group) {
         const int width = smaller(group, v1 - v);
         const bool limited = limits && !rows_.take_all(v, width, first + key, first + key + keys);
         switch (width) {
-          case 1: score_keys<1>(t, keys, key, v, limited); break;
-          case 2: score_keys<2>(t, keys, key, v, limited); break;
-          case 3: score_keys<3>(t, keys, key, v, limited); break;
-          default: score_keys<4>(t, keys, key, v, limited);
+          case 1: score_keys<1>(t, keys, key, j - key, v, limited); break;
+          case 2: score_keys<2>(t, keys, key, j - key, v, limited); break;
+          case 3: score_keys<3>(t, keys, key, j - key, v, limited); break;
+          default: score_keys<4>(t, keys, key, j - key, v, limited);
+        }
+      }
+      if (v0 > 0 || v1 < vectors) {
+        for (int w = j / kPerWord; w * kPerWord < key + keys; ++w) {
+          for (int v = 0; v < v0; ++v) store(s_ + w * kRows + v * kLanes, zero());
+          for (int v = v1; v < vectors; ++v) store(s_ + w * kRows + v * kLanes, zero());
         }
       }
       ahead_.step();
       j = key + keys;
     }
-    for (int v = 0; v < vectors; ++v) {
-      const F32 m = max(maximum_[v], chunk_maximum[v]);
-      const F32 f = weight_of<Math>(maximum_[v], m);
-      store(rescale_ + v * kLanes, f);
-      total_[v] = total_[v] * f;
-      maximum_[v] = m;
-    }
-    if (drops()) {
-      int32_t query[kRows], head[kRows];
-      for (int r = 0; r < vectors * kLanes; ++r) {
-        query[r] = int32_t(rows_.position[r] - a_.shift);
-        head[r] = int32_t(a_.first_head + rows_.head_of[r]);
+  }
+
+  // Where a row's scores are too far from its base, the base goes to the highest of them, and the sums so far with it.
+  // Whether a row moves depends on itself alone. False if none did.
+  bool move_base(const F32* highest) {
+    bool moved = false;
+    for (int v = 0; v < rows_.vectors; ++v) {
+      if (all(less(highest[v], set1(kMostFromBase)) & less(set1(-kMostFromBase), highest[v]))) continue;
+      float by[kLanes], total[kLanes];
+      store(by, highest[v]);
+      store(total, total_[v]);
+      bool here = false;
+      for (int i = 0; i < kLanes; ++i) {
+        const bool too_low = total[i] == 0.0f && by[i] < -kMostFromBase && by[i] > -kInfinity;
+        if (by[i] > kMostFromBase || too_low) {
+          here = true;
+        } else {
+          by[i] = 0.0f;
+        }
       }
-      kept_by_dropout(a_.keep_below, a_.seed, a_.batch, query, head, vectors, first, round_up(n, kTogether),
-                      undropped_);
+      if (!here) continue;
+      moved = true;
+      const F32 factor = exp2(max(set1(-200.0f), min(set1(120.0f), zero() - load(by))));
+      store(rescale_ + v * kLanes, factor);
+      total_[v] = total_[v] * factor;
+      divisor_[v] = divisor_[v] * factor;
+      base_[v] = base_[v] + load(by);
     }
-    if (limits) {
-      limited_exponentials(first, n);
-    } else {
-      const int whole = round_up(n, kTogether);
-      for (int v = 0; v < vectors; ++v) exclude_rows(v, n, whole);
-      all_exponentials(0, whole);
-    }
-    if (is_last) {
-      for (int v = 0; v < vectors; ++v) {
-        const F32 inverse = drops() ? set1(growth()) / total_[v] : reciprocal(total_[v]);
-        store(inverse_ + v * kLanes, select(less(total_[v], set1(1e-30f)), zero(), inverse));
-      }
-    }
+    return moved;
   }
 
   static LAMINA_INLINE int64_t within(int64_t key, int n) { return key < 0 ? 0 : smaller(key, int64_t{n}); }
-
-  void all_exponentials(int begin, int end) {
-    switch (rows_.vectors) {
-      case 1: exponentials<1>(0, begin, end); break;
-      case 2: exponentials<2>(0, begin, end); break;
-      case 3: exponentials<3>(0, begin, end); break;
-      default: exponentials<4>(0, begin, end);
-    }
-  }
-
-  // Where rows take different keys: those that all take go by together, the others one vector at a time, from the first
-  // to the last that one of its rows takes; the rest is 0.
-  void limited_exponentials(int64_t first, int n) {
-    const int padded = round_up(n, kTogether);
-    int shared_begin = int(within(rows_.shared.begin - first, n)),
-        shared_end = int(within(rows_.shared.end - first, n));
-    shared_begin = round_up(shared_begin, kTogether);
-    shared_end = shared_end / kTogether * kTogether;
-    const bool shares = shared_begin < shared_end;
-    int low[kRowVectors], high[kRowVectors];
-    for (int v = 0; v < rows_.vectors; ++v) {
-      const int begin = int(within(rows_.any_of[v].begin - first, n)),
-                end = int(within(rows_.any_of[v].end - first, n));
-      low[v] = begin < end ? begin / kTogether * kTogether : 0;
-      high[v] = begin < end ? round_up(end, kTogether) : 0;
-      if (begin >= end) continue;
-      exclude_rows(v, low[v], begin);
-      exclude_rows(v, end, high[v]);
-    }
-    // In rising order, since weights in words take the place of scores that come before their own.
-    for (int v = 0; v < rows_.vectors; ++v) exponentials<1>(v, low[v], shares ? shared_begin : high[v]);
-    if (shares) {
-      all_exponentials(shared_begin, shared_end);
-      for (int v = 0; v < rows_.vectors; ++v) exponentials<1>(v, shared_end, high[v]);
-    }
-    for (int v = 0; v < rows_.vectors; ++v) {
-      zero_weights(v, 0, low[v]);
-      zero_weights(v, high[v], padded);
-    }
-  }
-
-  void zero_weights(int v, int begin, int end) {
-    for (int j = begin / kPerWord; j < end / kPerWord; ++j) store(s_ + j * kRows + v * kLanes, zero());
-  }
-
-  // Vector v of the score rows [begin, end) counts as masked out.
-  void exclude_rows(int v, int begin, int end) {
-    for (int j = begin; j < end; ++j) store(s_ + j * kRows + v * kLanes, set1(-kInfinity));
-  }
-
-  // Scores -> weights of NV vectors from v0 on and the keys [begin, end), multiples of kTogether. The weights of
-  // kTogether keys are summed before they join the total: a sum of hundreds of terms one by one would be a large part
-  // of the error.
-  template <int NV>
-  __attribute__((noinline)) void exponentials(int v0, int begin, int end) {
-    F32 m[NV], total[NV];
-    LAMINA_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      m[v] = maximum_[v0 + v];
-      total[v] = zero();
-    }
-    const bool dropping = drops();
-    const float* from = s_ + begin * kRows + v0 * kLanes;
-    float* to = s_ + begin / kPerWord * kRows + v0 * kLanes;
-    for (int j = begin; j < end; j += kTogether) {
-      LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        F32 w[kTogether / kPerWord][kPerWord];
-        LAMINA_UNROLL
-        for (int i = 0; i < kTogether; ++i) {
-          w[i / kPerWord][i % kPerWord] = weight_of<Math>(load(from + i * kRows + v * kLanes), m[v]);
-        }
-        const F32* each = w[0];
-        total[v] = total[v] + ((each[0] + each[1]) + (each[2] + each[3]));
-        if (dropping) {
-          LAMINA_UNROLL
-          for (int i = 0; i < kTogether; ++i) {
-            const Mask kept = lanes_of_bits(uint32_t(undropped_[j + i] >> ((v0 + v) * kLanes)));
-            w[i / kPerWord][i % kPerWord] = select(kept, w[i / kPerWord][i % kPerWord], zero());
-          }
-        }
-        LAMINA_UNROLL
-        for (int i = 0; i < kTogether / kPerWord; ++i) store(to + i * kRows + v * kLanes, Math::join(w[i]));
-      }
-      from += kTogether * kRows;
-      to += kTogether / kPerWord * kRows;
-    }
-    LAMINA_UNROLL
-    for (int v = 0; v < NV; ++v) total_[v0 + v] = total_[v0 + v] + total[v];
-  }
 
   // The same for a block of few rows; scores lie as [row][kShortStride].
   void short_weights(int64_t first, int n, bool masked, bool is_last) {
@@ -503,7 +524,7 @@ class Block {
       float m = reduce_max(chunk_maximum[r]);
       if (!(m > short_maximum_[r])) m = short_maximum_[r];
       alignas(64) float f[kLanes];
-      store(f, weight_of<Math>(set1(short_maximum_[r]), set1(m)));
+      store(f, Math::exp2(set1(short_maximum_[r]) - set1(m)));
       F32 total = zero();
       constexpr int kStep = kLanes * kPerWord;
       const int stored = round_up(n, kLanes);
@@ -511,7 +532,7 @@ class Block {
         F32 w[kPerWord];
         LAMINA_UNROLL
         for (int i = 0; i < kPerWord; ++i) {
-          w[i] = j + i * kLanes < stored ? weight_of<Math>(load(s + j + i * kLanes), set1(m)) : zero();
+          w[i] = j + i * kLanes < stored ? Math::exp2(load(s + j + i * kLanes) - set1(m)) : zero();
           total = total + w[i];
         }
         Math::join_adjacent(w, s + j / kPerWord);
@@ -606,7 +627,7 @@ class Block {
   template <bool kShort>
   void finish(bool started) {
     alignas(64) float total[kRows];
-    for (int v = 0; v < kRowVectors; ++v) store(total + v * kLanes, total_[v]);
+    for (int v = 0; v < kRowVectors; ++v) store(total + v * kLanes, divisor_[v]);
     for (int r = 0; r < rows_.rows; ++r) {
       const float sum = kShort ? short_total_[kShort ? r : 0] : total[r];
       if (!started) {
@@ -626,7 +647,7 @@ class Block {
                                        load_up_to(short_total_ + v * kLanes, rows_.rows - v * kLanes)));
       }
     } else {
-      for (int v = 0; v < rows_.vectors; ++v) store(lse + v * kLanes, lse_of(maximum_[v], total_[v]));
+      for (int v = 0; v < rows_.vectors; ++v) store(lse + v * kLanes, lse_of(base_[v], total_[v]));
     }
     for (int r = 0; r < rows_.rows; ++r) {
       static_cast<float*>(a_.lse)[rows_.head_of[r] * a_.lse_head + (rows_.position[r] - a_.shift) * a_.lse_row] =
@@ -649,19 +670,30 @@ class Block {
   Prefetch ahead_;
   const char* keys_;
   int64_t key_stride_;
+  const float* key_scale_ = nullptr;  // these four where scores are int8
+  const int32_t* key_start_ = nullptr;
+  alignas(64) float row_scale_[Math::int8_scores ? kRows : kLanes];
+  alignas(64) float row_shift_[Math::int8_scores ? kRows : kLanes];
   const float* values_;
   int64_t value_stride_;
-  F32 maximum_[kRowVectors], total_[kRowVectors], watch_;
+  bool rescaled_ = false;  // whether rescale_ holds anything but 1
+  // The divisor of the output is the sum of the weights that multiply V: where those are rounded, a single heavy one
+  // would else be off by its rounding. The log-sum-exp wants the sum of what they were.
+  F32 base_[kRowVectors], total_[kRowVectors], divisor_[kRowVectors], watch_;
   float short_maximum_[kShortRows], short_total_[kShortRows];
   alignas(64) float rescale_[kRows];
   alignas(64) float inverse_[kRows];
 };
 
 template <class Math>
+void run_block(const AttentionArgs& args, int64_t row, int rows) {
+  if (!Block<Math>(args, row, rows, false).run()) Block<Math>(args, row, rows, true).run();
+}
+
+template <class Math>
 void attention(const AttentionArgs& args) {
   for (int64_t row = args.first_row; row < args.first_row + args.rows; row += kRows) {
-    const int rows = int(smaller(int64_t{kRows}, args.first_row + args.rows - row));
-    if (!Block<Math>(args, row, rows, false).run()) Block<Math>(args, row, rows, true).run();
+    run_block<Math>(args, row, int(smaller(int64_t{kRows}, args.first_row + args.rows - row)));
   }
 }
 

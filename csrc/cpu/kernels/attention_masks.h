@@ -35,10 +35,10 @@ LAMINA_INLINE float added_at(AttentionMask type, const char* p, int64_t i) {
 }
 
 // Finite values that log2(e) would push to -inf stay finite (finfo.min is in use for "almost masked").
-LAMINA_INLINE F32 bounded_added(F32 x) { return select(excludes(x), x, max(set1(-2.2e38f), x)); }
+LAMINA_INLINE F32 bounded_added(F32 x, Mask excluded) { return select(excluded, x, max(set1(-2.2e38f), x)); }
 
-// n <= lanes elements of an additive mask; 0 behind them.
-LAMINA_INLINE F32 load_added(AttentionMask type, const char* p, int64_t stride, int n) {
+// n <= lanes elements of an additive mask as they are; 0 behind them.
+LAMINA_INLINE F32 load_mask(AttentionMask type, const char* p, int64_t stride, int n) {
   F32 x;
   if (stride == 1) {
     x = type == AttentionMask::float32    ? load_up_to(reinterpret_cast<const float*>(p), n)
@@ -49,7 +49,13 @@ LAMINA_INLINE F32 load_added(AttentionMask type, const char* p, int64_t stride, 
     for (int i = 0; i < n; ++i) t[i] = added_at(type, p, i * stride);
     x = load(t);
   }
-  return bounded_added(x);
+  return x;
+}
+
+// The same, bounded.
+LAMINA_INLINE F32 load_added(AttentionMask type, const char* p, int64_t stride, int n) {
+  const F32 x = load_mask(type, p, stride, n);
+  return bounded_added(x, excludes(x));
 }
 
 // A score in log2 units and what the mask adds to it. `careful`: see [NOTE] Excluded keys.
@@ -164,21 +170,29 @@ class ChunkMask {
     return chunk;
   }
 
+  // Of some elements of an additive mask, lane by lane: whether all exclude, and whether all are 0.
+  struct Seen {
+    Mask excluded;
+    F32 squares;
+
+    LAMINA_INLINE F32 bounded(F32 x) {
+      const Mask e = excludes(x);
+      excluded = excluded & e;
+      squares = fmadd(x, x, squares);
+      return bounded_added(x, e);
+    }
+  };
+
   // Fills added_ (not for short blocks whose rows have different masks).
   template <bool kShort>
   KeptKeys prepare_added(int64_t first, int n) {
-    KeptKeys chunk;
-    for (int j = 0; j < n; j += kLanes) {
-      const int count = smaller(kLanes, n - j);
-      Mask excluded = all_lanes();
-      F32 squares = zero();
-      const auto see = [&](F32 x) __attribute__((always_inline)) {
-        excluded = excluded & excludes(x);
-        squares = fmadd(x, x, squares);
-      };
-      if (rows_.same_mask) {
-        const F32 x = load_added(a_.mask_type, row(0, first + j), a_.mask_col, count);
-        see(x);
+    Seen seen[(tuning::kAttentionMaxChunk + kLanes - 1) / kLanes];
+    const int groups = (n + kLanes - 1) / kLanes;
+    for (int g = 0; g < groups; ++g) seen[g] = {all_lanes(), zero()};
+    if (rows_.same_mask) {
+      for (int j = 0; j < n; j += kLanes) {
+        const F32 x =
+            seen[j / kLanes].bounded(load_mask(a_.mask_type, row(0, first + j), a_.mask_col, smaller(kLanes, n - j)));
         if (per_key_) {
           store(added_ + j, x);
         } else if constexpr (!kShort) {
@@ -188,35 +202,63 @@ class ChunkMask {
             for (int v = 0; v < rows_.vectors; ++v) store(added_ + (j + i) * kRows + v * kLanes, set1(each[i]));
           }
         }
-      } else if constexpr (kShort) {
-        for (int r = 0; r < rows_.rows; ++r) see(load_added(a_.mask_type, row(r, first + j), a_.mask_col, count));
-      } else {
-        const bool simple = a_.mask_type == AttentionMask::float32 && a_.mask_col == 1 && count == kLanes;
-        for (int v = 0; v < rows_.vectors; ++v) {
-          F32 x[kLanes];
-          LAMINA_UNROLL
-          for (int i = 0; i < kLanes; ++i) {
-            // Lanes without a row repeat the last one.
-            const char* p = row(smaller(v * kLanes + i, rows_.rows - 1), first + j);
-            x[i] = simple ? bounded_added(load(reinterpret_cast<const float*>(p)))
-                          : load_added(a_.mask_type, p, a_.mask_col, count);
-          }
-          LAMINA_UNROLL
-          for (int i = 0; i < kLanes; ++i) see(x[i]);
-          transpose(x);
-          LAMINA_UNROLL
-          for (int i = 0; i < kLanes; ++i) store(added_ + (j + i) * kRows + v * kLanes, x[i]);
+      }
+    } else if constexpr (kShort) {
+      for (int j = 0; j < n; j += kLanes) {
+        for (int r = 0; r < rows_.rows; ++r) {
+          seen[j / kLanes].bounded(load_mask(a_.mask_type, row(r, first + j), a_.mask_col, smaller(kLanes, n - j)));
         }
       }
-      chunk.plain = chunk.plain && all(less(squares, set1(1e-30f)));
-      if (all(excluded)) continue;
+    } else {
+      switch (a_.mask_type) {
+        case AttentionMask::float32: transpose_added<float>(first, n, seen); break;
+        case AttentionMask::bfloat16: transpose_added<bf16>(first, n, seen); break;
+        default: transpose_added<f16>(first, n, seen);
+      }
+    }
+    KeptKeys chunk;
+    for (int j = 0; j < n; j += kLanes) {
+      const Seen& s = seen[j / kLanes];
+      chunk.plain = chunk.plain && all(less(s.squares, set1(1e-30f)));
+      if (all(s.excluded)) continue;
       float kept[kLanes];
-      store(kept, select(excluded, zero(), set1(1.0f)));
-      for (int i = 0; i < count; ++i) {
+      store(kept, select(s.excluded, zero(), set1(1.0f)));
+      for (int i = 0; i < kLanes && j + i < n; ++i) {
         if (kept[i] != 0.0f) chunk.keep(j + i);
       }
     }
     return chunk;
+  }
+
+  // Into [key][kRows]. Few rows at a time, each along its keys: as many streams as the hardware fetches ahead.
+  template <class E>
+  void transpose_added(int64_t first, int n, Seen* seen) {
+    const int64_t col = a_.mask_col;
+    for (int v = 0; v < rows_.vectors; ++v) {
+      const E* from[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        // Lanes without a row repeat the last one.
+        from[i] =
+            static_cast<const E*>(a_.mask) + rows_.mask_offset[smaller(v * kLanes + i, rows_.rows - 1)] + first * col;
+      }
+      for (int j = 0; j < n; j += kLanes) {
+        F32 x[kLanes];
+        if (col == 1 && j + kLanes <= n) {
+          LAMINA_UNROLL
+          for (int i = 0; i < kLanes; ++i) x[i] = load(from[i] + j);
+        } else {
+          for (int i = 0; i < kLanes; ++i) x[i] = row_elements(from[i] + j * col, col, smaller(kLanes, n - j));
+        }
+        Seen s = seen[j / kLanes];
+        LAMINA_UNROLL
+        for (int i = 0; i < kLanes; ++i) x[i] = s.bounded(x[i]);
+        seen[j / kLanes] = s;
+        transpose(x);
+        float* to = added_ + j * kRows + v * kLanes;
+        LAMINA_UNROLL
+        for (int i = 0; i < kLanes; ++i) store(to + i * kRows, x[i]);
+      }
+    }
   }
 
   void add_alibi(int64_t first, int n) {

@@ -23,6 +23,19 @@ LAMINA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LAMINA_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 LAMINA_INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
+LAMINA_INLINE float to_float(float x) { return x; }
+LAMINA_INLINE float to_float(bf16 x) { return bf16_to_float(x); }
+LAMINA_INLINE float to_float(f16 x) { return f16_to_float(x); }
+
+// n <= lanes elements of a row, `stride` apart; zero behind them.
+template <class T>
+LAMINA_INLINE F32 row_elements(const T* p, int64_t stride, int n) {
+  if (stride == 1) return load_up_to(p, n);
+  float t[kLanes] = {0};
+  for (int i = 0; i < n; ++i) t[i] = to_float(p[i * stride]);
+  return load(t);
+}
+
 struct KeyRange {
   int64_t begin, end;
 };

@@ -1,5 +1,4 @@
-// Scores of a chunk of keys, transposed: register tiles of keys x query vectors, masked and capped before they are
-// stored.
+// Scores of a chunk of keys, transposed: register tiles of keys x query vectors, which leave the registers as weights.
 #pragma once
 
 #include "cpu/kernels/attention_masks.h"
@@ -23,15 +22,13 @@ LAMINA_INLINE F32 capped(F32 score, float softcap) {
   return set1(softcap) * tanh_precise(score * set1(1.0f / softcap));
 }
 
-inline __attribute__((noinline)) void cap_scores(float* s, int keys, int vectors, float softcap) {
-  for (int k = 0; k < keys; ++k) {
-    for (int v = 0; v < vectors; ++v) {
-      store(s + k * kRows + v * kLanes, capped(load(s + k * kRows + v * kLanes), softcap));
-    }
-  }
+inline __attribute__((noinline)) void cap_scores(float* s, int vectors, float softcap) {
+  for (int i = 0; i < vectors; ++i) store(s + i * kLanes, capped(load(s + i * kLanes), softcap));
 }
 
-// What the S tiles of one chunk share.
+// What the tiles of one chunk share. Weights are exp2(score - base): base is 0 or what an earlier chunk has shown to be
+// near the row's maximum, so that a tile need not wait for the maximum of its chunk. Floats have the range for it: how
+// far the scores have come from base is only looked at when the chunk is through.
 struct ScoreTiles {
   const float* q;  // [words][kRows]
   const char* k;   // keys, k_stride bytes apart
@@ -44,18 +41,26 @@ struct ScoreTiles {
   bool per_key;
   bool careful;              // see [NOTE] Excluded keys
   const float *begin, *end;  // keys of each row, counted from the chunk's first
-  float* s;                  // [key][kRows]
-  F32* maximum;              // [kRowVectors]
+  const F32* base;           // [kRowVectors]
+  F32 *highest, *total;      // [kRowVectors]: the largest score - base, the sum of weights
+  F32* rounded;              // where weights are rounded, the sum of what they have become
+  float* weights;            // words, [key / keys_per_word][kRows]
+  // Where scores are sums of codes: (sum - what it started from) * row_scale * key_scale + row_shift.
+  const float *row_scale, *row_shift, *key_scale;
+  const int32_t* key_start;
 };
 
-// KT keys from `key` on times NV query vectors from `v0` on. `limited`: some row does not take all of the keys.
+// KT keys from `key` on times NV query vectors from `v0` on; the first `known` keys are in the total already.
+// `limited`: some row does not take all of the keys.
 template <class Math, int NV, int KT>
-__attribute__((noinline)) void score_tile(const ScoreTiles& t, int key, int v0, bool limited) {
+__attribute__((noinline)) void score_tile(const ScoreTiles& t, int key, int known, int v0, bool limited) {
   F32 acc[KT][NV];
   LAMINA_UNROLL
   for (int k = 0; k < KT; ++k) {
     LAMINA_UNROLL
-    for (int v = 0; v < NV; ++v) acc[k][v] = zero();
+    for (int v = 0; v < NV; ++v) {
+      acc[k][v] = Math::int8_scores ? broadcast_word(reinterpret_cast<const char*>(t.key_start + key + k)) : zero();
+    }
   }
   const int64_t ks = t.k_stride;
   // Every third row has a pointer of its own; the two between are reached by the addressing modes base + ks, base + 2
@@ -73,72 +78,115 @@ __attribute__((noinline)) void score_tile(const ScoreTiles& t, int key, int v0, 
     for (int k = 0; k < KT; ++k) {
       const F32 b = broadcast_word(row[k / 3] + (k % 3) * ks + 4 * w);
       LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) acc[k][v] = Math::multiply_add(x[v], b, acc[k][v]);
+      for (int v = 0; v < NV; ++v) acc[k][v] = Math::score_multiply_add(x[v], b, acc[k][v]);
     }
   }
-  if constexpr (!Math::scales_query) {
-    const F32 factor = set1(t.factor);
-    LAMINA_UNROLL
-    for (int k = 0; k < KT; ++k) {
-      LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) acc[k][v] = acc[k][v] * factor;
-    }
-  }
-  float* s = t.s + key * kRows + v0 * kLanes;
-  if (t.softcap != 0.0f) {
-    // By way of memory: tanh inlined for every accumulator would be most of the kernel's code.
-    LAMINA_UNROLL
-    for (int k = 0; k < KT; ++k) {
-      LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) store(s + k * kRows + v * kLanes, acc[k][v]);
-    }
-    cap_scores(s, KT, NV, t.softcap);
-    LAMINA_UNROLL
-    for (int k = 0; k < KT; ++k) {
-      LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) acc[k][v] = load(s + k * kRows + v * kLanes);
-    }
-  }
-  if (t.added) {
-    LAMINA_UNROLL
-    for (int k = 0; k < KT; ++k) {
-      LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const F32 added = t.per_key ? set1(t.added[key + k]) : load(t.added + (key + k) * kRows + (v0 + v) * kLanes);
-        acc[k][v] = add_mask(acc[k][v], added, t.careful);
-      }
-    }
-  }
-  if (t.kept) {
-    LAMINA_UNROLL
-    for (int k = 0; k < KT; ++k) {
-      LAMINA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Mask kept = lanes_of_bits(uint32_t(t.kept[key + k] >> ((v0 + v) * kLanes)));
-        acc[k][v] = select(kept, acc[k][v], set1(-kInfinity));
-      }
-    }
-  }
-  if (limited) {
+  float factor = t.factor;
+  if constexpr (Math::int8_scores) {
     LAMINA_UNROLL
     for (int v = 0; v < NV; ++v) {
-      const F32 begin = load(t.begin + (v0 + v) * kLanes), end = load(t.end + (v0 + v) * kLanes);
+      const F32 scale = load(t.row_scale + (v0 + v) * kLanes), shift = load(t.row_shift + (v0 + v) * kLanes);
       LAMINA_UNROLL
       for (int k = 0; k < KT; ++k) {
-        const F32 j = set1(float(key + k));
-        acc[k][v] = select(less(j, end), select(less(j, begin), set1(-kInfinity), acc[k][v]), set1(-kInfinity));
+        acc[k][v] = fmadd(to_float(bits_of(acc[k][v])), scale * set1(t.key_scale[key + k]), shift);
+      }
+    }
+    factor = 1.0f;
+  }
+  const bool plain = !t.added && !t.kept && !limited && t.softcap == 0.0f;
+  if (!plain) {
+    if constexpr (!Math::scales_query && !Math::int8_scores) {
+      LAMINA_UNROLL
+      for (int k = 0; k < KT; ++k) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) acc[k][v] = acc[k][v] * set1(factor);
+      }
+      factor = 1.0f;
+    }
+    if (t.softcap != 0.0f) {
+      // By way of memory: tanh inlined for every accumulator would be most of the kernel's code.
+      float s[KT * NV * kLanes];
+      LAMINA_UNROLL
+      for (int k = 0; k < KT; ++k) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) store(s + (k * NV + v) * kLanes, acc[k][v]);
+      }
+      cap_scores(s, KT * NV, t.softcap);
+      LAMINA_UNROLL
+      for (int k = 0; k < KT; ++k) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) acc[k][v] = load(s + (k * NV + v) * kLanes);
+      }
+    }
+    if (t.added) {
+      LAMINA_UNROLL
+      for (int k = 0; k < KT; ++k) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          const F32 added = t.per_key ? set1(t.added[key + k]) : load(t.added + (key + k) * kRows + (v0 + v) * kLanes);
+          acc[k][v] = add_mask(acc[k][v], added, t.careful);
+        }
+      }
+    }
+    if (t.kept) {
+      LAMINA_UNROLL
+      for (int k = 0; k < KT; ++k) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          const Mask kept = lanes_of_bits(uint32_t(t.kept[key + k] >> ((v0 + v) * kLanes)));
+          acc[k][v] = select(kept, acc[k][v], set1(-kInfinity));
+        }
+      }
+    }
+    if (limited) {
+      LAMINA_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const F32 begin = load(t.begin + (v0 + v) * kLanes), end = load(t.end + (v0 + v) * kLanes);
+        LAMINA_UNROLL
+        for (int k = 0; k < KT; ++k) {
+          const F32 j = set1(float(key + k));
+          acc[k][v] = select(less(j, end), select(less(j, begin), set1(-kInfinity), acc[k][v]), set1(-kInfinity));
+        }
       }
     }
   }
+  constexpr int kPerWord = Math::keys_per_word;
+  float* to = t.weights + key / kPerWord * kRows + v0 * kLanes;
   LAMINA_UNROLL
   for (int v = 0; v < NV; ++v) {
-    F32 m = t.maximum[v0 + v];
+    const F32 base = t.base[v0 + v];
+    F32 highest = t.highest[v0 + v], total = t.total[v0 + v];
     LAMINA_UNROLL
     for (int k = 0; k < KT; ++k) {
-      m = max(m, acc[k][v]);
-      store(s + k * kRows + v * kLanes, acc[k][v]);
+      const F32 x =
+          Math::scales_query || Math::int8_scores ? acc[k][v] - base : fmadd(acc[k][v], set1(factor), zero() - base);
+      highest = max(x, highest);  // in this order a NaN is left out; its weight is NaN and so becomes the total
+      acc[k][v] = Math::exp2(x);
     }
-    t.maximum[v0 + v] = m;
+    LAMINA_UNROLL
+    for (int k = 0; k < KT; k += kPerWord) {
+      F32 w[kPerWord];
+      LAMINA_UNROLL
+      for (int i = 0; i < kPerWord; ++i) w[i] = k + i < KT ? acc[k + i][v] : zero();
+      const F32 word = Math::join(w);
+      store(to + k / kPerWord * kRows + v * kLanes, word);
+      if (kPerWord > 1 && k >= known) t.rounded[v0 + v] = Math::add_weights(word, t.rounded[v0 + v]);
+    }
+    // A tile is summed by itself before it joins the chunk, and a chunk before it joins the row: a sum of hundreds of
+    // terms one by one would be a large part of the error.
+    F32 sum = zero();
+    if (known == 0) {
+      LAMINA_UNROLL
+      for (int k = 0; k + 1 < KT; k += 2) sum = sum + (acc[k][v] + acc[k + 1][v]);
+      if constexpr (KT % 2 == 1) sum = sum + acc[KT - 1][v];
+    } else {
+      LAMINA_UNROLL
+      for (int k = 0; k < KT; ++k) {
+        if (k >= known) sum = sum + acc[k][v];
+      }
+    }
+    t.highest[v0 + v] = highest;
+    t.total[v0 + v] = total + sum;
   }
 }
 

@@ -11,7 +11,7 @@ namespace {
 template <class T>
 struct ValueTiles {
   const float* weights;  // words, strides given by the tile
-  const float* v;        // words, [key / per_word][v_stride]
+  const float* v;        // words, [key / keys_per_word][v_stride]
   int64_t v_stride;
   const float* rescale;  // [row]: factor of the sums so far; null when there are none
   const float* inverse;  // [row]: factor of the finished sums; null when keys follow

@@ -10,18 +10,39 @@ import lamina
 from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
 from lamina.reference.attention import attention as reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MASKS = ("none", "causal", "additive", "boolean")
+# "float32_bf16" is float32 computed in bfloat16, "bfloat16_int8" has its scores computed in int8.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float32_bf16": torch.float32,
+    "bfloat16_int8": torch.bfloat16,
+}
+PRECISIONS = {
+    "float32": {},
+    "float32_bf16": {"compute_dtype": torch.bfloat16},
+    "bfloat16_int8": {"qk_dtype": torch.int8},
+}
+# A number behind "window" is how many keys to the left of its own a query takes, beside its own.
+MASKS = ("none", "causal", "additive", "boolean", "window256")
+
+
+# Of scores from codes of 8 bits, in the output, relative to its norm.
+INT8_ERROR = 0.02
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """q: [B, H, Q, D], k: [B, Hkv, S, D], v: [B, Hkv, S, Dv] and the keyword arguments of the call."""
+    """q: [B, H, Q, D], k: [B, Hkv, S, D], v: [B, Hkv, S, Dv].
+
+    options: the keyword arguments of torch's call, which say the same in the reference.
+    own: what lamina takes in their place, and how it shall compute.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     options: dict
+    own: dict
 
 
 def workloads() -> Iterator[Workload]:
@@ -40,7 +61,11 @@ def _workload(model: str, b: int, h: int, hkv: int, q: int, s: int, d: int, dv: 
     size = str(d) if d == dv else f"{d}v{dv}"
     shape = f"{b}x{heads}x{tokens}x{size}-{dtype}" + ("" if mask == "none" else f"-{mask}")
     # A causal call needs only the scores on and below the diagonal, and no kernel is credited for computing the others.
-    scores = b * h * (q * (q + 1) // 2 if mask == "causal" else q * s)
+    window = int(mask.removeprefix("window")) if mask.startswith("window") else None
+    if window is None:
+        scores = b * h * (q * (q + 1) // 2 if mask == "causal" else q * s)
+    else:
+        scores = b * h * sum(min(i, window) + 1 for i in range(q))
     width = DTYPES[dtype].itemsize
     mask_bytes = {"additive": b * q * s * width, "boolean": b * q * s}.get(mask, 0)
 
@@ -56,7 +81,13 @@ def _workload(model: str, b: int, h: int, hkv: int, q: int, s: int, d: int, dv: 
             keep[..., 0] = True  # torch gives NaN for a row that may look at nothing, and NaN can't be compared
             additive = torch.zeros(keep.shape, dtype=DTYPES[dtype]).masked_fill(~keep, float("-inf"))
             options["attn_mask"] = keep if mask == "boolean" else additive
-        return Inputs(tensor(b, h, q, d), tensor(b, hkv, s, d), tensor(b, hkv, s, dv), options)
+        own = dict(options)
+        if window is not None:
+            own |= {"is_causal": True, "window": (window, 0)}
+            behind = torch.arange(q)[:, None] - torch.arange(s)
+            options["attn_mask"] = (behind >= 0) & (behind <= window)
+        own |= PRECISIONS.get(dtype, {})
+        return Inputs(tensor(b, h, q, d), tensor(b, hkv, s, d), tensor(b, hkv, s, dv), options, own)
 
     return Workload(
         id=f"attention/{model}/{shape}",
@@ -66,6 +97,7 @@ def _workload(model: str, b: int, h: int, hkv: int, q: int, s: int, d: int, dv: 
         make_inputs=make_inputs,
         run=_lamina,
         baselines={"sdpa": _sdpa},
+        variants={"plain": _unmasked} if mask in ("additive", "boolean") else {},
         check=_check,
         flops=lambda inputs: 2 * scores * (d + dv),
         bytes=lambda inputs: width * b * (h * q * (d + dv) + hkv * s * (d + dv)) + mask_bytes,
@@ -87,7 +119,11 @@ class _Sdpa(torch.nn.Module):
 
 
 def _lamina(inputs: Inputs):
-    return lambda: lamina.ops.attention(inputs.q, inputs.k, inputs.v, **inputs.options)
+    return lambda: lamina.ops.attention(inputs.q, inputs.k, inputs.v, **inputs.own)
+
+
+def _unmasked(inputs: Inputs):
+    return lambda: lamina.ops.attention(inputs.q, inputs.k, inputs.v, **(inputs.own | {"attn_mask": None}))
 
 
 def _sdpa(inputs: Inputs):
@@ -102,5 +138,7 @@ def _check(inputs: Inputs, output: torch.Tensor) -> Gate:
         options["attn_mask"] = mask.double()
     truth = reference(inputs.q.double(), inputs.k.double(), inputs.v.double(), **options)
     yardstick = relative_error(_sdpa(inputs)(), truth)
-    limit = 2 * yardstick + torch.finfo(inputs.q.dtype).eps
+    limit = 2 * yardstick + torch.finfo(inputs.own.get("compute_dtype", inputs.q.dtype)).eps
+    if "qk_dtype" in inputs.own:
+        limit += INT8_ERROR
     return Gate.judge(relative_error(output, truth), limit, "relative error against the reference")
