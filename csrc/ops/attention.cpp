@@ -75,7 +75,7 @@ void attention(const TensorView& query, const TensorView& key, const TensorView&
   const int64_t per_kv_head = group / together * blocks;  // tasks
   const int64_t k_floats = attention_packed_floats(keys, int(head_size));
   const int64_t v_floats = attention_packed_floats(keys, int(value_size));
-  const bool packs = int8 || (per_kv_head > 1 && k_floats + v_floats <= tuning::kAttentionPackedFloats);
+  const bool packs = int8 || (per_kv_head > 1 && keys * (head_size + value_size) <= tuning::kAttentionPackedFloats);
   // The numbers of heads from (b, h) on, in a tensor [B, Hq, ...] or [Hq] of floats.
   const auto floats_at = [floats_size](const std::optional<TensorView>& t, int64_t b, int64_t h, int dims) -> char* {
     if (!t) return nullptr;
