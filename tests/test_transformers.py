@@ -229,14 +229,15 @@ def test_bfloat16(name):
     assert_composite(outputs["lamina"][keep], outputs["sdpa"][keep], truth[keep], floor=floor)
 
 
-def test_training_goes_to_torch():
-    """Gradients come from torch's own op, through the same name."""
-    grads = {}
-    for kind in ("lamina", "sdpa"):
-        model = make("bert", kind)
-        model(**padded("right"))[0].square().sum().backward()
-        grads[kind] = model.encoder.layer[0].attention.self.query.weight.grad
-    assert_exact(grads["lamina"], grads["sdpa"])
+def test_gradients_are_as_exact_as_torchs():
+    def gradient(kind: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        model, inputs = make("bert", kind, dtype), padded("right")
+        out = model(**inputs)[0]
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        (out * weights * inputs["attention_mask"].unsqueeze(-1)).sum().backward()
+        return model.encoder.layer[0].attention.self.query.weight.grad
+
+    assert_composite(gradient("lamina"), gradient("sdpa"), gradient("sdpa", torch.float64))
 
 
 def test_training_mode_with_dropout():

@@ -16,7 +16,7 @@ struct PoolWindow {
 struct Int8PoolArgs {
   ConvImages x;  // int8
   ConvImages out;
-  bool largest;                // else the mean
+  bool largest;                      // else the mean
   const PoolWindow *rows, *columns;  // of each output row and column
   int step_y, step_x;
   int64_t out_height, out_width;

@@ -423,7 +423,7 @@ def attention(
             processor can (AVX-512 VNNI), with a scale for each row and key less the mean of the keys (SageAttention,
             Zhang et al. 2024); a score is then off by about 0.5% of the typical one. Without gradients only.
         return_lse: also give log(sum_j exp(score_j)) of every query, sinks included, [..., H, L]: float32, or float64
-            for float64 inputs; -inf where a query takes no key. Exact to 1e-4 where products are bfloat16.
+            for float64 inputs; -inf where a query takes no key. Exact to 3e-4 where products are bfloat16.
 
     Returns [..., H, L, Dv] in the query's memory order, or that and the log-sum-exp. Raises ValueError when shapes,
     dtypes or options do not fit.

@@ -39,7 +39,7 @@ def workloads() -> Iterator[Workload]:
 def _workload(model: str, b: int, h: int, hkv: int, s: int, d: int, dtype: str, mask: str, dropout: float) -> Workload:
     heads = str(h) if h == hkv else f"{h}kv{hkv}"
     shape = f"{b}x{heads}x{s}x{d}-{dtype}" + ("" if mask == "none" else f"-{mask}")
-    shape += f"-dropout{dropout}" if dropout else ""
+    shape += f"-dropout{round(100 * dropout)}" if dropout else ""  # in percent
     # A causal call needs only the scores on and below the diagonal, and no kernel is credited for computing the others.
     scores = b * h * (s * (s + 1) // 2 if mask == "causal" else s * s)
     width = DTYPES[dtype].itemsize
