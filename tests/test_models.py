@@ -19,6 +19,7 @@ SMALL = {
     "resnet18": {"width": 8, "image_size": 48, "num_classes": 10},
     "resnet50": {"width": 8, "image_size": 48, "num_classes": 10},
     "seq2seq": {"source_vocab": 90, "target_vocab": 80, "embedding": 24, "hidden": 32},
+    "seq2seq_dates": {"embedding": 24, "hidden": 32},
     "vit_base": {"dim": 48, "heads": 4, "layers": 2, "ffn": 96, "image_size": 48, "num_classes": 10},
 }
 
@@ -37,6 +38,7 @@ OUTPUT_SHAPES = {
     "resnet18": [(BATCH, 10)],
     "resnet50": [(BATCH, 10)],
     "seq2seq": [(BATCH, 20, 80)],
+    "seq2seq_dates": [(BATCH, 20, 14)],
     "vit_base": [(BATCH, 10)],
     "vit_mnist": [(BATCH, 10)],
 }

@@ -43,18 +43,22 @@ def run(function, args, kwargs, parameters=()) -> list[Tensor]:
     found = [t for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
     if any(t.requires_grad for t in found):
         leaves = [t for t in (*args, *kwargs.values(), *parameters) if isinstance(t, Tensor) and t.requires_grad]
-        total = sum(t.square().sum() for t in found)
+        # No sum of squares: behind a layer norm it is a constant, and its gradient nothing but rounding.
+        total = sum((t * torch.arange(t.numel(), dtype=t.dtype).cos().view(t.shape)).sum() for t in found)
         found += [g for g in torch.autograd.grad(total, leaves, allow_unused=True) if g is not None]
     return [t.detach() for t in found]
 
 
-def judge(actual: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> None:
+def judge(
+    actual: list[Tensor], eager: list[Tensor], truth: list[Tensor], factor: float = 2.0, largest_score: float = 0.0
+) -> None:
+    """Roundings of a score, and of a log-sum-exp as large, are relative errors of weights."""
     assert len(actual) == len(eager) == len(truth)
     for ours, theirs, exact in zip(actual, eager, truth, strict=True):
         assert ours.shape == theirs.shape
         largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
-        floor = 4 * torch.finfo(ours.dtype).eps * max(largest, 1.0)
-        assert_composite(ours, theirs, exact, floor=floor)
+        floor = (4 + largest_score) * torch.finfo(ours.dtype).eps * max(largest, 1.0)
+        assert_composite(ours, theirs, exact, factor=factor, floor=floor)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -73,7 +77,9 @@ def test_samples_of_the_op(dtype, grad):
             name: double(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
             for name, v in kwargs.items()
         }
-        judge(ours, theirs, run(F.scaled_dot_product_attention, given, named))
+        query, key = given[:2]
+        largest = (query.norm(dim=-1).max() * key.norm(dim=-1).max() / query.shape[-1] ** 0.5).item()
+        judge(ours, theirs, run(F.scaled_dot_product_attention, given, named), largest_score=largest)
         judged += 1
     assert judged >= 10
 
@@ -101,6 +107,7 @@ def test_samples_of_the_layers(name, training):
             if any(m.p for m in theirs.modules() if isinstance(m, nn.Dropout)) and training:
                 assert [t.shape for t in found] == [t.shape for t in expected]
             else:
-                judge(found, expected, run(exact, wide, named, tuple(exact.parameters())))
+                # Many operations of both, and the largest errors of a few dozen numbers.
+                judge(found, expected, run(exact, wide, named, tuple(exact.parameters())), factor=8.0)
         judged += 1
     assert judged >= 4

@@ -138,7 +138,7 @@ def test_evaluation_in_slices_covers_everything():
 
 
 def test_unknown_recipe_lists_the_known_ones(tmp_path):
-    message = "no training recipe for 'gpt2'; the known ones are cnn, gru, lenet, lstm, mlp, vit_mnist$"
+    message = "no training recipe for 'gpt2'; the known ones are cnn, gru, lenet, lstm, mlp, seq2seq_dates, vit_mnist$"
     with pytest.raises(ValueError, match=message):
         train.train("gpt2")
     with pytest.raises(ValueError, match=message):

@@ -69,6 +69,12 @@ ACTIVATION_SLOPE = {
 INT8_LAYER_SQNR_DB = 35.0
 INT8_MODEL_SQNR_DB = 24.0
 
+
+def int8_model_sqnr_db(layers: int) -> float:
+    """The same for a model of so many quantized layers, where they are more than a dozen."""
+    return min(INT8_MODEL_SQNR_DB, INT8_LAYER_SQNR_DB - 10 * math.log10(max(layers, 1)))
+
+
 # int4 in groups of 32: a step is an eighth of the largest of a group, 2.1 standard deviations of normal data. Its
 # noise of (2.1 / 8)^2 / 12 leaves 22.4 dB, less what values beyond code 7 lose. Weights only, so a layer keeps it.
 INT4_LAYER_SQNR_DB = 20.5
