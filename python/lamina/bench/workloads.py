@@ -138,5 +138,5 @@ def read_shapes(name: str, columns: int) -> Iterator[tuple[str, ...]]:
 
 def relative_error(output: torch.Tensor, truth: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the truth; NaN when the output is not finite."""
-    truth = truth.double()
-    return float((output.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+    truth = truth.detach().double()
+    return float((output.detach().double() - truth).norm() / truth.norm().clamp_min(1e-300))

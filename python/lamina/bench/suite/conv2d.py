@@ -63,7 +63,7 @@ def _workload(
         flops=lambda inputs: 2 * b * n * out * out * (c // groups) * k * k,
         bytes=lambda inputs: 4 * (inputs.x.numel() + inputs.weight.numel() + b * n * out * out),
         precision=lambda inputs: "float32",
-        tags=frozenset({"op", model} | ({"quick"} if b == 1 else set())),
+        tags=frozenset({"op", model} | ({"quick"} if b == 1 and k == 3 else set())),
     )
 
 

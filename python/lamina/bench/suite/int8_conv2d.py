@@ -81,6 +81,7 @@ def _workload(model: str, name: str, shapes: Sequence[Shape]) -> Workload:
 
     only = shapes[0] if len(shapes) == 1 else None
     depthwise = only is not None and only.groups == only.c
+    quick = only is not None and (only.batch, only.kernel, only.stride) == (1, 3, 1)
     dims = {"B": only.batch, "C": only.c, "N": only.n, "K": only.kernel, "S": only.stride} if only else {}
     return Workload(
         id=f"int8_conv2d/{model}/{name}",
@@ -97,7 +98,7 @@ def _workload(model: str, name: str, shapes: Sequence[Shape]) -> Workload:
         flops=lambda inputs: 2 * products,
         bytes=lambda inputs: sum(flows(shape) for shape in shapes),
         precision=lambda inputs: "int8",
-        tags=frozenset({"op", model} | ({"depthwise"} if depthwise else set()) | ({"quick"} if only else set())),
+        tags=frozenset({"op", model} | ({"depthwise"} if depthwise else set()) | ({"quick"} if quick else set())),
     )
 
 

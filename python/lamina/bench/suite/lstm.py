@@ -93,7 +93,7 @@ def _workload(op: str, model: str, t: int, b: int, i: int, h: int, layers: int) 
         # The weights of the state are read at every step, if they do not fit a cache; once at least.
         bytes=lambda inputs: (1 if is_int8 else 4) * weights + 4 * t * b * (i + h),
         precision=lambda inputs: "int8" if is_int8 else "float32",
-        tags=frozenset({"op", model} | ({"quick"} if t * b * weights < 1 << 28 else set())),
+        tags=frozenset({"op", model} | ({"quick"} if t * b * weights < 1 << 26 else set())),
         module=lambda inputs: (inputs.layer, (inputs.x, inputs.state)),
     )
 
