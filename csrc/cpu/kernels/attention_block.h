@@ -93,9 +93,7 @@ class Block {
 
   // False when something not finite came out although keys were excluded: to be done again, carefully.
   bool run() {
-    // Who asks for the log-sum-exp may compute the scores again, for gradients: those come out the same to the last bit
-    // where they were summed in the same order, and a heavy weight is then as exact as it can be.
-    if (rows_.rows <= kShortRows && !drops() && !a_.lse) {
+    if (rows_.rows <= kShortRows && !drops()) {
       pack_short_query();
       each_chunk<true>();
     } else {
