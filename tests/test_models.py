@@ -9,17 +9,28 @@ from torch import nn
 
 from lamina import models
 from lamina.models.attention import AdditiveAttention, MultiHeadSelfAttention, ScaledDotProductAttention
+from lamina.models.detector import overlap, roi_align, suppress
 from lamina.models.registry import register
 
 # Shrinks the configs that take seconds to build; what is tested does not depend on the size.
 SMALL = {
     "bert_base": {"vocab": 120, "dim": 48, "heads": 4, "layers": 3, "ffn": 96},
     "bert_tiny": {"vocab": 120},
+    "detector": {
+        **{"image_size": 64, "depths": (1, 1, 1), "width": 8, "anchor_sizes": (8, 16, 32), "candidates": 60},
+        **{"proposals": 12, "detections": 6, "hidden": 32, "num_classes": 5},
+    },
+    "fcn8s": {"depths": (1, 1, 1, 1), "width": 8, "image_size": 32, "hidden": 32, "hidden_kernel": 3},
     "gpt2": {"vocab": 120, "dim": 48, "heads": 4, "layers": 3, "positions": 64},
     "resnet18": {"width": 8, "image_size": 48, "num_classes": 10},
     "resnet50": {"width": 8, "image_size": 48, "num_classes": 10},
     "seq2seq": {"source_vocab": 90, "target_vocab": 80, "embedding": 24, "hidden": 32},
     "seq2seq_dates": {"embedding": 24, "hidden": 32},
+    "unet": {"width": 8, "levels": 2, "image_size": 32},
+    **{
+        name: {"width": 4, "image_size": 32, "hidden": 32, "num_classes": 10}
+        for name in ("vgg11", "vgg16", "vgg16_bn", "vgg19")
+    },
     "vit_base": {"dim": 48, "heads": 4, "layers": 2, "ffn": 96, "image_size": 48, "num_classes": 10},
 }
 
@@ -29,6 +40,8 @@ OUTPUT_SHAPES = {
     "bert_base": [(BATCH, 128, 120), (BATCH, 2)],
     "bert_tiny": [(BATCH, 128, 120), (BATCH, 2)],
     "cnn": [(BATCH, 10)],
+    "detector": [(BATCH, 6, 4), (BATCH, 6), (BATCH, 6)],
+    "fcn8s": [(BATCH, 21, 32, 32)],
     "gpt2": [(BATCH, 64, 120)],
     "gpt_tiny": [(BATCH, 128, 1000)],
     "gru": [(BATCH, 10)],
@@ -39,6 +52,8 @@ OUTPUT_SHAPES = {
     "resnet50": [(BATCH, 10)],
     "seq2seq": [(BATCH, 20, 80)],
     "seq2seq_dates": [(BATCH, 20, 14)],
+    "unet": [(BATCH, 2, 32, 32)],
+    **{name: [(BATCH, 10)] for name in ("vgg11", "vgg16", "vgg16_bn", "vgg19")},
     "vit_base": [(BATCH, 10)],
     "vit_mnist": [(BATCH, 10)],
 }
@@ -61,8 +76,9 @@ def test_forward_shape(name):
         outputs = make(name)(*make_inputs(name))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert [tuple(output.shape) for output in outputs] == OUTPUT_SHAPES[name]
-    for output in outputs:
-        assert output.dtype == torch.float32
+    for number, output in enumerate(outputs):
+        labels = name == "detector" and number == 2
+        assert output.dtype == (torch.int64 if labels else torch.float32)
         assert output.isfinite().all()
 
 
@@ -105,6 +121,10 @@ def test_one_output_does_not_depend_on_the_rest_of_the_batch(name):
         ("mlp", 784 * 128 + 128 + 128 * 10 + 10),
         ("lenet", 61_706),
         ("cnn", 421_642),
+        ("vgg11", 132_863_336),
+        ("vgg16", 138_357_544),
+        ("vgg16_bn", 138_365_992),
+        ("vgg19", 143_667_240),
         ("resnet18", 11_689_512),
         ("resnet50", 25_557_032),
         ("bert_base", 110_106_428),
@@ -151,6 +171,9 @@ def test_a_taken_name_is_refused():
         ("lstm", {"cell": "rnn"}, "cell is 'rnn'"),
         ("seq2seq", {"cell": "rnn"}, "cell is 'rnn'"),
         ("seq2seq", {"attention": "general"}, "attention is 'general'"),
+        ("vgg16", {"image_size": 100}, "image_size 100 cannot be halved 5 times"),
+        ("fcn8s", {"depths": (1, 1)}, r"last three stages, but depths \(1, 1\) has fewer"),
+        ("detector", {"image_size": 100}, "image_size 100 is no multiple of its stride 16"),
         ("vit_mnist", {"patch": 5}, "patch 5 does not divide image_size 28"),
         ("gpt_tiny", {"heads": 3}, "width 128 does not divide into 3 heads"),
     ],
@@ -434,6 +457,88 @@ def test_resnet_in_eval_mode_leaves_its_statistics():
     with torch.no_grad():
         model(*make_inputs("resnet18"))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vgg_alternates_as_in_table_1(batch_norm):
+    features = make("vgg11", batch_norm=batch_norm).features
+    kinds = "".join(type(layer).__name__[0] for stage in features for layer in stage)
+    conv = "CBR" if batch_norm else "CR"
+    assert kinds == f"{conv}M{conv}M{conv}{conv}M{conv}{conv}M{conv}{conv}M"
+
+
+def test_fcn_enlarges_by_bilinear_interpolation_at_first():
+    layer = make("fcn8s").enlarge_sum
+    x = torch.randn(2, 21, 5, 6)
+    expected = nn.functional.interpolate(x, scale_factor=4.0, mode="bilinear")
+    with torch.no_grad():
+        # At the border interpolation repeats the last pixel, a convolution has zeros there.
+        torch.testing.assert_close(layer(x)[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2])
+
+
+@pytest.mark.parametrize("name", ["fcn8s", "unet"])
+def test_segmentation_takes_other_sizes_and_answers_every_pixel(name):
+    model = make(name)
+    channels = model.config.in_channels
+    with torch.no_grad():
+        whole = model(torch.rand(1, channels, 48, 32))
+        assert whole.shape[2:] == (48, 32)
+        assert whole.flatten(2).std(2).min() > 0
+
+
+def greedy(boxes, scores, threshold):
+    """Non-maximum suppression as it is told: the best box, without all that it overlaps, and so on."""
+    over, stays = overlap(boxes[None])[0] > threshold, []
+    for box in scores.argsort(descending=True, stable=True).tolist():
+        if not any(over[other, box] for other in stays):
+            stays.append(box)
+    return sorted(stays)
+
+
+def test_detector_suppresses_as_the_greedy_algorithm():
+    generator = torch.Generator().manual_seed(2)
+    corner, size = torch.rand(3, 40, 2, generator=generator), torch.rand(3, 40, 2, generator=generator)
+    boxes = torch.cat((corner, corner + size), 2)
+    scores = (torch.rand(3, 40, generator=generator) * 10).round()  # many are equal
+    stays = suppress(boxes, scores, 0.3)
+    assert [row.nonzero().flatten().tolist() for row in stays] == [
+        greedy(*each, 0.3) for each in zip(boxes, scores, strict=True)
+    ]
+    assert 3 < stays.sum() < 100
+
+
+def test_detector_overlap():
+    boxes = torch.tensor([[[0.0, 0, 4, 2], [2, 0, 6, 2], [4, 0, 5, 1], [1, 1, 1, 1]]])
+    torch.testing.assert_close(
+        overlap(boxes)[0],
+        torch.tensor([[1, 1 / 3, 0, 0], [1 / 3, 1, 1 / 8, 0], [0, 1 / 8, 1, 0], [0, 0, 0, 0]]),
+    )
+
+
+def test_detector_roi_align_samples_the_middle_of_each_part():
+    """Of a map that rises evenly, the mean of a part is the value in its middle."""
+    y, x = torch.meshgrid(torch.arange(12) + 0.5, torch.arange(16) + 0.5, indexing="ij")
+    features = torch.stack((x, y, x + 10 * y))[None].repeat(2, 1, 1, 1)
+    boxes = torch.tensor([[[2.0, 3, 8, 9], [1, 1, 13, 4]]]).repeat(2, 1, 1)
+    sampled = roi_align(features, boxes, 3)
+    assert sampled.shape == (2, 2, 3, 3, 3)
+    across, down = torch.tensor([3.0, 5, 7]), torch.tensor([1.5, 2.5, 3.5])
+    torch.testing.assert_close(sampled[1, 0, 0], across.expand(3, 3))
+    torch.testing.assert_close(sampled[0, 1, 1], down[:, None].expand(3, 3))
+    torch.testing.assert_close(sampled[:, :, 2], sampled[:, :, 0] + 10 * sampled[:, :, 1])
+
+
+def test_detector_gives_apart_boxes_in_the_image_best_first():
+    model = make("detector")
+    with torch.no_grad():
+        boxes, scores, labels = model(*make_inputs("detector"))
+    assert (boxes >= 0).all()
+    assert (boxes <= 64).all()
+    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+    assert (scores.diff(dim=1) <= 0).all()
+    assert ((labels >= 0) & (labels < 5)).all()
+    same = (labels[:, :, None] == labels[:, None, :]) & (scores > 0)[:, :, None] & (scores > 0)[:, None, :]
+    assert (overlap(boxes)[same & ~torch.eye(6, dtype=torch.bool)] <= 0.5).all()
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

@@ -94,7 +94,8 @@ class Bottleneck(_Residual):
 _BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-def _make_stem(config: ResNetConfig) -> nn.Sequential:
+def make_stem(config: ResNetConfig) -> nn.Sequential:
+    """[B, in_channels, S, S] -> [B, width, S/4, S/4], or as large as the image with the small stem."""
     if config.stem == "imagenet":
         return nn.Sequential(
             nn.Conv2d(config.in_channels, config.width, kernel_size=7, stride=2, padding=3, bias=False),
@@ -109,6 +110,22 @@ def _make_stem(config: ResNetConfig) -> nn.Sequential:
             nn.ReLU(),
         )
     raise ValueError(f"ResNet stem is {config.stem!r}, must be 'imagenet' or 'small'")
+
+
+def make_stages(config: ResNetConfig) -> tuple[nn.Sequential, int]:
+    """The stages behind the stem, and the channels of what they give."""
+    block = _BLOCKS[config.block]
+    stages = []
+    in_channels = config.width
+    for stage, depth in enumerate(config.depths):
+        channels = config.width * 2**stage
+        blocks = []
+        for index in range(depth):
+            stride = 2 if stage > 0 and index == 0 else 1
+            blocks.append(block(in_channels, channels, stride))
+            in_channels = channels * block.expansion
+        stages.append(nn.Sequential(*blocks))
+    return nn.Sequential(*stages), in_channels
 
 
 @register(
@@ -129,21 +146,10 @@ class ResNet(nn.Module):
         if config.block not in _BLOCKS:
             raise ValueError(f"ResNet block is {config.block!r}, must be 'basic' or 'bottleneck'")
         self.config = config
-        block = _BLOCKS[config.block]
-        self.stem = _make_stem(config)
-        stages = []
-        in_channels = config.width
-        for stage, depth in enumerate(config.depths):
-            channels = config.width * 2**stage
-            blocks = []
-            for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(in_channels, channels, stride))
-                in_channels = channels * block.expansion
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
+        self.stem = make_stem(config)
+        self.stages, channels = make_stages(config)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(in_channels, config.num_classes)
+        self.head = nn.Linear(channels, config.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
