@@ -158,9 +158,44 @@ def test_swap_save_and_load(static, tmp_path, generator):
     assert lamina.swap_(fast, lamina.Int8Dynamic()).decisions == ()
 
 
+def test_swap_takes_subclasses_that_compute_the_same():
+    """A constructor of their own changes nothing; a method or an attribute may."""
+
+    class Square(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 3, padding=1)
+
+    class Twice(Square):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Scaled(Square):
+        scale = 2
+
+    class Masked(Square):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.register_buffer("mask", torch.ones(3, 3))
+
+    class Named(Square):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.name = "first"
+
+    x = torch.randn(1, 4, 5, 5)
+    for config, least in ((lamina.Int8Dynamic(), INT8_LAYER_SQNR_DB - 1), (lamina.FusedConv(), 100)):
+        model = nn.Sequential(Square(4), Twice(4), Scaled(4), Masked(4), Named(4))
+        expected = model[0](x)
+        report = lamina.swap_(model, config)
+        assert [d.fqn for d in report.swapped] == ["0"]
+        assert [d.reason.split()[0] for d in report.left] == ["Twice", "Scaled", "Masked", "Named"]
+        assert_lossy(model[0](x), expected, min_sqnr_db=least)
+
+
 def test_swap_leaves_what_it_cannot_take():
     class Special(nn.Conv2d):
-        pass
+        def forward(self, x):
+            return super().forward(x)
 
     model = nn.Sequential(Special(2, 2, 1), nn.Conv2d(2, 2, 1).half(), nn.Conv2d(2, 2, 1), nn.Conv3d(1, 1, 1))
     model[2].weight.data[1] = float("nan")

@@ -34,7 +34,7 @@ from lamina.configs import (
 )
 from lamina.nn.attention import LAYERS, ScaledDotProductAttention, adopt, in_proj_of, put_in_proj, release
 from lamina.nn.conv import Conv2d
-from lamina.nn.convs import Conv, as_conv
+from lamina.nn.convs import Conv, as_conv, conv_class
 from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
@@ -515,7 +515,9 @@ def replace_conv(site: Site, build: Callable[[Conv], nn.Module]) -> Candidate | 
 def replace_int8(site: Site, input_scale: Callable[[], float | None]) -> Candidate | str | None:
     """The int8 layer in place of a linear layer or a convolution; `input_scale` may raise ValueError with a reason."""
     if isinstance(site.module, tuple(_INT8_CONVS)):
-        return replace_conv(site, lambda conv: _INT8_CONVS[type(conv)].from_float(conv, input_scale=input_scale()))
+        return replace_conv(
+            site, lambda conv: _INT8_CONVS[conv_class(conv)].from_float(conv, input_scale=input_scale())
+        )
     return replace_linear(site, lambda linear: Int8Linear.from_float(linear, input_scale=input_scale()), packed=True)
 
 
@@ -697,10 +699,8 @@ def _fused_conv(site: Site, config: FusedConv) -> Candidate | str | None:
     module = site.module
     if not isinstance(module, nn.Conv2d) or isinstance(module, Conv2d):
         return None
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized, and is computed anew at every call"
-    if type(module) is not nn.Conv2d:
-        return f"{type(module).__name__} is a subclass of nn.Conv2d and may compute something else"
+    if conv_class(module) is None:
+        return _refuse_subclass(module)
     if module.weight.device.type != "cpu":
         return f"the weight is on {module.weight.device}, and the fused convolution runs on the CPU"
     if module.weight.dtype not in (torch.float32, torch.bfloat16):

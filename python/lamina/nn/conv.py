@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina import ops
+from lamina.nn.convs import conv_class
 from lamina.ops.conv2d import winograd_tile
 
 # Outputs (height x width) from which F(4x4) beats F(2x2): below, its 36 products of weights wait for memory.
@@ -43,9 +44,9 @@ class Conv2d(nn.Conv2d):
     def from_float(cls, module: nn.Conv2d, *, activation: str | None = None, winograd: int = 2) -> Self:
         """The layer with the parameters (shared, not copied) and in the mode of a torch layer.
 
-        Raises TypeError if `module` is not exactly nn.Conv2d: a subclass may compute something else.
+        Raises TypeError if `module` is no nn.Conv2d, or a subclass that may compute something else.
         """
-        if type(module) is not nn.Conv2d:
+        if conv_class(module) is not nn.Conv2d:
             raise TypeError(f"{cls.__name__}.from_float: expected nn.Conv2d, got {type(module).__name__}")
         names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
         arguments = {name: getattr(module, name) for name in names}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lamina.nn.convs import Conv
+from lamina.nn.convs import Conv, conv_class
 from lamina.nn.int8_input import Int8Input
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -38,7 +38,7 @@ class _Int8Conv(Int8Input):
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
         """Whether a layer of this class can take the place of `module`: the torch class it mirrors, or its own."""
-        return type(module) in (cls, cls.__bases__[1])
+        return type(module) is cls or conv_class(module) is cls.__bases__[1]
 
     @classmethod
     def from_float(
