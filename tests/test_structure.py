@@ -258,7 +258,8 @@ def test_subprocess_import_is_lean():
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import lamina\n"
-        "heavy = {'transformers', 'matplotlib', 'sklearn', 'triton', 'jinja2', 'mlxtend', 'onnxruntime', 'scipy'}\n"
+        "heavy = {'transformers', 'matplotlib', 'sklearn', 'triton', 'jinja2', 'mlxtend', 'onnxruntime', 'scipy',"
+        " 'torch_pruning'}\n"
         "print(sorted(heavy & (set(sys.modules) - before)), torch.cuda.is_initialized())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -269,6 +270,6 @@ def test_subprocess_import_is_lean():
 def test_every_public_name_exists():
     import lamina
 
-    for module in (lamina, lamina.ops, lamina.nn, lamina.quant, lamina.integrations):
+    for module in (lamina, lamina.ops, lamina.nn, lamina.prune, lamina.quant, lamina.integrations):
         for name in module.__all__:
             assert hasattr(module, name), f"{module.__name__}.{name}"

@@ -8,7 +8,7 @@ Importing lamina never initialises CUDA and needs no network.
 
 from importlib.metadata import version as _version
 
-from lamina import compile, integrations, nn, ops, quant, reference
+from lamina import compile, integrations, nn, ops, prune, quant, reference
 from lamina._backends import force_isa, info
 from lamina.accelerate import Accelerated, accelerate
 from lamina.configs import (
@@ -49,6 +49,7 @@ __all__ = [
     "load_",
     "nn",
     "ops",
+    "prune",
     "quant",
     "reference",
     "save",

@@ -119,18 +119,27 @@ def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:
             raise ValueError(f"config '{config}' is unknown; use 'auto', a config, a sequence of configs or a dict")
         config = AUTO
     if isinstance(config, Mapping):
-        exact = {key: _as_tuple(value) for key, value in config.items() if not key.startswith("re:")}
-        patterns = [(_pattern(key), _as_tuple(value)) for key, value in config.items() if key.startswith("re:")]
-        default = exact.pop("_default", ())
-
-        def policy(fqn: str) -> tuple[Config, ...]:
-            if fqn in exact:
-                return exact[fqn]
-            return next((configs for pattern, configs in patterns if pattern.fullmatch(fqn)), default)
-
-        return policy
+        policy = by_name(config, _as_tuple)
+        return lambda fqn: policy(fqn) or ()
     configs = _as_tuple(config)
     return lambda fqn: configs
+
+
+def by_name(policy: Mapping[str, Any], convert: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """A function from a module's name to `convert` of its value in `{fqn or "re:pattern": value, "_default": value}`.
+
+    A name by itself goes before patterns, of which the first that matches the whole name decides; None if nothing does.
+    """
+    exact = {key: convert(value) for key, value in policy.items() if not key.startswith("re:")}
+    patterns = [(_pattern(key), convert(value)) for key, value in policy.items() if key.startswith("re:")]
+    default = exact.pop("_default", None)
+
+    def value_of(fqn: str) -> Any:
+        if fqn in exact:
+            return exact[fqn]
+        return next((value for pattern, value in patterns if pattern.fullmatch(fqn)), default)
+
+    return value_of
 
 
 def _as_tuple(config: Config | Sequence[Config] | None) -> tuple[Config, ...]:
