@@ -28,10 +28,11 @@ def conv_class(module: nn.Module) -> type[Conv] | None:
         return None
     plain = _plain(kind)
     holds = "_parameters", "_buffers", "_modules"
-    same = vars(module).keys() <= vars(plain).keys() and all(
-        getattr(module, held).keys() == getattr(plain, held).keys() for held in holds
-    )
-    return kind if same else None
+    if any(getattr(module, held).keys() != getattr(plain, held).keys() for held in holds):
+        return None
+    # Private ones, such as those that transformers marks its modules with, are nobody's to read.
+    own = vars(module).keys() - vars(plain).keys()
+    return None if any(not name.startswith("_") for name in own) else kind
 
 
 @functools.cache
