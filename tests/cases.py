@@ -2085,6 +2085,122 @@ def weight_only_linear_backward_suite() -> Suite:
     )
 
 
+# -- sparse_int8_linear
+
+
+def zero_blocks(weight: Tensor, pattern: str, density: float, generator: torch.Generator) -> Tensor:
+    """The weight [N, K] with all but about `density` of its blocks (output channels x inputs) set to zero."""
+    rows, columns = (int(size) for size in pattern.split("x"))
+    n, k = weight.shape
+    keep = torch.rand(-(-n // rows), -(-k // columns), generator=generator) < density
+    return weight * keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:n, :k]
+
+
+def _sparse_int8_linear_case(*lead: int, k: int, n: int, pattern: str, density: float = 0.3, **rest) -> Case:
+    like = _int8_linear_case(*lead, k=k, n=n, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        x, data, scale, compensation, *others = like.make(generator)
+        codes = zero_blocks(_int8_codes(x, data, scale, compensation), pattern, density, generator)
+        return x, *lamina.ops.pack_sparse_int8_weight(codes, scale, pattern=pattern), *others
+
+    share = "" if density == 0.3 else f"-{density:.0%}"
+    return Case(f"{pattern}-{like.id}{share}", make, like.tags)
+
+
+def _sparse_int8_dense(inputs: tuple) -> tuple:
+    """The arguments of int8_linear with the same weight."""
+    x, data, scale, compensation, *others = inputs
+    packed = lamina.ops.PackedSparseInt8Weight(data, scale, compensation)
+    codes = lamina.ops.unpack_sparse_int8_weight(packed, x.shape[-1])
+    return x, *lamina.ops.pack_int8_weight(codes, scale), *others
+
+
+def sparse_int8_linear_truth(*inputs) -> Tensor:
+    return int8_linear_truth(*_sparse_int8_dense(inputs))
+
+
+def sparse_int8_linear_check(actual: Tensor, inputs: tuple) -> None:
+    int8_linear_check(actual, _sparse_int8_dense(inputs))
+
+
+def sparse_int8_linear_suite() -> Suite:
+    case = _sparse_int8_linear_case
+    f32, bf16 = torch.float32, torch.bfloat16
+    cases = []
+    for pattern in ("1x4", "2x4", "4x4"):
+        cases += [
+            case(0, k=8, n=8, pattern=pattern),
+            case(3, k=0, n=5, pattern=pattern),
+            case(3, k=8, n=0, pattern=pattern),
+            case(1, k=1, n=1, pattern=pattern, density=1.0, tags="one"),
+            # Few rows, and panels of 16 and 32 tokens, with one more or less.
+            *(case(m, k=67, n=21, pattern=pattern, tags="odd") for m in (1, 2, 3, 4, 5, 16, 17, 33)),
+            # Units of 16 channels and blocks; more inputs than a span has.
+            *(case(5, k=1541, n=n, pattern=pattern, density=0.1, tags="odd") for n in (3, 17, 150)),
+            case(2, k=1541, n=37, pattern=pattern, density=0.1, tags="odd"),
+            case(7, k=33, n=70, pattern=pattern, density=0.0),
+            case(7, k=33, n=70, pattern=pattern, density=1.0),
+            case(2, 3, k=24, n=10, pattern=pattern, layout="transposed", bias=None),
+            case(7, k=33, n=70, pattern=pattern, dtype=bf16, residual=f32, activation="gelu", layout="sliced"),
+            case(7, k=33, n=70, pattern=pattern, x_scale="codes", out=torch.int8, activation="relu"),
+            case(300, k=515, n=200, pattern=pattern, tags="threads odd"),
+            case(3, k=2053, n=900, pattern=pattern, tags="threads odd"),
+            case(40, k=515, n=900, pattern=pattern, activation="silu", residual=bf16, tags="threads odd"),
+        ]
+    return Suite("sparse_int8_linear", tuple(cases), sparse_int8_linear_truth, sparse_int8_linear_check)
+
+
+# -- sparse_int8_linear_backward
+
+
+def _sparse_int8_linear_backward_case(*lead: int, k: int, n: int, pattern: str, **rest) -> Case:
+    like = _int8_linear_backward_case(*lead, k=k, n=n, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        grad, *_ = like.make(generator)
+        weight = zero_blocks(torch.randn(n, k, generator=generator) / max(n, 1) ** 0.5, pattern, 0.3, generator)
+        packed = lamina.ops.pack_sparse_int8_weight(weight, pattern=pattern)
+        return grad, packed.data, packed.scale, k
+
+    return Case(f"{pattern}-{like.id}", make, like.tags)
+
+
+def _sparse_int8_backward_dense(inputs: tuple) -> tuple:
+    grad, data, scale, in_features = inputs
+    packed = lamina.ops.PackedSparseInt8Weight(data, scale, data)
+    codes = lamina.ops.unpack_sparse_int8_weight(packed, in_features)
+    return grad, lamina.ops.pack_int8_weight(codes, scale).data, scale, in_features
+
+
+def sparse_int8_linear_backward_truth(*inputs) -> Tensor:
+    return int8_linear_backward_truth(*_sparse_int8_backward_dense(inputs))
+
+
+def sparse_int8_linear_backward_check(actual: Tensor, inputs: tuple) -> None:
+    int8_linear_backward_check(actual, _sparse_int8_backward_dense(inputs))
+
+
+def sparse_int8_linear_backward_suite() -> Suite:
+    case = _sparse_int8_linear_backward_case
+    cases = (
+        case(0, k=8, n=8, pattern="4x4"),
+        case(2, 3, k=0, n=4, pattern="1x4"),
+        case(1, k=1, n=1, pattern="2x4", tags="one"),
+        case(k=17, n=19, pattern="4x4", tags="odd"),
+        case(7, k=37, n=41, pattern="1x4", dtype=torch.bfloat16),
+        case(7, k=37, n=41, pattern="2x4", layout="sliced"),
+        case(131, k=197, n=257, pattern="4x4", tags="threads odd"),
+    )
+    return Suite(
+        "sparse_int8_linear_backward",
+        cases,
+        sparse_int8_linear_backward_truth,
+        sparse_int8_linear_backward_check,
+        own_kernel=False,
+    )
+
+
 SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}
 
 PAIRS = [(suite, case) for suite in SUITES.values() for case in suite.cases]

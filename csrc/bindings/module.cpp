@@ -10,6 +10,7 @@
 #include "ops/attention_backward.h"
 #include "ops/attention_decode.h"
 #include "ops/attention_varlen.h"
+#include "ops/checks.h"
 #include "ops/conv2d.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
@@ -26,6 +27,7 @@
 #include "ops/rnn.h"
 #include "ops/rnn_relu.h"
 #include "ops/rnn_tanh.h"
+#include "ops/sparse_int8_linear.h"
 #include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
@@ -37,6 +39,13 @@ using namespace lamina;
 
 PYBIND11_MODULE(_C, m) {
   check_kernel_records();
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const FormatError& error) {
+      py::set_error(py::module_::import("lamina.errors").attr("FormatError"), error.what());
+    }
+  });
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
   m.def("available_isas", [] {
@@ -137,6 +146,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm", &layer_norm, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("quantize_rows", &quantize_rows, no_gil);
+  m.def("sparse_int8_linear", &sparse_int8_linear, no_gil);
+  m.def("sparse_int8_linear_pack", &sparse_int8_linear_pack, no_gil);
+  m.def("sparse_int8_linear_unpack", &sparse_int8_linear_unpack, no_gil);
+  m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
   m.def("weight_only_linear", &weight_only_linear, no_gil);
   m.def("weight_only_linear_pack", &weight_only_linear_pack, no_gil);
   m.def("weight_only_linear_unpack", &weight_only_linear_unpack, no_gil);

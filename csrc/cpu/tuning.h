@@ -32,6 +32,16 @@ inline constexpr long kInt8WorkPerThread = 1L << 20;
 // Fewer elements than this are not worth waking another thread for.
 inline constexpr long kQuantizeWorkPerThread = 1L << 15;
 
+// -- sparse_int8
+
+// Groups of four inputs of a span, where a product has one or two for each load of a group: for 32 tokens their codes
+// are 24 KiB, three quarters of a small L1.
+inline constexpr int kSparseInt8SpanGroups = 192;
+
+// Fewer multiply-adds than this, counting two for each input to quantize and each output, are not worth waking a second
+// thread for.
+inline constexpr long kSparseInt8WorkPerThread = 1L << 20;
+
 // -- int8_conv
 
 // Output channels of one packed weight panel: two 512-bit registers of int32. With 14 pixels, of which every width of

@@ -18,6 +18,19 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
+// Packed data that is foreign, damaged or from another version; lamina.FormatError in Python, which is a ValueError.
+struct FormatError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+template <class... Parts>
+[[noreturn]] void fail_format(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw FormatError(message.str());
+}
+
 template <class... Parts>
 void check(bool ok, const char* op, const Parts&... parts) {
   if (!ok) fail(op, parts...);

@@ -7,9 +7,8 @@
 #include "cpu/kernels/int8_gemm.h"
 #include "cpu/tuning.h"
 #include "ops/checks.h"
-#include "ops/epilogue.h"
+#include "ops/int8_operands.h"
 #include "ops/parallel.h"
-#include "ops/quantize_rows.h"
 #include "ops/workspace.h"
 
 namespace lamina {
@@ -20,11 +19,6 @@ namespace {
 
 constexpr const char* kOp = "int8_linear";
 constexpr int64_t kPanel = tuning::kInt8PanelChannels;
-// 127 * 127 * k must stay below 2^31, or an int32 sum of extreme codes would wrap.
-constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
-// The same for codes that somebody else made, which may be -128.
-constexpr int64_t kMaxKOfCodes = ((int64_t{1} << 31) - 1) / (128 * 127);
-
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct PackedShape {
@@ -53,49 +47,6 @@ struct PackedShape {
        shape.bytes());
 }
 
-// int8 codes -> the same with the offset.
-void add_offset(const TensorView& x, const OffsetCodes& to) {
-  const int64_t grain = std::max<int64_t>(1, tuning::kQuantizeWorkPerThread / std::max<int64_t>(x.size(1), 1));
-  parallel_ranges(x.size(0), grain, [&](int64_t begin, int64_t end) {
-    // By value: a store of bytes may change anything that is only referred to, and the loop would not vectorize.
-    const int64_t k = x.size(1), column = x.stride(1);
-    for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* __restrict from = x.as<uint8_t>() + row * x.stride(0);
-      uint8_t* __restrict codes = to.codes + row * to.ld;
-      if (column == 1) {
-        for (int64_t i = 0; i < k; ++i) codes[i] = from[i] ^ 0x80;
-      } else {
-        for (int64_t i = 0; i < k; ++i) codes[i] = from[i * column] ^ 0x80;
-      }
-      std::memset(codes + k, 0x80, size_t(to.k_padded - k));
-    }
-  });
-}
-
-// x, and where its rows go as codes with an offset.
-struct Input {
-  const TensorView& x;
-  const TensorView* row_scales;  // of int8 x with a scale for each row, or null
-  float scale;                   // else: the one scale, or 0 for one that is found for each row
-  OffsetCodes codes;
-
-  OffsetCodes codes_from(int64_t row) const {
-    return {codes.codes + row * codes.ld, codes.ld, codes.k_padded, codes.scales + row};
-  }
-
-  void prepare(int64_t begin, int64_t end) const {
-    const int64_t shape[2] = {end - begin, x.size(1)};
-    TensorView rows = x;
-    rows.shape = shape;
-    rows.data = x.as<char>() + begin * x.stride(0) * (x.dtype == DType::float32 ? 4 : x.dtype == DType::int8 ? 1 : 2);
-    if (x.dtype != DType::int8) return quantize_rows_with_offset(rows, scale, codes_from(begin));
-    add_offset(rows, codes_from(begin));
-    for (int64_t i = begin; i < end; ++i) {
-      codes.scales[i] = row_scales ? row_scales->as<float>()[i * row_scales->stride(0)] : scale;
-    }
-  }
-};
-
 // Into how many shares the rows are split, the rest of the threads going to panels of channels. A share of rows makes
 // its own codes and waits for nobody, but reads all the weights: rows first, then, while a share stays worth that.
 int64_t row_shares(int64_t rows, int64_t panels, int64_t threads) {
@@ -110,29 +61,13 @@ int64_t row_shares(int64_t rows, int64_t panels, int64_t threads) {
   return best;
 }
 
-// What one call computes with, checked.
-struct Call {
-  const int8_t* data;
-  const int32_t* compensation;
-  const float* scale;
-  const float* bias;
-  EpilogueMatrix residual;
-  Activation activation;
-  EpilogueMatrix out;
-  float out_inverse;
-};
-
-EpilogueMatrix part_of(const EpilogueMatrix& m, int64_t row, int64_t column) {
-  if (!m.data) return m;
-  return {static_cast<char*>(m.data) + (row * m.ld + column) * m.format, m.ld, m.format};
-}
-
-void multiply(const Input& input, int64_t rows, const PackedShape& shape, const Call& call) {
+void multiply(const Int8Operands& call, const OffsetCodes& all_codes, int64_t rows, const PackedShape& shape,
+              const int8_t* data, const int32_t* compensation) {
   const int64_t work = rows * shape.n * shape.k / tuning::kInt8WorkPerThread;
   const int64_t threads = std::clamp<int64_t>(work, 1, max_threads());
   const int64_t by_rows = row_shares(rows, shape.panels, threads);
   const int64_t by_panels = std::min(shape.panels, std::max<int64_t>(1, threads / by_rows));
-  if (by_panels > 1) input.prepare(0, rows);
+  if (by_panels > 1) call.rows.prepare(0, rows, all_codes);
   // Last here and in each task: last_isa() is to name this kernel, also on a thread that gets no task.
   int8_gemm_table.get();
 
@@ -141,37 +76,24 @@ void multiply(const Input& input, int64_t rows, const PackedShape& shape, const 
     const int64_t begin = rows * r / by_rows, count = rows * (r + 1) / by_rows - begin;
     const int64_t panel_begin = shape.panels * p / by_panels, panel_end = shape.panels * (p + 1) / by_panels;
     const int64_t first = panel_begin * kPanel;
-    const int64_t blocks = (count * input.codes.ld + tuning::kInt8RowBlockBytes - 1) / tuning::kInt8RowBlockBytes;
+    const int64_t blocks = (count * all_codes.ld + tuning::kInt8RowBlockBytes - 1) / tuning::kInt8RowBlockBytes;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = begin + count * block / blocks, end = begin + count * (block + 1) / blocks;
-      if (by_panels == 1) input.prepare(row, end);
+      const OffsetCodes codes = all_codes.from(row);
+      if (by_panels == 1) call.rows.prepare(row, end, codes);
       const auto gemm = int8_gemm_table.get();
-      const OffsetCodes codes = input.codes_from(row);
-      gemm({.codes = codes.codes,
-            .ld_codes = codes.ld,
-            .x_scales = codes.scales,
-            .rows = end - row,
-            .k_padded = shape.k_padded,
-            .panels = call.data + shape.offset(panel_begin),
-            .channels = std::min(shape.n, panel_end * kPanel) - first,
-            .compensation = call.compensation + first,
-            .w_scales = call.scale + first,
-            .bias = call.bias ? call.bias + first : nullptr,
-            .residual = part_of(call.residual, row, first),
-            .activation = call.activation,
-            .out = part_of(call.out, row, first),
-            .out_inverse = call.out_inverse});
+      Int8GemmArgs args = call.epilogue(row, first);
+      args.codes = codes.codes;
+      args.ld_codes = codes.ld;
+      args.x_scales = codes.scales;
+      args.rows = end - row;
+      args.k_padded = shape.k_padded;
+      args.panels = data + shape.offset(panel_begin);
+      args.channels = std::min(shape.n, panel_end * kPanel) - first;
+      args.compensation = compensation + first;
+      gemm(args);
     }
   });
-}
-
-EpilogueMatrix epilogue_matrix(const char* what, const TensorView& t, int64_t rows, int64_t n) {
-  check_shape(kOp, what, t, {rows, n});
-  check(n <= 1 || t.stride(1) == 1, kOp, "the rows of ", what, " must be contiguous");
-  const auto format = t.dtype == DType::float32    ? EpilogueMatrix::f32
-                      : t.dtype == DType::bfloat16 ? EpilogueMatrix::b16
-                                                   : EpilogueMatrix::int8;
-  return {t.data, t.stride(0), format};
 }
 
 }  // namespace
@@ -185,7 +107,7 @@ void int8_linear_pack(const TensorView& weight, const TensorView& scale, const T
   check_shape(op, "weight", weight, {-1, -1});
   check_contiguous(op, "weight", weight);
   const PackedShape shape{weight.size(0), weight.size(1)};
-  check(shape.k <= kMaxK, op, "in_features is ", shape.k, ", but int32 sums are exact only up to ", kMaxK);
+  check(shape.k <= kInt8MaxK, op, "in_features is ", shape.k, ", but int32 sums are exact only up to ", kInt8MaxK);
   check_dtype(op, "scale", scale, {DType::float32});
   check_shape(op, "scale", scale, {shape.n});
   check_contiguous(op, "scale", scale);
@@ -243,17 +165,8 @@ void int8_linear(const TensorView& x, const TensorView& data, const TensorView& 
                  const std::optional<TensorView>& bias, const std::string& activation,
                  const std::optional<TensorView>& residual, const std::optional<TensorView>& x_scale,
                  const std::optional<TensorView>& out_scale, const TensorView& out) {
-  const bool quantized = x.dtype == DType::int8;
-  if (!quantized || !x_scale) {
-    check(!quantized, kOp, "x is int8, but x_scale, which says what its codes mean, is missing");
-    check_dtype(kOp, "x", x, {DType::float32, DType::bfloat16});
-  }
-  check_shape(kOp, "x", x, {-1, -1});
-  check_dtype(kOp, "packed_weight.scale", scale, {DType::float32});
-  check_shape(kOp, "packed_weight.scale", scale, {-1});
-  check_contiguous(kOp, "packed_weight.scale", scale);
-  const int64_t rows = x.size(0);
-  const PackedShape shape{scale.size(0), x.size(1)};
+  check_int8_x(kOp, x, x_scale.has_value());
+  const PackedShape shape{check_w_scale(kOp, scale), x.size(1)};
   check_dtype(kOp, "packed_weight.data", data, {DType::int8});
   check_shape(kOp, "packed_weight.data", data, {-1});
   check_contiguous(kOp, "packed_weight.data", data);
@@ -263,44 +176,11 @@ void int8_linear(const TensorView& x, const TensorView& data, const TensorView& 
   check_contiguous(kOp, "packed_weight.compensation", compensation);
 
   WorkspaceFrame frame;
-  Call call{.data = data.as<int8_t>(),
-            .compensation = compensation.as<int32_t>(),
-            .scale = scale.as<float>(),
-            .bias = bias ? float_bias(kOp, *bias, shape.n, frame) : nullptr,
-            .residual = {},
-            .activation = parse_activation(kOp, activation),
-            .out = {},
-            .out_inverse = 0};
-  if (residual) {
-    check_dtype(kOp, "residual", *residual, {DType::float32, DType::bfloat16});
-    call.residual = epilogue_matrix("residual", *residual, rows, shape.n);
-  }
-  if (out_scale) {
-    check_dtype(kOp, "out", out, {DType::int8});
-    call.out_inverse = 1.0f / positive_scale(kOp, "out_scale", *out_scale);
-  } else {
-    check_dtype(kOp, "out", out, {DType::float32, DType::bfloat16});
-  }
-  call.out = epilogue_matrix("out", out, rows, shape.n);
-
-  const bool scale_per_row = quantized && x_scale->ndim != 0;
-  float given_scale = 0;
-  if (scale_per_row) {
-    check_dtype(kOp, "x_scale", *x_scale, {DType::float32});
-    check_shape(kOp, "x_scale", *x_scale, {rows});
-  } else if (x_scale) {
-    given_scale = positive_scale(kOp, "x_scale", *x_scale);
-  }
-  check(!quantized || shape.k <= kMaxKOfCodes, kOp, "x has ", shape.k,
-        " features, but int32 sums of int8 codes are exact only up to ", kMaxKOfCodes);
-  if (rows == 0 || shape.n == 0) return;
-
-  const int64_t ld = round_up(shape.k_padded, 64) + tuning::kInt8RowPadding;
-  const Input input{.x = x,
-                    .row_scales = scale_per_row ? &*x_scale : nullptr,
-                    .scale = given_scale,
-                    .codes = {frame.take<uint8_t>(rows * ld), ld, shape.k_padded, frame.take<float>(rows)}};
-  multiply(input, rows, shape, call);
+  const Int8Operands operands =
+      int8_operands(kOp, x, scale, bias, activation, residual, x_scale, out_scale, out, frame);
+  if (x.size(0) == 0 || shape.n == 0) return;
+  multiply(operands, take_codes(x.size(0), shape.k_padded, frame), x.size(0), shape, data.as<int8_t>(),
+           compensation.as<int32_t>());
 }
 
 }  // namespace lamina

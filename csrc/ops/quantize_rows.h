@@ -19,6 +19,8 @@ struct OffsetCodes {
   int64_t ld;
   int64_t k_padded;
   float* scales;  // [m]
+
+  OffsetCodes from(int64_t row) const { return {codes + row * ld, ld, k_padded, scales + row}; }
 };
 
 // The same into offset codes; what lies behind k is the code of zero. `scale` is 0 for a scale per row.

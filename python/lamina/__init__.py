@@ -20,6 +20,7 @@ from lamina.configs import (
     Int8RNN,
     Int8Static,
     Int8WeightOnly,
+    SparseInt8,
 )
 from lamina.errors import FormatError
 from lamina.serialization import load_, save
@@ -39,6 +40,7 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "LayerDecision",
+    "SparseInt8",
     "SwapReport",
     "__version__",
     "accelerate",

@@ -53,6 +53,21 @@ class Int8Static(Config):
 
 
 @dataclass(frozen=True)
+class SparseInt8(Config):
+    """nn.Linear -> lamina.nn.SparseInt8Linear: int8, and only the blocks of the weight that hold a nonzero.
+
+    pattern: the blocks that pruning made zero, output channels x inputs: "1x4", "2x4" or "4x4". A layer with too few
+    zero blocks to be faster than the dense int8 layer is left alone.
+    """
+
+    pattern: str = "4x4"
+
+    def __post_init__(self) -> None:
+        if self.pattern not in ("1x4", "2x4", "4x4"):
+            raise ValueError(f"SparseInt8: pattern is '{self.pattern}', but must be 1x4, 2x4 or 4x4")
+
+
+@dataclass(frozen=True)
 class Int8WeightOnly(Config):
     """nn.Linear -> lamina.nn.Int8WeightOnlyLinear: int8 weights per channel, float activations; for few rows."""
 

@@ -26,13 +26,14 @@ from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.packed_linear import PackedLinear
 from lamina.nn.packed_weight import PackedWeight
 from lamina.nn.rnn import Int8GRU, Int8LSTM, arguments_of
+from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 FORMAT_VERSION = 1
 
 # The layers that take the place of a float one. Each has `options()`, the constructor's keyword arguments in JSON that
 # the place does not give, and `check_saved(state, prefix)`, a ValueError where its part of a state_dict does not fit.
-_LINEARS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear)
+_LINEARS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear, SparseInt8Linear)
 _RNNS: tuple[type[Int8LSTM | Int8GRU], ...] = (Int8LSTM, Int8GRU)
 _CONVS = (Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d)
 _LAYERS = (*_LINEARS, *_RNNS, *_CONVS)

@@ -30,6 +30,7 @@ from lamina.configs import (
     Int8RNN,
     Int8Static,
     Int8WeightOnly,
+    SparseInt8,
     resolve,
 )
 from lamina.nn.attention import LAYERS, ScaledDotProductAttention, adopt, in_proj_of, put_in_proj, release
@@ -39,7 +40,9 @@ from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
+from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
+from lamina.ops.sparse_int8_linear import BREAK_EVEN_DENSITY, block_density
 from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
@@ -558,6 +561,20 @@ def _calibrate(model: nn.Module, asked: dict[Config, list[Site]]) -> dict[Config
 @handles(CalibratedInt8)
 def _int8_static(site: Site, config: Config) -> Candidate | str | None:
     return replace_int8(site, lambda: config.calibration.scale(site.fqn))
+
+
+@handles(SparseInt8)
+def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
+    def build(linear: nn.Linear) -> nn.Module:
+        density, limit = block_density(linear.weight, config.pattern), BREAK_EVEN_DENSITY[config.pattern]
+        if density >= limit:
+            raise ValueError(
+                f"{density:.0%} of its {config.pattern} blocks hold a nonzero, and above {limit:.0%} the dense int8 "
+                "layer is as fast"
+            )
+        return SparseInt8Linear.from_float(linear, pattern=config.pattern)
+
+    return replace_linear(site, build, packed=True)
 
 
 @handles(Int8WeightOnly)

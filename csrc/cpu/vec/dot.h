@@ -5,13 +5,21 @@
 //
 // vpdpbusd multiplies the codes as they are; what their offset adds is the compensation, which dot4_start takes off
 // ([NOTE] s8s8 compensation in cpu/kernels/int8_gemm.h). Without it vpmaddubsw would saturate, so the offset is taken
-// off first and the sign of the code moves to the weight: |x| <= 127 and 127 * 127 * 2 fits 16 bits.
+// off first and the sign of the code moves to the weight: |x| <= 128 and 128 * 127 * 2 fits 16 bits.
+//
+// kDotKeepsOffset: whether sums of dot4 that started from zero still have the compensation in them.
 #pragma once
 
 #include "cpu/vec/vec.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr bool kDotKeepsOffset = true;
+#else
+constexpr bool kDotKeepsOffset = false;
+#endif
 
 #if defined(__AVX512VNNI__)
 

@@ -13,6 +13,7 @@ from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
 from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
+from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "QATLinear",
     "RNNCell",
     "ScaledDotProductAttention",
+    "SparseInt8Linear",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -27,6 +27,12 @@ from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
 from lamina.ops.rnn_relu import rnn_relu
 from lamina.ops.rnn_tanh import rnn_tanh
+from lamina.ops.sparse_int8_linear import (
+    PackedSparseInt8Weight,
+    pack_sparse_int8_weight,
+    sparse_int8_linear,
+    unpack_sparse_int8_weight,
+)
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     pack_int4_weight,
@@ -40,6 +46,7 @@ __all__ = [
     "PackedInt8ConvTransposeWeight",
     "PackedInt8ConvWeight",
     "PackedInt8Weight",
+    "PackedSparseInt8Weight",
     "append_to_cache_",
     "attention",
     "attention_backward",
@@ -63,13 +70,16 @@ __all__ = [
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
     "pack_int8_weight",
+    "pack_sparse_int8_weight",
     "quantize_rows",
     "rms_norm",
     "rnn_relu",
     "rnn_tanh",
+    "sparse_int8_linear",
     "unpack_int4_weight",
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",
     "unpack_int8_weight",
+    "unpack_sparse_int8_weight",
     "weight_only_linear",
 ]

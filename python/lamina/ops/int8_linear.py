@@ -72,6 +72,47 @@ def unpack_int8_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
     return weight
 
 
+def int8_output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the output of an int8 product, None for x's."""
+    if out_scale is not None:
+        return torch.int8
+    return torch.float32 if out_dtype is None and x.dtype is torch.int8 else out_dtype
+
+
+def with_int8_rows(name: str, kernel: Callable, arguments: tuple) -> Tensor:
+    """Calls `kernel`, which takes rows [M, K], with the arguments of the op `name`, whose x is [..., K]."""
+    x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype = arguments
+    if x.ndim == 0:
+        raise ValueError(f"{name}: x is a scalar, but must have at least one dimension, [..., K]")
+    lead = x.shape[:-1]
+    if out_scale is not None and out_dtype is not None:
+        raise ValueError(f"{name}: out_dtype {out_dtype} goes with a float output, but out_scale asks for int8")
+    out = x.new_empty(*lead, scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
+    if residual is not None:
+        if residual.shape != out.shape:
+            raise ValueError(
+                f"{name}: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
+            )
+        if residual.stride(-1) != 1:
+            residual = residual.contiguous()
+    if x_scale is not None and x_scale.ndim and x_scale.shape != lead:
+        raise ValueError(
+            f"{name}: x_scale has shape {list(x_scale.shape)}, but must be [] or, for int8 x, {list(lead)}"
+        )
+    if x.ndim == 2:
+        kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out)
+        return out
+    # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
+    rows, n = lead.numel(), scale.shape[0]
+    if residual is not None:
+        residual = residual.reshape(rows, n)
+    if x_scale is not None and (x_scale.ndim or (x.ndim == 1 and x.dtype is torch.int8)):
+        x_scale = x_scale.reshape(rows)
+    x = x.reshape(rows, x.shape[-1])
+    kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out.view(rows, n))
+    return out
+
+
 def _cpu(
     x: Tensor,
     data: Tensor,
@@ -84,41 +125,11 @@ def _cpu(
     out_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if x.ndim == 0:
-        raise ValueError("int8_linear: x is a scalar, but must have at least one dimension, [..., K]")
-    lead = x.shape[:-1]
-    if out_scale is not None:
-        if out_dtype is not None:
-            raise ValueError(
-                f"int8_linear: out_dtype {out_dtype} goes with a float output, but out_scale asks for int8"
-            )
-        out_dtype = torch.int8
-    elif out_dtype is None and x.dtype is torch.int8:
-        out_dtype = torch.float32
-    out = x.new_empty(*lead, scale.shape[0], dtype=out_dtype)
-    if residual is not None:
-        if residual.shape != out.shape:
-            raise ValueError(
-                f"int8_linear: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
-            )
-        if residual.stride(-1) != 1:
-            residual = residual.contiguous()
-    if x_scale is not None and x_scale.ndim and x_scale.shape != lead:
-        raise ValueError(
-            f"int8_linear: x_scale has shape {list(x_scale.shape)}, but must be [] or, for int8 x, {list(lead)}"
-        )
-    if x.ndim == 2:
-        _C.int8_linear(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out)
-        return out
-    # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
-    rows, n = lead.numel(), scale.shape[0]
-    if residual is not None:
-        residual = residual.reshape(rows, n)
-    if x_scale is not None and (x_scale.ndim or (x.ndim == 1 and x.dtype is torch.int8)):
-        x_scale = x_scale.reshape(rows)
-    x = x.reshape(rows, x.shape[-1])
-    _C.int8_linear(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out.view(rows, n))
-    return out
+    return with_int8_rows(
+        "int8_linear",
+        _C.int8_linear,
+        (x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype),
+    )
 
 
 def _fake(
@@ -135,11 +146,7 @@ def _fake(
 ) -> Tensor:
     torch._check(x.ndim >= 1, lambda: "int8_linear: x must have at least one dimension")
     torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"int8_linear: x is {x.dtype}")
-    if out_scale is not None:
-        out_dtype = torch.int8
-    elif out_dtype is None and x.dtype is torch.int8:
-        out_dtype = torch.float32
-    return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=out_dtype)
+    return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
 
 
 _op = define(

@@ -1,0 +1,11 @@
+// sparse_int8 on vpdpbusd: the portable tiles, with the instruction that vec/dot.h has for them.
+#include "cpu/kernels/sparse_int8_tile.h"
+
+namespace lamina::LAMINA_ISA {
+namespace {
+
+REGISTER_KERNEL(sparse_int8_table, sparse_int8);
+REGISTER_KERNEL(sparse_int8_rows_table, sparse_int8_rows);
+
+}  // namespace
+}  // namespace lamina::LAMINA_ISA

@@ -1,0 +1,32 @@
+// A linear layer with a block-sparse int8 weight: int8_linear where only the blocks with a nonzero weight are stored
+// and multiplied. Its outputs are the bits that int8_linear gives for the dense weight. See cpu/kernels/sparse_int8.h
+// for how blocks lie.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "ops/tensor.h"
+
+namespace lamina {
+
+// Bytes of the packed form of weight [n, k] int8 in blocks of `height` (1, 2 or 4) output channels x 4 inputs, from a
+// header of 64 bytes on; n and k are padded to whole units of 16 channels and blocks.
+int64_t sparse_int8_linear_packed_size(const TensorView& weight, int64_t height);
+
+// weight [n, k] int8 in [-127, 127], scale [n] float32 -> data [packed_size] uint8, compensation [n rounded up to 16]
+// int32 (see [NOTE] s8s8 compensation in cpu/kernels/int8_gemm.h). Refuses scales that are not finite.
+void sparse_int8_linear_pack(const TensorView& weight, const TensorView& scale, int64_t height, const TensorView& data,
+                             const TensorView& compensation);
+
+// The inverse: data -> weight [n, k].
+void sparse_int8_linear_unpack(const TensorView& data, const TensorView& weight);
+
+// Operands as in int8_linear, with data from sparse_int8_linear_pack. Throws FormatError for data that is not.
+void sparse_int8_linear(const TensorView& x, const TensorView& data, const TensorView& scale,
+                        const TensorView& compensation, const std::optional<TensorView>& bias,
+                        const std::string& activation, const std::optional<TensorView>& residual,
+                        const std::optional<TensorView>& x_scale, const std::optional<TensorView>& out_scale,
+                        const TensorView& out);
+
+}  // namespace lamina

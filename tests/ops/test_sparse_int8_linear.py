@@ -1,0 +1,236 @@
+"""sparse_int8_linear: the bits of the dense layer, its packed format, and every way to call it wrongly."""
+
+import pytest
+import torch
+from cases import LAYOUTS, zero_blocks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_exact, assert_sum
+
+import lamina
+from lamina import FormatError
+from lamina.ops import (
+    PackedSparseInt8Weight,
+    int8_linear,
+    pack_int8_weight,
+    pack_sparse_int8_weight,
+    sparse_int8_linear,
+    unpack_sparse_int8_weight,
+)
+from lamina.ops.sparse_int8_linear import HEIGHTS, block_density
+from lamina.quant import dequantize_weight, quantize_weight
+
+PATTERNS = pytest.mark.parametrize("pattern", HEIGHTS)
+LARGEST_K = (2**31 - 1) // (127 * 127)
+
+
+def codes_of(n: int, k: int, pattern: str, density: float, generator: torch.Generator) -> torch.Tensor:
+    codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    return zero_blocks(codes, pattern, density, generator)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    pattern=st.sampled_from(list(HEIGHTS)),
+    n=st.integers(0, 70),
+    k=st.integers(0, 70),
+    density=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_pack_and_unpack_are_inverse(pattern, n, k, density, seed):
+    codes = codes_of(n, k, pattern, density, torch.Generator().manual_seed(seed))
+    packed = pack_sparse_int8_weight(codes, torch.ones(n), pattern=pattern)
+    assert_exact(unpack_sparse_int8_weight(packed, k), codes)
+
+
+def test_packing_takes_any_strides(generator):
+    weight = zero_blocks(torch.randn(70, 33, generator=generator), "2x4", 0.3, generator)
+    plain = pack_sparse_int8_weight(weight, pattern="2x4")
+    for layout in ("transposed", "misaligned", "sliced", "every_second"):
+        for ours, expected in zip(pack_sparse_int8_weight(LAYOUTS[layout](weight), pattern="2x4"), plain, strict=True):
+            assert_exact(ours, expected, layout)
+
+
+@PATTERNS
+def test_packed_bytes(pattern, generator):
+    """Codes, two bytes for the place of each block, and little else."""
+    n, k = 768, 3072
+    codes = torch.ones(n, k, dtype=torch.int8)
+    kept = pack_sparse_int8_weight(zero_blocks(codes, pattern, 0.1, generator), torch.ones(n), pattern=pattern)
+    height = HEIGHTS[pattern]
+    assert sum(t.nbytes for t in kept) <= 0.11 * n * k * (1 + 2 / (4 * height)) + 24 * n
+
+
+# -- the same bits as the dense layer
+
+
+@PATTERNS
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 300, 40), (3, 1541, 37), (9, 77, 70), (40, 1541, 37), (70, 96, 130)])
+def test_bits_of_the_dense_layer(pattern, m, k, n, isa, generator):
+    codes, scale = codes_of(n, k, pattern, 0.25, generator), torch.rand(n, generator=generator)
+    x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+    residual = torch.randn(m, n, generator=generator)
+    dense, sparse = pack_int8_weight(codes, scale), pack_sparse_int8_weight(codes, scale, pattern=pattern)
+    with lamina.force_isa(isa):
+        for options in ({}, {"activation": "gelu", "residual": residual}, {"out_scale": torch.tensor(0.2)}):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                expected = int8_linear(x, dense, bias, **options)
+                assert_exact(sparse_int8_linear(x, sparse, bias, **options), expected, f"{options} {threads}")
+
+
+@PATTERNS
+@pytest.mark.parametrize("rows", [1, 5])
+def test_extremes_do_not_saturate_or_wrap(pattern, rows, isa):
+    for x_sign in (1, -1):
+        for w_sign in (1, -1):
+            x = torch.full((rows, LARGEST_K), 127.0 * x_sign)
+            weight = torch.full((5, LARGEST_K), 127 * w_sign, dtype=torch.int8)
+            with lamina.force_isa(isa):
+                y = sparse_int8_linear(x, pack_sparse_int8_weight(weight, torch.ones(5), pattern=pattern))
+            expected = float(127 * 127 * LARGEST_K * x_sign * w_sign)
+            assert_exact(y, torch.full((rows, 5), expected), isa)
+
+
+def test_codes_of_minus_128(isa):
+    """Codes that somebody else made may use the one value that ours never take."""
+    codes = torch.full((6, 40), -128, dtype=torch.int8)
+    for pattern in HEIGHTS:
+        packed = pack_sparse_int8_weight(torch.full((5, 40), -127, dtype=torch.int8), torch.ones(5), pattern=pattern)
+        with lamina.force_isa(isa):
+            y = sparse_int8_linear(codes, packed, x_scale=torch.tensor(1.0))
+        assert_exact(y, torch.full((6, 5), 128.0 * 127 * 40), isa)
+
+
+@PATTERNS
+def test_a_weight_of_zeros_gives_the_bias(pattern, generator):
+    bias = torch.randn(20, generator=generator)
+    packed = pack_sparse_int8_weight(torch.zeros(20, 36), pattern=pattern)
+    for m in (1, 6):
+        assert_exact(sparse_int8_linear(torch.randn(m, 36), packed, bias), bias.expand(m, 20).contiguous())
+
+
+def test_a_row_with_nan_gives_nan(generator):
+    packed = pack_sparse_int8_weight(torch.randn(20, 36, generator=generator))
+    for m in (2, 7):
+        x = torch.randn(m, 36, generator=generator)
+        x[1, 3] = float("inf")
+        y = sparse_int8_linear(x, packed)
+        assert y[1].isnan().all()
+        assert y[0].isfinite().all()
+
+
+def test_work_is_shared_by_blocks(generator):
+    """All blocks in the first channels: the others' outputs still come, for every number of threads."""
+    weight = torch.zeros(300, 256)
+    weight[:16] = torch.randn(16, 256, generator=generator)
+    packed, x = pack_sparse_int8_weight(weight), torch.randn(8, 256, generator=generator)
+    expected = int8_linear(x, pack_int8_weight(weight))
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        assert_exact(sparse_int8_linear(x, packed), expected, str(threads))
+
+
+# -- gradients
+
+
+def test_gradients_are_those_of_the_dense_layer(generator):
+    weight = zero_blocks(torch.randn(20, 33, generator=generator), "4x4", 0.4, generator)
+    codes, scale = quantize_weight(weight)
+    x = torch.randn(5, 33, generator=generator, requires_grad=True)
+    bias = torch.randn(20, generator=generator, requires_grad=True)
+    residual = torch.randn(5, 20, generator=generator, requires_grad=True)
+    packed = pack_sparse_int8_weight(weight)
+    grad = torch.randn(5, 20, generator=generator)
+    sparse_int8_linear(x, packed, bias, activation="relu", residual=residual).backward(grad)
+    before = int8_linear(x.detach(), pack_int8_weight(weight), bias.detach(), residual=residual.detach())
+    passed = grad.double().where(before > 0, 0.0)
+    dense = dequantize_weight(codes, scale).double()
+    assert_sum(x.grad, passed @ dense, terms=20, magnitude=passed.abs() @ dense.abs())
+    assert_sum(bias.grad, passed.sum(0), terms=5, magnitude=passed.abs().sum(0))
+    assert_exact(residual.grad, passed.float())
+
+
+# -- what is refused
+
+
+def test_density():
+    weight = torch.zeros(9, 10)
+    assert block_density(weight, "4x4") == 0
+    weight[8, 9] = 1e-3
+    assert block_density(weight, "4x4") == pytest.approx(1 / 9)
+    assert block_density(weight, "1x4") == pytest.approx(1 / 27)
+    assert block_density(torch.ones(0, 4), "2x4") == 0
+    assert block_density(torch.ones(3, 5), "2x4") == 1
+
+
+def test_refused_weights(generator):
+    weight = torch.randn(8, 8, generator=generator)
+    for pattern in ("4x1", "3x3", "2:4", "unstructured"):
+        with pytest.raises(ValueError, match=f"pattern '{pattern}' is unknown; use 1x4, 2x4, 4x4"):
+            pack_sparse_int8_weight(weight, pattern=pattern)
+    with pytest.raises(ValueError, match=r"weight has shape \[8\], but must be \[N, K\]"):
+        pack_sparse_int8_weight(weight[0])
+    with pytest.raises(ValueError, match="an int8 weight needs its scale"):
+        pack_sparse_int8_weight(weight.to(torch.int8))
+    with pytest.raises(ValueError, match="scale goes with an int8 weight"):
+        pack_sparse_int8_weight(weight, torch.ones(8))
+    with pytest.raises(ValueError, match="output channel 0 has a NaN or infinite weight"):
+        pack_sparse_int8_weight(torch.full((2, 4), float("nan")))
+    with pytest.raises(ValueError, match=r"weight\[1, 2\] is -128, but codes must lie in \[-127, 127\]"):
+        codes = torch.zeros(3, 4, dtype=torch.int8)
+        codes[1, 2] = -128
+        pack_sparse_int8_weight(codes, torch.ones(3))
+    with pytest.raises(ValueError, match=r"scale\[0\] is inf, but must be finite and not negative"):
+        pack_sparse_int8_weight(torch.zeros(1, 4, dtype=torch.int8), torch.tensor([float("inf")]))
+    with pytest.raises(ValueError, match=f"in_features is {LARGEST_K + 1}, but int32 sums are exact only up to"):
+        pack_sparse_int8_weight(torch.zeros(1, LARGEST_K + 1, dtype=torch.int8), torch.ones(1))
+    with pytest.raises(ValueError, match="weight is on meta, but int8 kernels run on the CPU"):
+        pack_sparse_int8_weight(torch.empty(4, 4, device="meta"))
+
+
+def test_refused_packed_data(generator):
+    packed = pack_sparse_int8_weight(torch.randn(8, 12, generator=generator))
+    x = torch.randn(2, 12, generator=generator)
+
+    def call(data: torch.Tensor) -> torch.Tensor:
+        return sparse_int8_linear(x, packed._replace(data=data))
+
+    with pytest.raises(FormatError, match="is no weight that pack_sparse_int8_weight made"):
+        call(torch.zeros(500, dtype=torch.uint8))
+    with pytest.raises(FormatError, match="is no weight that pack_sparse_int8_weight made"):
+        call(packed.data[:20])
+    newer = packed.data.clone()
+    newer[8] = 9
+    with pytest.raises(FormatError, match="has version 9, but this lamina reads 1; pack the weight again"):
+        call(newer)
+    with pytest.raises(FormatError, match=r"is damaged: its header says 4x4 blocks of \[8, 12\] in"):
+        call(packed.data[:-1])
+    strange = packed.data.clone()
+    strange[12] = 3
+    with pytest.raises(FormatError, match="is damaged: its header says 3x4 blocks"):
+        unpack_sparse_int8_weight(packed._replace(data=strange), 12)
+    with pytest.raises(ValueError, match="is int8.*, but must be uint8"):
+        call(packed.data.to(torch.int8))
+
+
+def test_refused_calls(generator):
+    packed = pack_sparse_int8_weight(torch.randn(8, 12, generator=generator))
+    x = torch.randn(2, 12, generator=generator)
+    with pytest.raises(ValueError, match="sparse_int8_linear: x has 11 features, but packed_weight was packed for 12"):
+        sparse_int8_linear(x[:, :11], packed)
+    with pytest.raises(ValueError, match="scale has 7 channels, but packed_weight.data has 8"):
+        sparse_int8_linear(x, packed._replace(scale=packed.scale[:7].clone()))
+    with pytest.raises(ValueError, match="sparse_int8_linear: x is a scalar"):
+        sparse_int8_linear(torch.tensor(1.0), packed)
+    with pytest.raises(ValueError, match="x is float64.*, but must be float32 or bfloat16"):
+        sparse_int8_linear(x.double(), packed)
+    with pytest.raises(ValueError, match="x is int8, but x_scale"):
+        sparse_int8_linear(x.to(torch.int8), packed)
+    with pytest.raises(ValueError, match="activation 'swish' is unknown; use none, relu"):
+        sparse_int8_linear(x, packed, activation="swish")
+    with pytest.raises(ValueError, match=r"residual has shape \[2, 12\], but must be \[2, 8\] like the output"):
+        sparse_int8_linear(x, packed, residual=x)
+    with pytest.raises(ValueError, match=r"packed_weight.compensation has shape \[8\], but must be \[16\]"):
+        broken = PackedSparseInt8Weight(packed.data, packed.scale, packed.compensation[:8].clone())
+        sparse_int8_linear(x, broken)
