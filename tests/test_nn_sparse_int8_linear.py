@@ -112,7 +112,7 @@ def test_input_gradient_reaches_what_lies_before():
     layer, x = SparseInt8Linear.from_float(pruned()), torch.randn(4, 70, requires_grad=True)
     layer(x).sum().backward()
     assert_lossy(x.grad, layer.weight.clone().sum(0).expand(4, 70), min_sqnr_db=100)
-    assert not list(p for p in layer.parameters() if p.requires_grad)
+    assert not [p for p in layer.parameters() if p.requires_grad]
 
 
 # -- SparseInt8 in swap_ and accelerate

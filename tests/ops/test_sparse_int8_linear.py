@@ -177,9 +177,9 @@ def test_refused_weights(generator):
         pack_sparse_int8_weight(weight, torch.ones(8))
     with pytest.raises(ValueError, match="output channel 0 has a NaN or infinite weight"):
         pack_sparse_int8_weight(torch.full((2, 4), float("nan")))
+    codes = torch.zeros(3, 4, dtype=torch.int8)
+    codes[1, 2] = -128
     with pytest.raises(ValueError, match=r"weight\[1, 2\] is -128, but codes must lie in \[-127, 127\]"):
-        codes = torch.zeros(3, 4, dtype=torch.int8)
-        codes[1, 2] = -128
         pack_sparse_int8_weight(codes, torch.ones(3))
     with pytest.raises(ValueError, match=r"scale\[0\] is inf, but must be finite and not negative"):
         pack_sparse_int8_weight(torch.zeros(1, 4, dtype=torch.int8), torch.tensor([float("inf")]))
@@ -210,7 +210,7 @@ def test_refused_packed_data(generator):
     strange[12] = 3
     with pytest.raises(FormatError, match="is damaged: its header says 3x4 blocks"):
         unpack_sparse_int8_weight(packed._replace(data=strange), 12)
-    with pytest.raises(ValueError, match="is int8.*, but must be uint8"):
+    with pytest.raises(ValueError, match=r"is int8.*, but must be uint8"):
         call(packed.data.to(torch.int8))
 
 
@@ -219,11 +219,11 @@ def test_refused_calls(generator):
     x = torch.randn(2, 12, generator=generator)
     with pytest.raises(ValueError, match="sparse_int8_linear: x has 11 features, but packed_weight was packed for 12"):
         sparse_int8_linear(x[:, :11], packed)
-    with pytest.raises(ValueError, match="scale has 7 channels, but packed_weight.data has 8"):
+    with pytest.raises(ValueError, match=r"scale has 7 channels, but packed_weight.data has 8"):
         sparse_int8_linear(x, packed._replace(scale=packed.scale[:7].clone()))
     with pytest.raises(ValueError, match="sparse_int8_linear: x is a scalar"):
         sparse_int8_linear(torch.tensor(1.0), packed)
-    with pytest.raises(ValueError, match="x is float64.*, but must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"x is float64.*, but must be float32 or bfloat16"):
         sparse_int8_linear(x.double(), packed)
     with pytest.raises(ValueError, match="x is int8, but x_scale"):
         sparse_int8_linear(x.to(torch.int8), packed)
@@ -231,6 +231,6 @@ def test_refused_calls(generator):
         sparse_int8_linear(x, packed, activation="swish")
     with pytest.raises(ValueError, match=r"residual has shape \[2, 12\], but must be \[2, 8\] like the output"):
         sparse_int8_linear(x, packed, residual=x)
+    broken = PackedSparseInt8Weight(packed.data, packed.scale, packed.compensation[:8].clone())
     with pytest.raises(ValueError, match=r"packed_weight.compensation has shape \[8\], but must be \[16\]"):
-        broken = PackedSparseInt8Weight(packed.data, packed.scale, packed.compensation[:8].clone())
         sparse_int8_linear(x, broken)

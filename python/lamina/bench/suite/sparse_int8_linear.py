@@ -1,4 +1,4 @@
-"""sparse_int8_linear at BERT's layers: block-sparse int8 against dense eager float32, and against lamina's dense int8."""
+"""sparse_int8_linear at BERT's layers: block-sparse int8 against dense eager float32 and lamina's dense int8."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
