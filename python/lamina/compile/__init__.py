@@ -8,8 +8,9 @@ pass takes stays in eager PyTorch, or goes to Inductor with options={"fallback":
 enough: the backend is an entry point, found by name without an import.
 
 Nothing is made less precise unless asked for: float layers stay float. A model whose layers were swapped before
-(`lamina.swap_(model, lamina.Int8Dynamic())`) keeps them, and they get activation, residual sum and merged projections
-in one call; options={"config": lamina.Int8Dynamic()} does both in one go and keeps the float weights too.
+(`lamina.swap_(model, lamina.Int8Dynamic())`) keeps them, and they get batch norm, activation, residual sum and merged
+projections in one call; between layers of `lamina.Int8Static` go int8 codes. options={"config": lamina.Int8Dynamic()}
+makes linear layers int8 while compiling and keeps the float weights too.
 
 Graphs that need gradients run as they were captured: call the model under torch.no_grad or torch.inference_mode.
 """

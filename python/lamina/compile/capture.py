@@ -19,18 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
+from torch._prims_common import is_channels_last_contiguous_or_false, is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 import lamina.ops  # noqa: F401  (registers the ops this module names)
 
-_INT8_LINEAR = torch.ops.lamina.int8_linear.default
-
 _FUNCTIONS: dict[Any, str] = {
     F.linear: "linear",
     torch.addmm: "addmm",
-    _INT8_LINEAR: "int8_linear",
+    torch.ops.lamina.int8_linear.default: "int8_linear",
+    torch.conv2d: "conv2d",
+    torch.ops.lamina.conv2d.default: "lamina_conv2d",
+    torch.ops.lamina.int8_conv2d.default: "int8_conv2d",
+    torch.ops.lamina.int8_pool2d.default: "int8_pool2d",
+    F.batch_norm: "batch_norm",
+    F.max_pool2d: "max_pool2d",
+    torch.max_pool2d: "max_pool2d",
+    F.avg_pool2d: "avg_pool2d",
+    F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
+    F.pad: "pad",
+    torch._C._nn.pad: "pad",
     F.scaled_dot_product_attention: "attention",
     F.layer_norm: "layer_norm",
     torch.layer_norm: "layer_norm",
@@ -42,6 +52,9 @@ _FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
     F.gelu: "gelu",
     F.silu: "silu",
+    F.relu6: "relu6",
+    F.hardtanh: "hardtanh",
+    F.hardswish: "hardswish",
     F.softmax: "softmax",
     torch.softmax: "softmax",
     torch.sigmoid: "sigmoid",
@@ -67,8 +80,10 @@ _FUNCTIONS: dict[Any, str] = {
     torch.masked_fill: "masked_fill",
     torch.transpose: "transpose",
     torch.cat: "cat",
+    torch.concat: "cat",
     torch.tensor: "tensor",
     torch.reshape: "view",
+    torch.flatten: "view",
     torch.split: "split",
     torch.split_with_sizes: "split",
     operator.getitem: "getitem",
@@ -116,7 +131,49 @@ _PARAMETERS: dict[str, tuple[tuple[str, Any], ...]] = {
     "pow": (("input", None), ("exponent", None)),
     "matmul": (("input", None), ("mat2", None)),
     "cat": (("tensors", None), ("dim", 0)),
+    "hardtanh": (("input", None), ("min_val", -1.0), ("max_val", 1.0), ("inplace", False)),
+    "conv2d": (
+        ("input", None),
+        ("weight", None),
+        ("bias", None),
+        ("stride", 1),
+        ("padding", 0),
+        ("dilation", 1),
+        ("groups", 1),
+    ),
+    "batch_norm": (
+        ("input", None),
+        ("running_mean", None),
+        ("running_var", None),
+        ("weight", None),
+        ("bias", None),
+        ("training", False),
+        ("momentum", 0.1),
+        ("eps", 1e-5),
+    ),
+    "max_pool2d": (
+        ("input", None),
+        ("kernel_size", None),
+        ("stride", None),
+        ("padding", 0),
+        ("dilation", 1),
+        ("ceil_mode", False),
+        ("return_indices", False),
+    ),
+    "avg_pool2d": (
+        ("input", None),
+        ("kernel_size", None),
+        ("stride", None),
+        ("padding", 0),
+        ("ceil_mode", False),
+        ("count_include_pad", True),
+        ("divisor_override", None),
+    ),
+    "adaptive_avg_pool2d": (("input", None), ("output_size", None)),
+    "pad": (("input", None), ("pad", None), ("mode", "constant"), ("value", None)),
 }
+# Kinds that are ops of lamina: their schema names the arguments.
+_OPS = {"int8_linear", "lamina_conv2d", "int8_conv2d", "int8_pool2d"}
 # Kinds that say nothing about numbers: they never count as work left to eager.
 FREE = {"view", "transpose", "getitem", "split", "contiguous", "tensor"}
 _VIEWS = {"view", "transpose", "getitem", "split", "contiguous"}
@@ -154,7 +211,7 @@ def kind(value: Any) -> str | None:
 def operands(node: fx.Node) -> dict[str, Any]:
     """The arguments of a node of a known kind by name, defaults filled in."""
     of_kind = kind(node)
-    if of_kind == "int8_linear":
+    if of_kind in _OPS:
         return _by_schema(node)
     if of_kind == "softmax" and node.target is not F.softmax:
         parameters = (("input", None), ("dim", None), ("dtype", None))
@@ -185,6 +242,16 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(fake(value), Tensor)
 
 
+def format_of(node: fx.Node) -> torch.memory_format | None:
+    """How a tensor lies in memory: contiguous, channels_last, or None for any other way."""
+    value = fake(node)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    if is_contiguous_or_false(value):
+        return torch.contiguous_format
+    return torch.channels_last if value.ndim == 4 and is_channels_last_contiguous_or_false(value) else None
+
+
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two tensors surely have one shape; a guard is never added to find out."""
     left, right = fake(a).shape, fake(b).shape
@@ -205,12 +272,15 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def activation_of(node: fx.Node) -> tuple[str, fx.Node] | None:
-    """(name, input) of an elementwise activation that the linear kernels know."""
+    """(name, input) of an elementwise activation that the kernels know."""
     of_kind = kind(node)
     if node.target is quick_gelu:
         return "quick_gelu", node.args[0]
-    if of_kind in ("relu", "silu", "tanh") and is_tensor(node.args[0] if node.args else None):
+    if of_kind in ("relu", "relu6", "silu", "hardswish", "tanh") and is_tensor(node.args[0] if node.args else None):
         return of_kind, node.args[0]
+    if of_kind == "hardtanh" and node.args:
+        values = operands(node)
+        return ("relu6", node.args[0]) if (values["min_val"], values["max_val"]) == (0, 6) else None
     if of_kind == "gelu" and node.args:
         return {"none": "gelu", "tanh": "gelu_tanh"}[operands(node)["approximate"]], node.args[0]
     return None
@@ -276,7 +346,8 @@ def writes(node: fx.Node) -> bool:
     target = node.target
     if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
-    if kind(node) in ("dropout", "relu", "silu") and len(node.args) > 1 and node.args[-1] is True:
+    inplace = ("dropout", "relu", "silu", "relu6", "hardtanh", "hardswish")
+    if kind(node) in inplace and len(node.args) > 1 and node.args[-1] is True:
         return True
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
@@ -328,6 +399,10 @@ class Captured:
         # The mode the graph was traced in; the one of the tracing context is new, for the compiler's own tensors.
         traced = (fake(node) for node in self.graph.nodes)
         self.fake_mode = next((v.fake_mode for v in traced if isinstance(v, FakeTensor)), None) or detect_fake_mode()
+
+        output = next(iter(reversed(self.graph.nodes)))
+        self.output_formats: list[torch.memory_format | None] = []
+        map_arg(output.args, lambda node: self.output_formats.append(format_of(node)))
 
     def nodes(self, *kinds: str) -> Iterator[fx.Node]:
         """The nodes of some kinds, in order; a pass may change the graph meanwhile."""

@@ -192,11 +192,11 @@ class _Conv2d(torch.autograd.Function):
         return of_input, *others, None, None, None, None, None
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def _paddings(
+def paddings_of(
     padding: str | int | Sequence[int], kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, ...]:
     """[vertical, horizontal], or [top, bottom, left, right] where the two sides differ."""
@@ -211,16 +211,16 @@ def _paddings(
         return tuple(side for t in total for side in (t // 2, t - t // 2))
     if isinstance(padding, str):
         raise ValueError(f"conv2d: padding '{padding}' is unknown; use 'same', 'valid' or numbers")
-    return _pair(padding)
+    return pair(padding)
 
 
 def _pool_sizes(pool: tuple | None) -> tuple[str, tuple[int, ...]]:
     if pool is None:
         return "none", ()
     kind, window, *rest = pool
-    window = _pair(window)
-    stride = _pair(rest[0]) if rest and rest[0] is not None else window
-    padding = _pair(rest[1]) if len(rest) > 1 else (0, 0)
+    window = pair(window)
+    stride = pair(rest[0]) if rest and rest[0] is not None else window
+    padding = pair(rest[1]) if len(rest) > 1 else (0, 0)
     return kind, (*window, *stride, *padding)
 
 
@@ -275,8 +275,8 @@ def conv2d(
 
     >>> y = lamina.ops.conv2d(x, weight, bias, padding=1, activation="relu", pool=("max", 2))
     """
-    stride, dilation = _pair(stride), _pair(dilation)
-    paddings = _paddings(padding, weight.shape[2:], stride, dilation)
+    stride, dilation = pair(stride), pair(dilation)
+    paddings = paddings_of(padding, weight.shape[2:], stride, dilation)
     kind, sizes = _pool_sizes(pool)
     activation = activation or "none"
     if winograd is None:

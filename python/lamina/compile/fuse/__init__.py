@@ -4,6 +4,8 @@ from lamina.compile.capture import Captured
 from lamina.compile.fuse.activation import activations
 from lamina.compile.fuse.attention import attention
 from lamina.compile.fuse.clean import clean, contiguous
+from lamina.compile.fuse.codes import codes
+from lamina.compile.fuse.conv import convolutions, fold_batch_norms, restore_outputs
 from lamina.compile.fuse.linear import epilogues, join_views, quantize_linears
 from lamina.compile.fuse.merge import merge, share_quantization
 from lamina.compile.fuse.norm import norms, rms_norms
@@ -16,10 +18,13 @@ def fuse(captured: Captured, int8: bool = False) -> None:
     clean(captured)
     activations(captured)
     rms_norms(captured)
+    fold_batch_norms(captured)
+    convolutions(captured)
     if int8:
         quantize_linears(captured)
     join_views(captured)
     epilogues(captured)
+    codes(captured)
     merge(captured)
     share_quantization(captured)
     attention(captured)
@@ -28,3 +33,4 @@ def fuse(captured: Captured, int8: bool = False) -> None:
     captured.evaluate_all()
     contiguous(captured)
     views(captured)
+    restore_outputs(captured)

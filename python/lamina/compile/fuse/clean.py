@@ -2,16 +2,17 @@
 
 Dropout that is off, casts to the dtype a tensor has, contiguous() on what is contiguous: each returns its input itself
 in eager too. A concatenation with an empty tensor (a key-value cache before its first word) is a copy of the other. `x
-+= y` on a tensor that nobody else can see is written `x + y`.
++= y` and in-place activations on a tensor that nobody else can see are written `x + y` and `relu(x)`.
 """
 
 import operator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._prims_common import is_contiguous_or_false
 
-from lamina.compile.capture import Captured, fake, is_tensor, kind, operands
+from lamina.compile.capture import Captured, fake, is_tensor, kind, operands, writes
 
 # Calls whose result is memory of their own, whatever their arguments are.
 _FRESH = {
@@ -25,9 +26,21 @@ _FRESH = {
     "matmul",
     "gelu",
     "silu",
+    "relu",
+    "relu6",
+    "hardtanh",
+    "hardswish",
     "attention",
     "softmax",
+    "conv2d",
+    "lamina_conv2d",
+    "int8_conv2d",
+    "batch_norm",
+    "max_pool2d",
+    "avg_pool2d",
 }
+_IN_PLACE = {"relu", "relu6", "silu", "hardtanh", "hardswish"}
+_IN_PLACE_METHODS = {"relu_": F.relu}
 # Calls that Dynamo leaves behind, although it knew the answer (a tensor's `is_cpu`): users that use nothing.
 _LEFT_BEHIND = {torch._C._log_api_usage_once, getattr}
 
@@ -42,8 +55,11 @@ def clean(captured: Captured) -> None:
             captured.replace(node, values["input"], "dropout that is off")
     for node in captured.nodes("to"):
         _cast(captured, node)
-    for node in captured.nodes("iadd"):
-        _in_place_sum(captured, node)
+    for node in list(captured.graph.nodes):  # in order: one write's result is what the next one writes to
+        if kind(node) == "iadd":
+            _in_place_sum(captured, node)
+        elif kind(node) in _IN_PLACE or node.target in _IN_PLACE_METHODS:
+            _in_place_activation(captured, node)
     for node in captured.nodes("cat"):
         _concatenation(captured, node)
 
@@ -69,7 +85,7 @@ def _cast(captured: Captured, node: fx.Node) -> None:
 
 def _in_place_sum(captured: Captured, node: fx.Node) -> None:
     target, other = node.args
-    if kind(target) not in _FRESH or not is_tensor(target) or not is_tensor(other):
+    if not _is_fresh(target) or not is_tensor(other):
         return
     before, after = fake(target), fake(node)
     seen_elsewhere = set(target.users) != {node}
@@ -79,6 +95,21 @@ def _in_place_sum(captured: Captured, node: fx.Node) -> None:
         return
     new = captured.call(operator.add, (target, other), at=node)
     captured.replace(node, new, "in-place sum")
+
+
+def _in_place_activation(captured: Captured, node: fx.Node) -> None:
+    target = node.args[0] if node.args else None
+    if not writes(node) or not _is_fresh(target) or set(target.users) != {node}:
+        return
+    function = _IN_PLACE_METHODS.get(node.target, node.target)
+    values = operands(node)
+    limits = (values["min_val"], values["max_val"]) if kind(node) == "hardtanh" else ()
+    captured.replace(node, captured.call(function, (target, *limits), at=node), "in-place activation")
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a node's result is memory of its own."""
+    return kind(node) in _FRESH and not writes(node) and is_tensor(node)
 
 
 def _concatenation(captured: Captured, node: fx.Node) -> None:
@@ -97,7 +128,7 @@ def _concatenation(captured: Captured, node: fx.Node) -> None:
 def _comes_from_input(node: fx.Node) -> bool:
     """Whether a tensor may be a view of one of the graph's inputs."""
     while isinstance(node, fx.Node) and node.op != "placeholder":
-        if kind(node) in _FRESH:
+        if _is_fresh(node):
             return False
         if not node.args or not isinstance(node.args[0], fx.Node):
             return True
