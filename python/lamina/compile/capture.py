@@ -30,6 +30,7 @@ _FUNCTIONS: dict[Any, str] = {
     F.linear: "linear",
     torch.addmm: "addmm",
     torch.ops.lamina.int8_linear.default: "int8_linear",
+    torch.ops.lamina.sparse_int8_linear.default: "sparse_int8_linear",
     torch.conv2d: "conv2d",
     torch.ops.lamina.conv2d.default: "lamina_conv2d",
     torch.ops.lamina.int8_conv2d.default: "int8_conv2d",
@@ -173,7 +174,7 @@ _PARAMETERS: dict[str, tuple[tuple[str, Any], ...]] = {
     "pad": (("input", None), ("pad", None), ("mode", "constant"), ("value", None)),
 }
 # Kinds that are ops of lamina: their schema names the arguments.
-_OPS = {"int8_linear", "lamina_conv2d", "int8_conv2d", "int8_pool2d"}
+_OPS = {"int8_linear", "sparse_int8_linear", "lamina_conv2d", "int8_conv2d", "int8_pool2d"}
 # Kinds that say nothing about numbers: they never count as work left to eager.
 FREE = {"view", "transpose", "getitem", "split", "contiguous", "tensor"}
 _VIEWS = {"view", "transpose", "getitem", "split", "contiguous"}

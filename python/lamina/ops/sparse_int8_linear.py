@@ -79,6 +79,12 @@ def unpack_sparse_int8_weight(packed: PackedSparseInt8Weight, in_features: int) 
     return weight
 
 
+def packed_pattern(data: Tensor) -> str:
+    """The pattern that the header of packed data names."""
+    height, width = data[12:16].view(torch.int16).tolist()
+    return f"{height}x{width}"
+
+
 def block_density(weight: Tensor, pattern: str) -> float:
     """The share of the blocks of `pattern` ("4x4": output channels x inputs) in a weight [N, K] that hold a nonzero.
 

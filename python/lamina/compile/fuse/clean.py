@@ -19,6 +19,7 @@ _FRESH = {
     "linear",
     "addmm",
     "int8_linear",
+    "sparse_int8_linear",
     "add",
     "mul",
     "layer_norm",

@@ -16,11 +16,13 @@ from lamina.ops.int8_linear import ACTIVATIONS, pack_int8_weight
 _op = torch.ops.lamina.int8_linear.default
 _ARGUMENTS = tuple(argument.name for argument in _op._schema.arguments)
 _DTYPES = (torch.float32, torch.bfloat16)
+# The int8 linear layers: one signature, so that what is said of one holds for the other.
+INT8_LINEARS = ("int8_linear", "sparse_int8_linear")
 
 
-def call_int8_linear(captured: Captured, values: dict[str, Any], *, at: fx.Node) -> fx.Node:
-    """A call of the op with arguments by name."""
-    return captured.call(_op, tuple(values[name] for name in _ARGUMENTS), at=at)
+def call_int8_linear(captured: Captured, values: dict[str, Any], *, at: fx.Node, op: Any = _op) -> fx.Node:
+    """A call of the op, or of another with its signature, with arguments by name."""
+    return captured.call(op, tuple(values[name] for name in _ARGUMENTS), at=at)
 
 
 def quantize_linears(captured: Captured) -> None:
@@ -59,7 +61,7 @@ def _defaults() -> dict[str, Any]:
 
 def join_views(captured: Captured) -> None:
     """view -> int8_linear -> view to int8_linear where the views only flatten and unflatten the rows."""
-    for node in captured.nodes("int8_linear"):
+    for node in captured.nodes(*INT8_LINEARS):
         values = operands(node)
         flat = values["x"]
         if kind(flat) != "view" or not is_tensor(flat.args[0]) or values.get("residual") is not None:
@@ -73,12 +75,12 @@ def join_views(captured: Captured) -> None:
         )
         fits = fits and statically_known_true(inner[-1] == fake(flat).shape[-1])
         if fits and statically_known_true(outer[-1] == fake(node).shape[-1]) and captured.movable((flat, node), unflat):
-            new = call_int8_linear(captured, values | {"x": source}, at=unflat)
+            new = call_int8_linear(captured, values | {"x": source}, at=unflat, op=node.target)
             captured.replace(unflat, new, "flattened rows")
 
 
 def epilogues(captured: Captured) -> None:
-    for node in captured.nodes("int8_linear"):
+    for node in captured.nodes(*INT8_LINEARS):
         grown = node
         while grown is not None:
             grown = _grow(captured, grown)
@@ -94,7 +96,7 @@ def _grow(captured: Captured, node: fx.Node) -> fx.Node | None:
         return None
     found = activation_of(user)
     if found is not None and found[1] is node and found[0] in ACTIVATIONS:
-        new = call_int8_linear(captured, values | {"activation": found[0]}, at=user)
+        new = call_int8_linear(captured, values | {"activation": found[0]}, at=user, op=node.target)
         captured.replace(user, new, f"linear + {found[0]}")
         return new
     terms = sum_of(user)
@@ -103,6 +105,6 @@ def _grow(captured: Captured, node: fx.Node) -> fx.Node | None:
     residual = terms[1] if terms[0] is node else terms[0]
     if not same_shape(residual, node):
         return None
-    new = call_int8_linear(captured, values | {"residual": residual}, at=user)
+    new = call_int8_linear(captured, values | {"residual": residual}, at=user, op=node.target)
     captured.replace(user, new, "linear + residual")
     return new

@@ -21,8 +21,14 @@ from torch import Tensor, fx
 from lamina import ops
 from lamina.compile import choose
 from lamina.compile.capture import Captured, fake, is_tensor, kind, operands
-from lamina.compile.fuse.linear import call_int8_linear
+from lamina.compile.fuse.linear import INT8_LINEARS, call_int8_linear
 from lamina.ops.int8_linear import PackedInt8Weight, pack_int8_weight, unpack_int8_weight
+from lamina.ops.sparse_int8_linear import (
+    PackedSparseInt8Weight,
+    pack_sparse_int8_weight,
+    packed_pattern,
+    unpack_sparse_int8_weight,
+)
 
 _PACKED = ("data", "scale", "compensation")
 # What a merged call may differ in from one of its parts.
@@ -31,7 +37,11 @@ _OWN = (*_PACKED, "bias", "x", "x_scale")
 
 def merge(captured: Captured) -> None:
     done = []
-    for of_kind, merge_group in (("linear", _merge_float), ("int8_linear", _merge_int8)):
+    for of_kind, merge_group in (
+        ("linear", _merge_float),
+        ("int8_linear", _merge_int8),
+        ("sparse_int8_linear", _merge_sparse_int8),
+    ):
         for group in _groups(captured, of_kind):
             parts = merge_group(captured, group)
             if parts is not None:
@@ -141,6 +151,33 @@ def _merge_int8(captured: Captured, group: list[fx.Node]) -> list[fx.Node] | Non
     return _split(captured, merged, sizes, group)
 
 
+def _merge_sparse_int8(captured: Captured, group: list[fx.Node]) -> list[fx.Node] | None:
+    values = [operands(node) for node in group]
+    features = fake(values[0]["x"]).shape[-1]
+    patterns = {_pattern(captured, v["data"]) for v in values}
+    if not isinstance(features, int) or len(patterns) > 1 or None in patterns:
+        return None
+    (pattern,) = patterns
+
+    def pack(*tensors: Tensor) -> tuple[Tensor, ...]:
+        packed = [PackedSparseInt8Weight(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+        codes = torch.cat([unpack_sparse_int8_weight(part, features) for part in packed])
+        return tuple(pack_sparse_int8_weight(codes, torch.cat([part.scale for part in packed]), pattern=pattern))
+
+    arguments = dict(zip(_PACKED, captured.fold([v[name] for v in values for name in _PACKED], pack), strict=True))
+    if values[0]["bias"] is not None:
+        arguments["bias"] = captured.fold([v["bias"] for v in values], _beside(captured))[0]
+    if captured.fixed(values[0]["x_scale"]):
+        arguments["x_scale"] = captured.fold([v["x_scale"] for v in values], _shared_scale)[0]
+    merged = call_int8_linear(captured, values[0] | arguments, at=group[0], op=group[0].target)
+    return _split(captured, merged, [fake(v["scale"]).shape[0] for v in values], group)
+
+
+def _pattern(captured: Captured, data: fx.Node) -> str | None:
+    known = captured.constant(data)
+    return None if known is None else packed_pattern(known)
+
+
 def _shared_scale(*scales: Tensor) -> tuple[Tensor]:
     if any(not torch.equal(scale, scales[0]) for scale in scales):
         raise RuntimeError(
@@ -210,7 +247,7 @@ def share_quantization(captured: Captured) -> None:
     if quantize is None:
         return
     inputs: dict[fx.Node, list[fx.Node]] = {}
-    for node in captured.nodes("int8_linear"):
+    for node in captured.nodes(*INT8_LINEARS):
         values = operands(node)
         if is_tensor(values["x"]) and values["x_scale"] is None and fake(values["x"]).is_floating_point():
             inputs.setdefault(values["x"], []).append(node)
@@ -225,7 +262,7 @@ def share_quantization(captured: Captured) -> None:
             values = operands(node) | {"x": codes, "x_scale": scales}
             if values["out_dtype"] is None:
                 values["out_dtype"] = fake(x).dtype
-            new = call_int8_linear(captured, values, at=node)
+            new = call_int8_linear(captured, values, at=node, op=node.target)
             node.replace_all_uses_with(new)
             captured.erase(node)
         captured.fused.append((f"rows quantized once for {len(group)} layers", ""))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from lamina import _C
 from lamina.compile import choose
 from lamina.compile.capture import Captured, fake, is_view, kind, operands
-from lamina.compile.fuse.linear import call_int8_linear
+from lamina.compile.fuse.linear import INT8_LINEARS, call_int8_linear
 
 _attention = torch.ops.lamina.attention.default
 # The instruction set that multiplies bfloat16; elsewhere it is converted first, and slower than float32.
@@ -29,7 +29,7 @@ def bfloat16_attention(captured: Captured) -> None:
             *((layer, torch.bfloat16) for layer in before),
             *((layer, torch.float32) for layer in after),
         ):
-            new = call_int8_linear(captured, operands(layer) | {"out_dtype": dtype}, at=layer)
+            new = call_int8_linear(captured, operands(layer) | {"out_dtype": dtype}, at=layer, op=layer.target)
             layer.replace_all_uses_with(new)
             captured.erase(layer)
         captured.evaluate_all()
@@ -42,7 +42,7 @@ def _sources(node: fx.Node) -> list[fx.Node] | None:
     for tensor in node.args[:3]:
         while is_view(tensor):
             tensor = tensor.args[0]
-        if kind(tensor) != "int8_linear" or fake(tensor).dtype is not torch.float32:
+        if kind(tensor) not in INT8_LINEARS or fake(tensor).dtype is not torch.float32:
             return None
         if operands(tensor)["out_scale"] is not None or set(_users(tensor)) != {node}:
             return None
@@ -54,7 +54,7 @@ def _targets(node: fx.Node) -> list[fx.Node] | None:
     """The int8 layers that take the result, if nothing else does."""
     found = dict.fromkeys(_users(node))
     for layer in found:
-        if kind(layer) != "int8_linear" or operands(layer).get("residual") in _views(node) or layer.op == "output":
+        if kind(layer) not in INT8_LINEARS or operands(layer).get("residual") in _views(node) or layer.op == "output":
             return None
         if fake(layer).dtype is not torch.float32:
             return None
