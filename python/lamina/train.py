@@ -11,10 +11,12 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,70 +175,156 @@ def train(
         torch.manual_seed(seed)
         model = models.create(name)
         start = time.perf_counter()
-        history, best_epoch = _fit(model, task, recipe, splits, torch.Generator().manual_seed(seed), report)
+        run = Run(model, recipe, splits, seed=seed, task=task)
+        for epoch in run:
+            report(epoch)
+        run.finish()
         seconds = time.perf_counter() - start
     return TrainResult(
         name=name,
         seed=seed,
         model=model,
         metrics=evaluate(model, *splits.test),
-        history=tuple(history),
-        best_epoch=best_epoch,
+        history=tuple(run.history),
+        best_epoch=run.best_epoch,
         seconds=seconds,
     )
 
 
-def _fit(
-    model: nn.Module,
-    task: _Task,
-    recipe: Recipe,
-    splits: data.Splits,
-    generator: torch.Generator,
-    report: Callable[[Epoch], None],
-) -> tuple[list[Epoch], int]:
-    """Trains `model` in place; leaves it in eval mode with the weights of the best epoch, whose index is returned."""
-    x, y = splits.train
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=recipe.learning_rate,
-        epochs=recipe.epochs,
-        steps_per_epoch=math.ceil(len(y) / recipe.batch_size),
-        pct_start=0.2,
-    )
-    history: list[Epoch] = []
-    best_epoch = 0
-    best_weights = {}
-    for index in range(recipe.epochs):
-        model.train()
+# loss(x, y, logits, targets): x as the model got it, y of the data, logits and targets that belong together.
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Run:
+    """The training of one model, an epoch at a time; it can be put away after any epoch and taken up again.
+
+    Iterating trains and gives each finished Epoch; `finish` loads the weights of the best one. Between two epochs
+    `state` is all that the rest depends on: a Run made in the same way that takes it with `load_state` goes on to the
+    same bits.
+
+    Args:
+        model: trained in place.
+        recipe, splits: as in `train`.
+        seed: of the order of the images and their augmentation.
+        task: what kind of data it is, by default that of splits.
+        loss: of a batch, instead of the cross entropy.
+        after_step: called after each step of the optimizer.
+        choose_from: the first epoch whose weights may be kept; patience counts from there too.
+
+    Dropout draws from torch's global generator, whose state is part of `state` too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        splits: data.Splits,
+        *,
+        seed: int,
+        task: _Task | None = None,
+        loss: Loss | None = None,
+        after_step: Callable[[], None] | None = None,
+        choose_from: int = 0,
+    ) -> None:
+        self.model, self.recipe, self.splits = model, recipe, splits
+        self.task = task or _task_of(splits)
+        self.loss = loss or (lambda x, y, logits, targets: _loss(logits, targets, recipe))
+        self.after_step = after_step or (lambda: None)
+        self.choose_from = choose_from
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = _optimizer(model, recipe)
+        self.steps_per_epoch = math.ceil(len(splits.train) / recipe.batch_size)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            max_lr=recipe.learning_rate,
+            epochs=recipe.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            pct_start=0.2,
+        )
+        self.history: list[Epoch] = []
+        self.best_epoch: int | None = None
+        self.best_weights: dict[str, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[Epoch]:
+        while not self.done:
+            self._train_epoch()
+            yield self.history[-1]
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are over, or so many were no better than the best that patience is."""
+        waited = len(self.history) - 1 - self.best_epoch if self.best_epoch is not None else 0
+        return len(self.history) >= self.recipe.epochs or waited >= self.recipe.patience
+
+    def finish(self) -> None:
+        """Leave the model in eval mode with the weights of the best epoch."""
+        self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+
+    def _train_epoch(self) -> None:
+        x, y = self.splits.train
+        self.model.train()
         total = 0.0
-        for batch in torch.randperm(len(y), generator=generator).split(recipe.batch_size):
-            logits = task.logits(model, task.augmented(x[batch], recipe, generator), y[batch])
-            loss = _loss(logits, task.targets(y[batch]), recipe)
-            optimizer.zero_grad()
+        for batch in torch.randperm(len(y), generator=self.generator).split(self.recipe.batch_size):
+            inputs = self.task.augmented(x[batch], self.recipe, self.generator)
+            logits = self.task.logits(self.model, inputs, y[batch])
+            loss = self.loss(inputs, y[batch], logits, self.task.targets(y[batch]))
+            self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            optimizer.step()
-            schedule.step()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            self.optimizer.step()
+            self.schedule.step()
+            self.after_step()
             total += loss.item() * len(batch)
-        validation_logits = _in_slices(model, *splits.validation, task.logits)
-        targets = task.targets(splits.validation.y)
-        history.append(
+        validation_logits = _in_slices(self.model, *self.splits.validation, self.task.logits)
+        targets = self.task.targets(self.splits.validation.y)
+        index = len(self.history)
+        self.history.append(
             Epoch(
                 loss=total / len(y),
-                validation_loss=_loss(validation_logits, targets, recipe).item(),
+                validation_loss=_loss(validation_logits, targets, self.recipe).item(),
                 validation_accuracy=_share_right(validation_logits.argmax(-1), targets),
             )
         )
-        report(history[-1])
-        if index == 0 or history[index].validation_loss < history[best_epoch].validation_loss:
-            best_epoch = index
-            best_weights = copy.deepcopy(model.state_dict())
-        if index - best_epoch >= recipe.patience:
-            break
-    model.load_state_dict(best_weights)
-    model.eval()
-    return history, best_epoch
+        # The last epoch is chosen where no other may be.
+        if index < min(self.choose_from, self.recipe.epochs - 1):
+            return
+        best = self.best_epoch
+        if best is None or self.history[index].validation_loss < self.history[best].validation_loss:
+            self.best_epoch = index
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors, and what JSON can hold, to be given to `load_state` as they are."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        for index, of_parameter in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in of_parameter.items()}
+        tensors["generator"] = self.generator.get_state()
+        tensors["global generator"] = torch.get_rng_state()
+        return tensors, {"history": [asdict(epoch) for epoch in self.history], "best_epoch": self.best_epoch}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Go on after the epoch in which `state` gave these. Raises KeyError, TypeError or RuntimeError for others."""
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = tensor
+        history = [Epoch(**epoch) for epoch in values["history"]]
+        self.model.load_state_dict(parts["model"])
+        optimizer = self.optimizer.state_dict()
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            optimizer["state"].setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer has not stepped as often
+            for _ in range(len(history) * self.steps_per_epoch):
+                self.schedule.step()
+        self.generator.set_state(tensors["generator"])
+        torch.set_rng_state(tensors["global generator"])
+        self.history, self.best_epoch, self.best_weights = history, values["best_epoch"], parts["best"]
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -324,6 +412,10 @@ def _lengths(x: torch.Tensor) -> torch.Tensor:
 
 _CLASSIFICATION, _TRANSLATION = _Task(), _Translation()
 _TASKS = {"seq2seq_dates": _TRANSLATION}
+
+
+def _task_of(splits: data.Splits) -> _Task:
+    return _TRANSLATION if splits.train.y.ndim > 1 else _CLASSIFICATION
 
 
 @torch.no_grad()

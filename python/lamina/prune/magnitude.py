@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.prune.activations import input_squares
-from lamina.prune.patterns import Pattern, energies, expand, lowest, lowest_of_neighbours
+from lamina.prune.patterns import Pattern, energies, expand, lowest, lowest_of_neighbours, sizes
 from lamina.prune.weights import PruneReport, Taken, Weight
 from lamina.running import FilterFn
 
@@ -32,7 +32,7 @@ def magnitude_(
     Args:
         model: with nn.Linear, convolutions, LSTM, GRU and RNN (both weights), nn.MultiheadAttention, transformers'
             Conv1D. Biases, norms and embeddings stay.
-        sparsity: share of the blocks that become zero, 0 to 1; or a policy `{fqn or "re:pattern": share, "_default":
+        sparsity: share of the weights that become zero, 0 to 1; or a policy `{fqn or "re:pattern": share, "_default":
             share}` by the layer's name, which leaves layers alone that it does not name.
         pattern: "unstructured"; "2x1", "4x1", "1x4", "2x4", "4x4": blocks of so many output channels x input channels
             (of one kernel position), where what the edge cuts off is a block too; "2:4": two of four neighbouring
@@ -138,15 +138,20 @@ def prune(
     """
     if scope in ("layer", "row"):  # one weight after the other: the scores of one are held, not those of the model
         for weight in chosen:
-            _zero(weight, _lowest_of_one(score(weight, pattern), shares[weight.fqn], pattern, scope), pattern)
+            _zero(weight, _lowest_of_one(weight, score(weight, pattern), shares[weight.fqn], pattern, scope), pattern)
         return
     blocks = {weight: score(weight, pattern) for weight in chosen}
-    everything = [_lamp(scores.flatten()) if scope == "lamp" else scores.flatten() for scores in blocks.values()]
-    sizes = [len(part) for part in everything]
-    share = next(iter(shares.values()), 0.0)
-    gone = lowest(torch.cat(everything), round(share * sum(sizes))).split(sizes) if everything else ()
-    for (weight, scores), part in zip(blocks.items(), gone, strict=True):
-        _zero(weight, part.reshape(scores.shape), pattern)
+    if not blocks:
+        return
+    scores = torch.cat([_lamp(part.flatten()) if scope == "lamp" else part.flatten() for part in blocks.values()])
+    counts = torch.cat([_sizes(weight, pattern, part).flatten() for weight, part in blocks.items()])
+    gone = lowest(scores, next(iter(shares.values())), counts).split([part.numel() for part in blocks.values()])
+    for (weight, part), part_gone in zip(blocks.items(), gone, strict=True):
+        _zero(weight, part_gone.reshape(part.shape), pattern)
+
+
+def _sizes(weight: Weight, pattern: Pattern, scores: Tensor) -> Tensor:
+    return sizes(pattern, weight.matrix(weight.stored).shape).to(scores.device)
 
 
 def _zero(weight: Weight, gone: Tensor, pattern: Pattern) -> None:
@@ -154,11 +159,13 @@ def _zero(weight: Weight, gone: Tensor, pattern: Pattern) -> None:
     weight.keep(weight.unmatrix(~expand(gone, pattern, shape)))
 
 
-def _lowest_of_one(scores: Tensor, share: float, pattern: Pattern, scope: str) -> Tensor:
+def _lowest_of_one(weight: Weight, scores: Tensor, share: float, pattern: Pattern, scope: str) -> Tensor:
     if pattern.most is not None:
         return lowest_of_neighbours(scores, pattern) if share else torch.zeros_like(scores, dtype=torch.bool)
-    rows = scores.flatten(2) if scope == "row" else scores.flatten()
-    return lowest(rows, round(share * rows.shape[-1])).reshape(scores.shape)
+    counts = _sizes(weight, pattern, scores)
+    if scope == "row":
+        return lowest(scores.flatten(2), share, counts.flatten(2)).reshape(scores.shape)
+    return lowest(scores.flatten(), share, counts.flatten()).reshape(scores.shape)
 
 
 def _lamp(scores: Tensor) -> Tensor:

@@ -72,16 +72,32 @@ def expand(blocks: Tensor, pattern: Pattern, shape: torch.Size) -> Tensor:
     return rows.repeat_interleave(pattern.cols, dim=3)[..., :inputs]
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
-    """Which of scores [..., n] are the `count` lowest of their row: bool, exactly so many; of equals, the first."""
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if count >= scores.shape[-1]:
-        return torch.ones_like(scores, dtype=torch.bool)
-    border = scores.kthvalue(count, dim=-1, keepdim=True).values
-    chosen, equal = scores < border, scores == border
-    missing = count - chosen.sum(-1, keepdim=True)
-    return chosen | (equal & (equal.cumsum(-1) <= missing))
+def sizes(pattern: Pattern, shape: torch.Size) -> Tensor:
+    """How many weights each block has, as `energies` gives blocks: fewer where the edge of a group cuts it off."""
+    return energies(torch.ones(shape), pattern)
+
+
+def lowest(scores: Tensor, share: float, sizes: Tensor) -> Tensor:
+    """Which blocks go so that `share` of the weights does: bool, the lowest scores of each row of [..., n].
+
+    sizes: weights of each block, of the shape of scores. As many blocks go as come nearest to the share; of equal
+    scores the first go.
+    """
+    if bool((sizes == sizes.flatten()[0]).all()):
+        count = round(share * scores.shape[-1])
+        if count in (0, scores.shape[-1]):
+            return torch.full_like(scores, bool(count), dtype=torch.bool)
+        # Much faster than to sort everything.
+        border = scores.kthvalue(count, dim=-1, keepdim=True).values
+        chosen, equal = scores < border, scores == border
+        missing = count - chosen.sum(-1, keepdim=True)
+        return chosen | (equal & (equal.cumsum(-1) <= missing))
+    order = scores.argsort(dim=-1, stable=True)
+    sizes = sizes.gather(-1, order).double()
+    # A block goes if at least half of it is still within the share.
+    inside = sizes.cumsum(-1) - sizes / 2 <= share * sizes.sum(-1, keepdim=True)
+    chosen = torch.empty_like(inside).scatter_(-1, order, inside)
+    return chosen if 0.0 < share < 1.0 else torch.full_like(chosen, share == 1.0)
 
 
 def lowest_of_neighbours(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -90,4 +106,5 @@ def lowest_of_neighbours(scores: Tensor, pattern: Pattern) -> Tensor:
     padded = torch.nn.functional.pad(scores, (0, -inputs % pattern.cols), value=-1.0)
     neighbours = padded.reshape(*scores.shape[:-1], padded.shape[-1] // pattern.cols, pattern.cols)
     # What is padded comes last among equals only if it scores lower than anything real: scores are not negative.
-    return lowest(neighbours, pattern.cols - pattern.most).reshape(padded.shape)[..., :inputs]
+    gone = lowest(neighbours, 1 - pattern.most / pattern.cols, torch.ones_like(neighbours))
+    return gone.reshape(padded.shape)[..., :inputs]

@@ -174,7 +174,7 @@ def describe(weight: Weight, pattern: Pattern, reason: str = "") -> WeightReport
         fqn=weight.fqn,
         shape=tuple(value.shape),
         pattern=pattern.name,
-        sparsity=1 - nonzero.double().mean().item(),
+        sparsity=(nonzero.numel() - int(nonzero.sum())) / nonzero.numel(),
         blocks=blocks.numel(),
         zero_blocks=int((blocks == 0).sum()),
         reason=reason,
