@@ -789,6 +789,7 @@ def a_section(name: str, title: str, **changes) -> dict:
             "before": 0.98,
             "after": 0.979,
             "torch_int8": 0.97,
+            "precisions": {"static int8": 0.9765},
             "ok": True,
             "note": "1,000 test images",
         },
@@ -881,6 +882,10 @@ def test_the_page_shows_wins_losses_and_wrong_answers(html):
 
 def section_of(html: str, name: str, following: str) -> str:
     return html[html.index(f'id="{name}"') : html.index(f'id="{following}"')]
+
+
+def test_the_page_shows_the_answers_in_each_precision(html):
+    assert "all in static int8 97.65%" in section_of(html, "glance", "speed")
 
 
 def test_the_page_holds_models_against_everyone_and_their_floor(html):

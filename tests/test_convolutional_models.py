@@ -12,7 +12,7 @@ from tolerances import assert_exact, assert_lossy, int8_model_sqnr_db
 from torch import nn
 
 import lamina
-from lamina import models
+from lamina import data, models, train
 from lamina.nn.convs import as_conv
 from lamina.nn.linears import as_linear
 from lamina.running import floats
@@ -232,3 +232,19 @@ def test_detector(config):
         same = (apart < 4) & (labels[image][:, None] == fast_labels[image]) & (scores[image] > 0)[:, None]
         assert same.any(1).sum() > (scores[image] > 0).sum() / 2
     torch.testing.assert_close(fast_scores, scores, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("lenet", 3), ("cnn", 2)])
+def test_accuracy_on_mnist(name, epochs):
+    """Trained no longer than it takes to be right about most digits, which leaves many near the border."""
+    trained = train.train(name, epochs=epochs, progress=False)
+    splits = data.mnist()
+    before = trained.metrics.accuracy
+    assert before > 0.9
+    configs = {"float": lamina.FusedConv(winograd=4), "dynamic": lamina.Int8Dynamic()}
+    configs["static"] = lamina.Int8Static([(splits.validation.x[:64],)])
+    for precision, config in configs.items():
+        model = copy.deepcopy(trained.model)
+        assert lamina.swap_(model, config).swapped
+        after = train.evaluate(model, *splits.test).accuracy
+        assert after >= before - (0.0 if precision == "float" else 0.005), precision

@@ -27,12 +27,13 @@ MAX_MODEL_ERROR = 5 * MAX_ERROR
 MINILM_MAX_ERROR = 0.025
 
 
+FLOAT = (FusedAttention(), FusedRNN(), FusedConv(winograd=4))
 # What a model is accelerated with, by the third column of shapes/model.txt: what accelerate takes by itself; int8 with
 # static scales, found on the example inputs; nothing that loses more than a digit.
 CONFIGS: dict[str, Callable[[tuple | dict], ConfigLike | str]] = {
     "auto": lambda example_inputs: "auto",
     "int8": lambda example_inputs: Int8Static([example_inputs]),
-    "float": lambda example_inputs: (FusedAttention(), FusedRNN(), FusedConv(winograd=4)),
+    "float": lambda example_inputs: FLOAT,
 }
 
 EAGER = {"eager": lambda inputs: caller(inputs.model, inputs.example_inputs)}
