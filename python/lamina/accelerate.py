@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lamina.compile import CaptureError, compile_, uncompile_
+from lamina.compile.bound import Bound
 from lamina.configs import ConfigLike
 from lamina.running import ExampleInputs, caller, copied, floats, outputs, relative_error
 from lamina.swap import Candidate, FilterFn, LayerDecision, SwapReport, candidates, is_compile_wrapper, ordered
@@ -132,7 +133,8 @@ def accelerate(
     The result is an ordinary module with the same names, attributes and state_dict layout; it can be saved
     (`lamina.save`), loaded into, copied and moved. Its compiled graph serves calls without gradients whose inputs have
     the sizes of `example_inputs`, on any number of threads; every other call runs the new layers one by one, so that no
-    call waits for a compiler. A copy, or a saved and loaded model, has the layers without the graph.
+    call waits for a compiler. The graph follows changes of layers, parameters and attributes; global variables that the
+    model reads count as they were. A copy, or a saved and loaded model, has the layers without the graph.
 
     Args:
         model: runs on the CPU in float32 or bfloat16; layers in other dtypes are left alone. Evaluated in eval mode.
@@ -333,7 +335,7 @@ class _ForSizes:
 
     def __init__(self, module: nn.Module, example_inputs: ExampleInputs) -> None:
         self._plain = module._call_impl
-        self._compiled = module._compiled_call_impl
+        self._compiled = Bound(module, module._compiled_call_impl)
         parameters = inspect.signature(module.forward).parameters.values()
         self._names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self._positional = isinstance(example_inputs, tuple)

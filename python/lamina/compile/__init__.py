@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from lamina.compile.capture import Captured, CaptureError, is_free, kind
 from lamina.compile.fuse import fuse
-from lamina.compile.lower import lower
+from lamina.compile.lower import Lowered, lower
 from lamina.configs import Config, FusedAttention, Int8Dynamic
 
 __all__ = ["CaptureError", "CompileReport", "GraphReport", "backend", "compile_", "explain", "uncompile_"]
@@ -263,7 +263,27 @@ class _Reporting:
         _parse(options)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(gm, example_inputs, self.options, self.report)
+        run = _compile(gm, example_inputs, self.options, self.report)
+        if isinstance(run, Lowered):
+            run.whole = _is_whole(gm)
+        return run
+
+
+def _is_whole(gm: fx.GraphModule) -> bool:
+    """Whether a graph is all that a module compiled by `compile_` does: no break, and nothing written elsewhere."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second, and has happened by now
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+    output = InstructionTranslator.current_tx().output
+    if output.root_tx.f_code.co_filename != __file__ or gm.compile_subgraph_reason.graph_break:
+        return False
+    effects = output.side_effects
+    written = [
+        value
+        for value in effects.id_to_variable.values()
+        if not isinstance(value.mutation_type, AttributeMutationNew | ValueMutationNew) and effects.is_modified(value)
+    ]
+    return not (written or effects.tensor_hooks or effects.save_for_backward)
 
 
 def explain(

@@ -8,8 +8,10 @@ A call of the result first checks that the parameters behind the constants are t
 tensor, same memory, same version. One that was replaced or written to makes its constants again.
 """
 
+import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,11 +22,48 @@ from torch._C._autograd import _profiler_enabled
 from lamina.compile.capture import Captured, Fold, fake
 from lamina.ops.library import CPU_IMPLEMENTATIONS
 
+_version = operator.attrgetter("_version")
+
+# The calls of graphs by this thread, where somebody asked for them.
+_recording = threading.local()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple["Lowered", tuple, Any]]]:
+    """The calls of graphs inside: graph, inputs, outputs.
+
+    >>> with recorded() as calls: module(x)
+    """
+    outer, _recording.calls = getattr(_recording, "calls", None), []
+    try:
+        yield _recording.calls
+    finally:
+        _recording.calls = outer
+
+
+class _Sources:
+    """The tensors behind the constants, as they were when the constants were made."""
+
+    def __init__(self, positions: Sequence[int], inputs: Sequence[Any]) -> None:
+        self._get = operator.itemgetter(*positions, positions[0]) if positions else lambda inputs: ()
+        self._tensors = self._get(inputs)
+        self._versions = list(map(_version, self._tensors))
+        self._pointers = list(map(Tensor.data_ptr, self._tensors))
+
+    def changed(self, inputs: Sequence[Any]) -> bool:
+        now = self._get(inputs)
+        return (
+            not all(map(operator.is_, now, self._tensors))
+            or list(map(_version, now)) != self._versions
+            or list(map(Tensor.data_ptr, now)) != self._pointers
+        )
+
 
 class Lowered:
     """Callable on the inputs Dynamo passes; safe to call from several threads at once.
 
-    run: takes the graph's inputs and the folded constants; watched: the same over registered ops.
+    run: takes the graph's inputs and the folded constants; watched: the same over registered ops. `whole`: whether the
+    graph is all there is to its frame, as far as the caller knows.
     """
 
     def __init__(
@@ -34,27 +73,25 @@ class Lowered:
         self._watched = watched
         self._folds = folds
         self._lock = threading.Lock()
-        self._state: tuple[tuple, tuple[Tensor, ...]] = ((), ())
-        self._refresh(example_inputs)
+        self.whole = False
+        self._state = self._made_of(example_inputs)
 
     def __call__(self, *inputs: Any) -> Any:
-        known, constants = self._state
-        for position, tensor, pointer, version in known:
-            now = inputs[position]
-            if now is not tensor or now._version != version or now.data_ptr() != pointer:
-                constants = self._refresh(inputs)
-                break
+        sources, constants = self._state
+        if sources.changed(inputs):
+            sources, constants = self._state = self._made_of(inputs)
         if _len_torch_dispatch_stack() or _profiler_enabled():
-            return self._watched(*inputs, *constants)
-        return self._run(*inputs, *constants)
+            outputs = self._watched(*inputs, *constants)
+        else:
+            outputs = self._run(*inputs, *constants)
+        if getattr(_recording, "calls", None) is not None:
+            _recording.calls.append((self, inputs, outputs))
+        return outputs
 
-    def _refresh(self, inputs: Any) -> tuple[Tensor, ...]:
+    def _made_of(self, inputs: Sequence[Any]) -> tuple[_Sources, tuple[Tensor, ...]]:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             made = [tensor for fold in self._folds for tensor in fold.make(*(inputs[i] for i in fold.sources))]
-            sources = dict.fromkeys(i for fold in self._folds for i in fold.sources)
-            known = tuple((i, inputs[i], inputs[i].data_ptr(), inputs[i]._version) for i in sources)
-            self._state = (known, tuple(made))
-            return self._state[1]
+            return _Sources(list(dict.fromkeys(i for fold in self._folds for i in fold.sources)), inputs), tuple(made)
 
 
 def lower(captured: Captured, fallback: str) -> Callable[..., Any]:
