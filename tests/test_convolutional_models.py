@@ -2,6 +2,7 @@
 swap_: taken as they are defined. Nothing in lamina knows these models by name."""
 
 import copy
+import functools
 import math
 import sys
 
@@ -248,3 +249,77 @@ def test_accuracy_on_mnist(name, epochs):
         assert lamina.swap_(model, config).swapped
         after = train.evaluate(model, *splits.test).accuracy
         assert after >= before - (0.0 if precision == "float" else 0.005), precision
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 5)),
+        *(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3, padding=1, groups=8)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    )
+    return as_trained(model, images((16, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("config", ["static", "auto", "float"])
+def test_inputs_of_other_forms(config):
+    """No images, other layouts and sizes, and what does not fit, for a network that was compiled for its example."""
+    torch._dynamo.reset()
+    model, x = small_network(), images((2, 3, 32, 32))
+    configs = {"auto": "auto", "static": lamina.Int8Static([(x,)]), "float": lamina.FusedConv()}
+    report = (fast := lamina.accelerate(model, (x,), configs[config], max_error=0.1)).report
+    assert report.form == "swapped layers, compiled", report.forms
+    bound = FLOAT_SQNR_DB if config == "float" else int8_model_sqnr_db(len(report.swapped))
+    fast = fast.model
+    with torch.no_grad():
+        expected = fast(x)
+        assert_lossy(expected, model(x), min_sqnr_db=bound)
+        strided = images((4, 3, 32, 64))[::2, :, :, ::2].copy_(x)
+        for form in (x.contiguous(memory_format=torch.channels_last), strided):
+            assert_lossy(fast(form), expected, min_sqnr_db=FLOAT_SQNR_DB)
+        assert_lossy(fast(x[:, :, 5:, 1:]), model(x[:, :, 5:, 1:]), min_sqnr_db=bound)
+        empty = fast(x[:0])
+        assert empty.shape == (0, 5)
+        assert empty.dtype == torch.float32
+        # The first layer's outputs are smaller than the kernel of the second.
+        for unfit, message in (
+            (x[..., :5, :5], r"conv2d: .*(kernel covers 5|kernel's reach of \[5, 5\])"),
+            (x[:, :2], "2 channels"),
+        ):
+            with pytest.raises(ValueError, match=message) as error:
+                fast(unfit)
+            assert "\n" not in str(error.value)
+
+
+def test_calibration_on_other_inputs():
+    """Images of another size are as good as any; none give no scale; of other channels the model says so itself."""
+    model, x = small_network(), images((2, 3, 32, 32))
+    accelerate = functools.partial(lamina.accelerate, max_error=0.1, compile=False)
+    report = accelerate(model, (x,), lamina.Int8Static([(images((16, 3, 48, 40)),)])).report
+    assert len(report.swapped) == len(report.decisions) == 4
+    report = accelerate(model, (x,), lamina.Int8Static([(x[:0],)])).report
+    assert {d.reason for d in report.left} == {
+        "its input has no static scale: no values were observed, so there is no range"
+    }
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 4 channels instead"):
+        accelerate(model, (x,), lamina.Int8Static([(images((1, 4, 32, 32)),)]))
+    assert_exact(list(model.state_dict().values()), list(before.values()))
+
+
+def test_a_network_gives_the_same_bits_on_every_isa():
+    """Calibrated layers that pass their codes on, compiled, on one thread and on two."""
+    torch._dynamo.reset()
+    model, x = small_network(), images((2, 3, 32, 32))
+    lamina.swap_(model, lamina.Int8Static([(x,)]))
+    report = lamina.compile.compile_(model, (x,), options={"measure": False})
+    assert report.fused["int8_conv2d writes codes"] == 2, report
+    found = []
+    with torch.no_grad():
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for isa in lamina._C.available_isas():
+                with lamina.force_isa(isa):
+                    found.append(model(x))
+    for output in found:
+        assert_exact(output, found[0])

@@ -1,6 +1,7 @@
 """Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d: drop-in for torch's, every argument honoured, saved and loaded."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -129,6 +130,36 @@ def test_refuses_a_bad_input_scale(scale):
         Int8Conv2d.from_float(nn.Conv2d(1, 1, 1), "softsign")
     with pytest.raises(ValueError, match=r"Int8Conv2d: out_dtype is torch\.int8"):
         Int8Conv2d.from_float(nn.Conv2d(1, 1, 1), out_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 1), nn.Conv1d(3, 4, 1), nn.Linear(3, 4)], ids=str)
+def test_scales_whose_product_overflows_leave_the_layer_alone(layer):
+    """A dynamic scale is only known at the call, which then gives infinities as the float layer does."""
+    x = torch.full((1, 3, 3, 3)[: 4 if isinstance(layer, nn.Conv2d) else 3], 1e21)
+    with torch.no_grad():
+        layer.weight.fill_(1e22)
+    reason = r"input_scale 7\.87402e\+18 times the largest weight scale 7\.87402e\+19 is too large for float32$"
+    (left,) = lamina.swap_(nn.Sequential(layer), lamina.Int8Static([(x,)])).left
+    assert re.search(reason, left.reason), left.reason
+    model = nn.Sequential(layer)
+    expected = model(x)
+    lamina.swap_(model, lamina.Int8Dynamic())
+    assert_exact(model(x), expected)
+    assert expected.isinf().all()
+
+
+def test_the_same_bits_on_every_isa_and_any_number_of_threads(generator):
+    model, x = small_net(), torch.randn(3, 3, 8, 8, generator=generator)
+    for config in (lamina.Int8Static([(x,)]), lamina.Int8Dynamic()):
+        fast, found = copy.deepcopy(model), []
+        lamina.swap_(fast, config)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)  # conftest.py puts it back
+            for isa in lamina._C.available_isas():
+                with lamina.force_isa(isa), torch.no_grad():
+                    found.append((isa, threads, fast(x)))
+        for isa, threads, output in found:
+            assert_exact(output, found[0][2], f"{isa}, {threads} threads")
 
 
 def small_net() -> nn.Sequential:

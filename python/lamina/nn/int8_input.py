@@ -19,7 +19,13 @@ class Int8Input(PackedWeight):
         if out_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"{name}: out_dtype is {out_dtype}, but must be None, torch.float32 or torch.bfloat16")
         self.out_dtype = out_dtype
-        self.register_buffer("input_scale", None if input_scale is None else _input_scale(name, input_scale))
+        scale = None if input_scale is None else _input_scale(name, input_scale)
+        if scale is not None and self._scale.numel() and not (scale * self._scale).isfinite().all():
+            raise ValueError(
+                f"{name}: input_scale {scale.item():g} times the largest weight scale {self._scale.max().item():g} is "
+                "too large for float32"
+            )
+        self.register_buffer("input_scale", scale)
 
     def options(self) -> dict[str, str | None]:
         """The constructor's keyword arguments beside the sizes, as `lamina.save` writes them."""
