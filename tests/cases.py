@@ -33,6 +33,7 @@ from lamina.reference.quantize_rows import quantize_rows as quantize_rows_refere
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 from lamina.reference.rnn_relu import rnn_relu as rnn_relu_reference
 from lamina.reference.rnn_tanh import rnn_tanh as rnn_tanh_reference
+from lamina.reference.sparse_linear import sparse_linear as sparse_linear_reference
 from lamina.reference.weight_only_linear import dequantize
 from lamina.reference.weight_only_linear import weight_only_linear as weight_only_linear_reference
 
@@ -2197,6 +2198,160 @@ def sparse_int8_linear_backward_suite() -> Suite:
         cases,
         sparse_int8_linear_backward_truth,
         sparse_int8_linear_backward_check,
+        own_kernel=False,
+    )
+
+
+# -- sparse_linear
+
+
+def _sparse_weight(n: int, k: int, pattern: str, density: float, generator: torch.Generator) -> Tensor:
+    """Pruned at random in blocks of the pattern, so that some channels and inputs may have nothing left."""
+    rows = 1 if pattern == "unstructured" else int(pattern[0])
+    kept = torch.rand(-(-n // rows), k, generator=generator) < density
+    weight = torch.randn(n, k, generator=generator) / max(k * density, 1) ** 0.5
+    return weight * kept.repeat_interleave(rows, 0)[:n]
+
+
+def _sparse_linear_case(
+    *lead: int,
+    k: int,
+    n: int,
+    pattern: str = "unstructured",
+    density: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    values: torch.dtype = torch.float32,
+    **rest,
+) -> Case:
+    like = _int8_linear_case(*lead, k=k, n=n, dtype=dtype, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        x, *_, b, activation = like.make(generator)
+        weight = _sparse_weight(n, k, pattern, density, generator)
+        return x, lamina.ops.pack_sparse_weight(weight.to(values), pattern).data, b, n, activation
+
+    name = f"{pattern}-{like.id}" + (f"-d{density:g}" if density != 0.3 else "")
+    return Case(f"{name}-of_bf16" if values is torch.bfloat16 else name, make, like.tags)
+
+
+def _sparse_linear_cases() -> list[Case]:
+    case = _sparse_linear_case
+    bf16 = torch.bfloat16
+    cases = [
+        case(0, k=8, n=8),
+        case(3, k=0, n=5, pattern="4x1"),
+        case(3, k=8, n=0),
+        case(1, k=1, n=1, pattern="4x1", density=1, tags="one"),
+        case(k=17, n=19, tags="odd"),
+        case(2, 3, 5, k=24, n=10, pattern="2x1", dtype=bf16, values=bf16),
+        case(5, k=20, n=9, density=0),
+        case(5, k=20, n=9, density=1),
+        # Channels: registers of 4, 8 and 16, slabs of 64.
+        *(case(5, k=20, n=n, tags="odd") for n in (15, 17, 65)),
+    ]
+    for pattern in ("unstructured", "2x1", "4x1"):
+        cases += [
+            # Rows: those of the path for few, and panels of every width, one and several.
+            *(case(m, k=40, n=38, pattern=pattern, tags="odd") for m in (1, 2, 3, 4, 5, 9, 17, 33, 63, 65)),
+            # Inputs: registers, and ranges of 128, 512 and 2048.
+            *(case(m, k=k, n=21, pattern=pattern, tags="odd") for m, k in ((1, 129), (7, 15), (7, 129), (3, 2049))),
+            case(7, k=37, n=41, pattern=pattern, dtype=bf16, values=bf16, tags="odd"),
+            case(2, k=137, n=41, pattern=pattern, values=bf16, tags="odd"),
+            case(19, k=137, n=41, pattern=pattern, dtype=bf16, activation="gelu", bias=bf16),
+            case(7, k=150, n=41, pattern=pattern, layout="transposed"),
+            case(2, k=37, n=41, pattern=pattern, layout="every_third", bias_step=2),
+            # Large enough for several threads, by panels and by slabs.
+            case(200, k=130, n=190, pattern=pattern, tags="threads odd"),
+            case(1, k=700, n=900, pattern=pattern, bias=None, tags="threads odd"),
+        ]
+    activations = [name for name in tolerances.ACTIVATION_SLOPE if name != "none"]
+    cases += [case(5, k=33, n=70, pattern="2x1", activation=a) for a in activations]
+    cases += [case(1, k=33, n=70, pattern="4x1", activation=a, dtype=bf16) for a in activations[:2]]
+    return cases
+
+
+def _sparse_linear_weight(data: Tensor, out_features: int) -> Tensor:
+    return lamina.ops.unpack_sparse_weight(lamina.ops.PackedSparseWeight(data, out_features))
+
+
+def sparse_linear_truth(x, data, bias, out_features, activation) -> Tensor:
+    return sparse_linear_reference(x, _sparse_linear_weight(data, out_features), bias, activation)
+
+
+def sparse_linear_check(actual: Tensor, inputs: tuple) -> None:
+    x, data, bias, out_features, activation = inputs
+    assert actual.dtype == x.dtype
+    weight = _sparse_linear_weight(data, out_features).double()
+    linear = sparse_linear_reference(x, weight, bias)
+    magnitude = x.double().abs() @ weight.abs().T + (0.0 if bias is None else bias.double().abs())
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    tolerances.assert_sum(
+        actual,
+        sparse_linear_truth(*inputs),
+        # The products of the channel that has most of them, and the bias.
+        terms=_most_nonzeros(weight) + 1,
+        magnitude=slope * magnitude,
+        extra=tolerances.activation_error(activation, linear),
+        what=activation,
+    )
+
+
+def _most_nonzeros(weight: Tensor) -> int:
+    return int((weight != 0).sum(1).max()) if weight.numel() else 0
+
+
+def sparse_linear_suite() -> Suite:
+    return Suite("sparse_linear", tuple(_sparse_linear_cases()), sparse_linear_truth, sparse_linear_check)
+
+
+# -- sparse_linear_backward
+
+
+def _sparse_linear_backward_case(
+    *lead: int, k: int, n: int, pattern: str = "unstructured", values: torch.dtype = torch.float32, **rest
+) -> Case:
+    like = _int8_linear_backward_case(*lead, k=k, n=n, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        grad, *_ = like.make(generator)
+        weight = _sparse_weight(n, k, pattern, 0.3, generator).to(values)
+        return grad, lamina.ops.pack_sparse_weight(weight, pattern).data, k
+
+    return Case(f"{pattern}-{like.id}" + ("-of_bf16" if values is torch.bfloat16 else ""), make, like.tags)
+
+
+def sparse_linear_backward_truth(grad, data, in_features) -> Tensor:
+    return grad.double() @ _sparse_linear_weight(data, grad.shape[-1]).double()
+
+
+def sparse_linear_backward_check(actual: Tensor, inputs: tuple) -> None:
+    grad, data, _ = inputs
+    weight = _sparse_linear_weight(data, grad.shape[-1]).double()
+    tolerances.assert_sum(
+        actual,
+        sparse_linear_backward_truth(*inputs),
+        terms=_most_nonzeros(weight.T),
+        magnitude=grad.double().abs() @ weight.abs(),
+    )
+
+
+def sparse_linear_backward_suite() -> Suite:
+    case = _sparse_linear_backward_case
+    cases = [case(0, k=8, n=8), case(2, 3, k=0, n=4), case(3, k=5, n=0), case(1, k=1, n=1, tags="one")]
+    for pattern in ("unstructured", "2x1", "4x1"):
+        cases += [
+            case(k=17, n=19, pattern=pattern, tags="odd"),
+            case(5, k=137, n=67, pattern=pattern, tags="odd"),
+            case(2, 3, k=24, n=10, pattern=pattern, dtype=torch.bfloat16, values=torch.bfloat16),
+            case(7, k=37, n=41, pattern=pattern, layout="sliced"),
+            case(67, k=37, n=130, pattern=pattern, layout="transposed", values=torch.bfloat16),
+            case(131, k=197, n=257, pattern=pattern, tags="threads odd"),
+        ]
+    return Suite(
+        "sparse_linear_backward",
+        tuple(cases),
+        sparse_linear_backward_truth,
+        sparse_linear_backward_check,
         own_kernel=False,
     )
 

@@ -28,6 +28,7 @@
 #include "ops/rnn_relu.h"
 #include "ops/rnn_tanh.h"
 #include "ops/sparse_int8_linear.h"
+#include "ops/sparse_linear.h"
 #include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
@@ -150,6 +151,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("sparse_int8_linear_pack", &sparse_int8_linear_pack, no_gil);
   m.def("sparse_int8_linear_unpack", &sparse_int8_linear_unpack, no_gil);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
+  m.def("sparse_linear", &sparse_linear, no_gil);
+  m.def("sparse_linear_pack", &sparse_linear_pack, no_gil);
+  m.def("sparse_linear_unpack", &sparse_linear_unpack, no_gil);
+  m.def("sparse_linear_packed_size", &sparse_linear_packed_size, no_gil);
+  m.def("sparse_linear_info", [](const TensorView& data) {
+    const SparseLinearInfo info = sparse_linear_info(data);
+    return py::make_tuple(info.pattern, info.dtype, info.n, info.k, info.blocks, info.nonzeros);
+  });
   m.def("weight_only_linear", &weight_only_linear, no_gil);
   m.def("weight_only_linear_pack", &weight_only_linear_pack, no_gil);
   m.def("weight_only_linear_unpack", &weight_only_linear_unpack, no_gil);

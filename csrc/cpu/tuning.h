@@ -82,6 +82,26 @@ inline constexpr int kWeightOnlyChunkBytes = 8 * 1024 * 1024;
 // Fewer multiply-adds than this are not worth waking a second thread for (about 5 us on one core).
 inline constexpr long kWeightOnlyWorkPerThread = 1L << 18;
 
+// -- sparse_gemm
+
+// Inputs of a chunk of a packed sparse weight, by channels that share a block. With one, each multiply-add reads a
+// register of inputs, so that they must stay in L1: 128 of 64 columns are 32 KiB. Blocks of four read them from L2 at
+// full speed, and sums wait for fewer ranges.
+inline constexpr int kSparseInputs1 = 128;
+inline constexpr int kSparseInputs2 = 512;
+inline constexpr int kSparseInputs4 = 2048;
+
+// Channels of a chunk: what threads share, and how many groups are sorted by their length.
+inline constexpr int kSparseSlab = 64;
+
+// Rows of x up to which the path without panels is the faster one, by channels that share a block.
+inline constexpr int kSparseFewRows1 = 1;
+inline constexpr int kSparseFewRows2 = 2;
+inline constexpr int kSparseFewRows4 = 4;
+
+// Fewer multiply-adds than this are not worth waking a second thread for.
+inline constexpr long kSparseWorkPerThread = 1L << 16;
+
 // -- attention
 
 // Keys that go by between two steps of the online softmax. With 64 rows their scores are 64 KiB, as are K and V at head

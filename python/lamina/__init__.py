@@ -20,6 +20,7 @@ from lamina.configs import (
     Int8RNN,
     Int8Static,
     Int8WeightOnly,
+    Sparse,
     SparseInt8,
 )
 from lamina.errors import FormatError
@@ -40,6 +41,7 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "LayerDecision",
+    "Sparse",
     "SparseInt8",
     "SwapReport",
     "__version__",

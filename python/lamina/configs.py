@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamina.ops.sparse_linear import PATTERNS as SPARSE_PATTERNS
 from lamina.quant.calibration import Calibration, check_calibration
 from lamina.quant.observers import check_observer
 
@@ -85,6 +86,24 @@ class Int4WeightOnly(Config):
     def __post_init__(self) -> None:
         if self.group_size <= 0 or self.group_size % 32:
             raise ValueError(f"Int4WeightOnly: group_size is {self.group_size}, but must be a positive multiple of 32")
+
+
+@dataclass(frozen=True)
+class Sparse(Config):
+    """nn.Linear -> lamina.nn.SparseLinear, for pruned models: only blocks of weights that hold other values than zero.
+
+    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1" or "4x1".
+
+    Layers without zeros are left alone.
+
+    >>> report = lamina.swap_(model, lamina.Sparse("4x1"))
+    """
+
+    pattern: str = "unstructured"
+
+    def __post_init__(self) -> None:
+        if self.pattern not in SPARSE_PATTERNS:
+            raise ValueError(f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(SPARSE_PATTERNS)}")
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,17 @@ from lamina.nn.packed_linear import PackedLinear
 from lamina.nn.packed_weight import PackedWeight
 from lamina.nn.rnn import Int8GRU, Int8LSTM, arguments_of
 from lamina.nn.sparse_int8_linear import SparseInt8Linear
+from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 
 FORMAT_VERSION = 1
 
 # The layers that take the place of a float one. Each has `options()`, the constructor's keyword arguments in JSON that
 # the place does not give, and `check_saved(state, prefix)`, a ValueError where its part of a state_dict does not fit.
-_LINEARS: tuple[type[PackedLinear], ...] = (Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear, SparseInt8Linear)
+_LINEARS: tuple[type[PackedLinear], ...] = (
+    *(Int8Linear, Int8WeightOnlyLinear, Int4WeightOnlyLinear),
+    *(SparseInt8Linear, SparseLinear),
+)
 _RNNS: tuple[type[Int8LSTM | Int8GRU], ...] = (Int8LSTM, Int8GRU)
 _CONVS = (Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d)
 _LAYERS = (*_LINEARS, *_RNNS, *_CONVS)
@@ -236,7 +240,7 @@ def _linear_arguments(
     if "weight" not in state:
         raise ValueError(f"it lacks {fqn}.weight")
     shape, found = made.saved_shape(linear.out_features, linear.in_features), tuple(state["weight"].shape)
-    if found != shape:
+    if shape is not None and found != shape:
         raise ValueError(f"{fqn}.weight is {list(found)}, but {list(shape)} in the model")
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
     return {**sizes, "bias": linear.bias is not None, "dtype": linear.weight.dtype}

@@ -30,6 +30,7 @@ from lamina.configs import (
     Int8RNN,
     Int8Static,
     Int8WeightOnly,
+    Sparse,
     SparseInt8,
     resolve,
 )
@@ -41,6 +42,7 @@ from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
 from lamina.nn.sparse_int8_linear import SparseInt8Linear
+from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.ops.sparse_int8_linear import BREAK_EVEN_DENSITY, block_density
 from lamina.quant.calibration import Calibration, observe, takes_static_scale
@@ -586,6 +588,16 @@ def _int8_weight_only(site: Site, config: Config) -> Candidate | str | None:
 def _int4_weight_only(site: Site, config: Int4WeightOnly) -> Candidate | str | None:
     build = functools.partial(Int4WeightOnlyLinear.from_float, group_size=config.group_size)
     return replace_linear(site, build, kernels="int4 kernels", packed=True)
+
+
+@handles(Sparse)
+def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
+    def build(linear: nn.Linear) -> nn.Module:
+        if linear.weight.numel() and bool(linear.weight.all()):
+            raise ValueError("its weight has no zeros; prune it first")
+        return SparseLinear.from_float(linear, pattern=config.pattern)
+
+    return replace_linear(site, build, kernels="sparse kernels", packed=True)
 
 
 @handles(FusedAttention)

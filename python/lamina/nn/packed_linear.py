@@ -46,8 +46,8 @@ class PackedLinear(PackedWeight, nn.Linear):
         return self(input)[..., rows]
 
     @staticmethod
-    def saved_shape(out_features: int, in_features: int) -> tuple[int, int]:
-        """The shape of `weight` in the state_dict of a layer of this size."""
+    def saved_shape(out_features: int, in_features: int) -> tuple[int, int] | None:
+        """The shape of `weight` in the state_dict of a layer of this size; None where the size does not tell it."""
         return out_features, in_features
 
     def _saved_weight_shape(self) -> tuple[int, int]:

@@ -63,8 +63,8 @@ class PackedWeight(ABC):
         """Keep a packed weight in buffers."""
 
     @abstractmethod
-    def _saved(self) -> tuple[Tensor, Tensor]:
-        """The codes and the scales as a state_dict has them."""
+    def _saved(self) -> tuple[Tensor, Tensor | None]:
+        """The codes and the scales, if there are any, as a state_dict has them."""
 
     @abstractmethod
     def _dequantize(self, traced: bool) -> Tensor:
@@ -131,7 +131,9 @@ class PackedWeight(ABC):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"], destination[prefix + "weight_scale"] = self._saved()
+        destination[prefix + "weight"], scale = self._saved()
+        if scale is not None:
+            destination[prefix + "weight_scale"] = scale
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         weight = state_dict.get(prefix + "weight")

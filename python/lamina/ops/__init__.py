@@ -33,6 +33,14 @@ from lamina.ops.sparse_int8_linear import (
     sparse_int8_linear,
     unpack_sparse_int8_weight,
 )
+from lamina.ops.sparse_linear import (
+    PackedSparseWeight,
+    SparseInfo,
+    pack_sparse_weight,
+    sparse_info,
+    sparse_linear,
+    unpack_sparse_weight,
+)
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     pack_int4_weight,
@@ -47,6 +55,8 @@ __all__ = [
     "PackedInt8ConvWeight",
     "PackedInt8Weight",
     "PackedSparseInt8Weight",
+    "PackedSparseWeight",
+    "SparseInfo",
     "append_to_cache_",
     "attention",
     "attention_backward",
@@ -71,15 +81,19 @@ __all__ = [
     "pack_int8_conv_weight",
     "pack_int8_weight",
     "pack_sparse_int8_weight",
+    "pack_sparse_weight",
     "quantize_rows",
     "rms_norm",
     "rnn_relu",
     "rnn_tanh",
+    "sparse_info",
     "sparse_int8_linear",
+    "sparse_linear",
     "unpack_int4_weight",
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",
     "unpack_int8_weight",
     "unpack_sparse_int8_weight",
+    "unpack_sparse_weight",
     "weight_only_linear",
 ]

@@ -1,0 +1,90 @@
+"""What layers with a packed sparse weight have in common: the pattern, memory, state_dict."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lamina.nn.packed_weight import PackedWeight
+from lamina.ops.sparse_linear import (
+    PATTERNS,
+    PackedSparseWeight,
+    SparseInfo,
+    pack_sparse_weight,
+    sparse_info,
+    traced_sparse_weight,
+    unpack_sparse_weight,
+)
+
+
+class SparseWeight(PackedWeight):
+    """Before an nn layer in the bases: its weight does not train, and only blocks with values other than zero are held.
+
+    The state_dict has `weight`, uint8: the packed bytes, whose header names pattern, version, dtype and sizes; a float
+    `weight` is packed in the layer's pattern when it is loaded.
+    """
+
+    def _set_pattern(self, pattern: str) -> None:
+        if pattern not in PATTERNS:
+            raise ValueError(f"{type(self).__name__}: pattern '{pattern}' is unknown; use one of {', '.join(PATTERNS)}")
+        self.pattern = pattern
+
+    @property
+    @abstractmethod
+    def rows_shape(self) -> tuple[int, int]:
+        """The weight as the rows [outputs, inputs] that the kernels multiply."""
+
+    @abstractmethod
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        """A float weight as these rows."""
+
+    @abstractmethod
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse."""
+
+    def _pack(self, weight: Tensor, scale: Tensor | None) -> PackedSparseWeight:
+        if weight.is_floating_point():
+            return pack_sparse_weight(self._as_rows(weight), self.pattern)
+        info = sparse_info(weight)
+        if (info.out_features, info.in_features) != self.rows_shape:
+            raise ValueError(
+                f"size mismatch: [{info.out_features}, {info.in_features}] in the checkpoint, {list(self.rows_shape)} "
+                "in the layer"
+            )
+        return PackedSparseWeight(weight.clone(), info.out_features)
+
+    def _set_packed(self, packed: PackedSparseWeight) -> None:
+        self.register_buffer("_packed", packed.data, persistent=False)
+        # A packed weight brings its own pattern.
+        self.pattern = self.sparse_info.pattern
+
+    def pack_saved(self, weight: Tensor, scale: Tensor | None, name: str = "weight") -> PackedSparseWeight:
+        if weight.is_floating_point():
+            return super().pack_saved(weight, scale, name)
+        try:
+            return self._pack(weight, None)
+        except ValueError as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    def _saved(self) -> tuple[Tensor, None]:
+        return self._packed.detach(), None
+
+    def _dequantize(self, traced: bool) -> Tensor:
+        if traced:
+            return self._from_rows(traced_sparse_weight(self.packed_weight, self.rows_shape[1]))
+        return self._from_rows(unpack_sparse_weight(self.packed_weight)).to(torch.float32)
+
+    @property
+    def packed_weight(self) -> PackedSparseWeight:
+        return PackedSparseWeight(self._packed, self.rows_shape[0])
+
+    @property
+    def sparse_info(self) -> SparseInfo:
+        """Pattern, dtype, sizes and density of the packed weight."""
+        return sparse_info(self._packed)
+
+    def options(self) -> dict[str, str | int | None]:
+        return {**super().options(), "pattern": self.pattern}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
