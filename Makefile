@@ -27,7 +27,7 @@ report: $(VENV)/.onnx
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.onnx
+bench: $(VENV)/.openvino
 	$(BIN)/lamina bench --targets benchmarks/targets.toml
 
 lint: $(VENV)/.linted
@@ -61,6 +61,11 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 $(VENV)/.onnx: $(VENV)/.installed
 	if $(BIN)/pip install -q onnxruntime onnx onnxscript; then touch $@; \
 	else echo "ONNX Runtime can't be installed here: the targets against it will not be judged"; fi
+
+# OpenVINO on the model that ONNX Runtime's tool quantized, which the targets of int8 ResNets compare with.
+$(VENV)/.openvino: $(VENV)/.onnx
+	if $(BIN)/pip install -q openvino; then touch $@; \
+	else echo "OpenVINO can't be installed here: the targets against it will not be judged"; fi
 
 # By exact version: a newer formatter would find fault with files that nobody touched.
 $(VENV)/.linted: $(VENV)/.torch Makefile
