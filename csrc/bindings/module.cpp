@@ -12,6 +12,7 @@
 #include "ops/attention_varlen.h"
 #include "ops/checks.h"
 #include "ops/conv2d.h"
+#include "ops/fingerprint.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
@@ -170,7 +171,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_tanh", &rnn_tanh, no_gil);
   m.def("rnn_relu", &rnn_relu, no_gil);
   m.def("rnn_backward", &rnn_backward, no_gil);
-  m.def("rnn_fingerprint", &rnn_fingerprint, no_gil);
+  m.def("weight_fingerprint", &weight_fingerprint, no_gil);
 
 #ifdef LAMINA_WITH_CUDA
   m.attr("with_cuda") = true;

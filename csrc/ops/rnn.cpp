@@ -608,34 +608,4 @@ Steps steps_of(const char* op, const TensorView& rows, const std::optional<Tenso
 
 void run_rnn(const RnnArgs& args) { Runner(args).run(); }
 
-uint64_t rnn_fingerprint(const std::vector<TensorView>& weights) {
-  constexpr int64_t kSamples = 24, kSmall = 128;
-  uint64_t hash = 14695981039346656037u;
-  const auto mix = [&](const char* element, int64_t bytes) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, element, size_t(bytes));
-    hash = (hash ^ bits) * 1099511628211u;
-    hash ^= hash >> 32;
-  };
-  for (const TensorView& w : weights) {
-    check_dtype("rnn_fingerprint", "weight", w, {DType::float32, DType::bfloat16, DType::int8});
-    const int64_t size = w.dtype == DType::float32 ? 4 : w.dtype == DType::bfloat16 ? 2 : 1, count = w.numel();
-    if (count <= kSmall && w.is_contiguous()) {
-      const char* data = w.as<char>();
-      int64_t left = count * size;
-      for (; left >= 8; left -= 8, data += 8) mix(data, 8);
-      if (left) mix(data, left);
-      continue;
-    }
-    const int64_t columns = w.ndim ? w.size(-1) : 1, column_stride = w.ndim ? w.stride(-1) : 0;
-    const int64_t row_stride = w.ndim == 2 ? w.stride(0) : 0;
-    // Odd, so that the samples wander over the columns.
-    const int64_t distance = (count / kSamples) | 1;
-    for (int64_t i = 0; i < count; i += distance) {
-      mix(w.as<char>() + (i / columns * row_stride + i % columns * column_stride) * size, size);
-    }
-  }
-  return hash;
-}
-
 }  // namespace lamina

@@ -76,9 +76,4 @@ void rnn_backward(const std::string& cell, const std::optional<TensorView>& batc
                   const std::optional<TensorView>& d_c, const TensorView& d_x,
                   const std::optional<TensorView>& d_of_state);
 
-// A hash of some elements of each tensor (all, of small ones). Packed weights
-// are kept between calls; this tells when somebody has written new values into
-// the originals past torch's version counter, as `parameter.data.copy_()` does.
-uint64_t rnn_fingerprint(const std::vector<TensorView>& weights);
-
 }  // namespace lamina

@@ -93,6 +93,7 @@ def test_a_changed_weight_is_packed_anew(generator):
         for change in (
             lambda: weight.mul_(2.0),
             lambda: weight.data.add_(1.0),
+            lambda: weight.data[8:].add_(1.0),
             lambda: setattr(weight, "data", torch.randn(weight.shape)),
         ):
             conv2d(x, weight, bias, padding=1)

@@ -108,11 +108,11 @@ def test_lstm_sees_new_weights(change):
 def test_lstm_forgets_weights_that_are_gone():
     weights = weights_of(4, 8)
     lstm(torch.randn(2, 1, 4), None, weights)
-    known = len(packing._kept)
+    known = len(packing._packed)
     del weights
     other = weights_of(4, 8)
     lstm(torch.randn(2, 1, 4), None, other)
-    assert len(packing._kept) <= known
+    assert len(packing._packed) <= known
 
 
 def test_lstm_takes_weights_made_in_inference_mode():

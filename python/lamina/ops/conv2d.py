@@ -1,16 +1,15 @@
 """conv2d: float convolution with bias, residual, activation and pooling in one call."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from lamina import _C
 from lamina.ops.library import define
+from lamina.ops.packed_cache import PackedCache
 from lamina.reference.conv2d import conv2d as composed
 from lamina.reference.int8_linear import ACTIVATIONS
 
@@ -20,15 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _MIN_WINOGRAD_CHANNELS = 16
 
 
-class _Kept(NamedTuple):
-    stamp: tuple
-    storage: StorageWeakRef
-    packed: Tensor
-
-
-# Packed weights by the place of the weight. A weakly held storage keeps its identity, so that a new tensor at an old
-# address is never taken for the old one.
-_kept: dict[tuple, _Kept] = {}
+_weights: PackedCache[Tensor] = PackedCache()
 
 
 def _geometry(
@@ -47,27 +38,16 @@ def _geometry(
 
 
 def _packed(weight: Tensor, geometry: tuple[int, ...]) -> Tensor:
-    """The weight in the order the kernels read it, or what this gave last time for the same tensor and content.
+    """The weight in the order the kernels read it, or what this gave last time."""
 
-    A change is noticed by torch's version counter, and by a fingerprint of some elements where it is bypassed
-    (`parameter.data`).
-    """
+    def pack() -> Tensor:
+        packed = torch.empty(_C.conv2d_packed_size(weight.shape[0], weight.shape[1], geometry))
+        _C.conv2d_pack(weight.detach(), geometry, packed)
+        return packed
+
     # What the layout hangs on: sizes, groups, and the Winograd tile; stride, padding and pool do not matter.
-    form = (*geometry[:2], *geometry[10:12])
-    key = stamp = None
-    if not weight.is_inference():  # inference tensors have no version counter
-        key = (weight.untyped_storage()._cdata, weight.data_ptr(), tuple(weight.shape), form)
-        stamp = (weight._version, weight.stride(), weight.dtype, _C.rnn_fingerprint([weight]))
-        kept = _kept.get(key)
-        if kept is not None and kept.stamp == stamp:
-            return kept.packed
-    packed = torch.empty(_C.conv2d_packed_size(weight.shape[0], weight.shape[1], geometry))
-    _C.conv2d_pack(weight.detach(), geometry, packed)
-    if key is not None:
-        for old in [k for k, entry in list(_kept.items()) if entry.storage.expired()]:
-            _kept.pop(old, None)
-        _kept[key] = _Kept(stamp, StorageWeakRef(weight.untyped_storage()), packed)
-    return packed
+    form = (tuple(weight.shape), weight.stride(), weight.dtype, *geometry[10:12])
+    return _weights.get([weight], form, pack)
 
 
 def _size(n: int, before: int, after: int, window: int, stride: int, dilation: int = 1) -> int:

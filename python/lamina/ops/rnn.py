@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from lamina import _C
 from lamina.ops.library import LIBRARY, define
+from lamina.ops.packed_cache import PackedCache
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -162,16 +162,7 @@ def pack(
     return tuple(torch.cat(pieces) for pieces in (panels, floats, compensation) if pieces)
 
 
-class _Kept(NamedTuple):
-    stamp: tuple
-    storages: list[StorageWeakRef]
-    sizes: Sizes
-    packed: tuple[Tensor, ...]
-
-
-# By the address of the first weight. An entry is good only while all its storages live: they are held weakly, and a
-# weakly held storage keeps its identity, so that a new tensor at an old address is never taken for the old one.
-_kept: dict[tuple[int, int], _Kept] = {}
+_packed: PackedCache[tuple[Sizes, tuple[Tensor, ...]]] = PackedCache()
 
 
 def packed_weights(
@@ -184,28 +175,14 @@ def packed_weights(
     directions: int,
     scales: Sequence[Tensor] | None = None,
 ) -> tuple[Sizes, tuple[Tensor, ...]]:
-    """`sizes_of` and `pack`, or what they gave last time for the same tensors and content.
+    """`sizes_of` and `pack`, or what they gave last time."""
 
-    A change is noticed by torch's version counter, and by a fingerprint of some elements where it is bypassed
-    (`parameter.data`).
-    """
+    def make() -> tuple[Sizes, tuple[Tensor, ...]]:
+        sizes = sizes_of(op, gates, input_size, weights, has_biases, num_layers, directions)
+        return sizes, pack(gates, sizes, weights, has_biases, scales)
+
     tensors = weights if scales is None else [*weights, *scales]
-    if weights and not any(w.is_inference() for w in tensors):  # inference tensors have no version counter
-        places = [(w.untyped_storage()._cdata, w.data_ptr(), w._version) for w in tensors]
-        stamp = (op, input_size, has_biases, num_layers, directions, places, _C.rnn_fingerprint(tensors))
-        key = places[0][:2]
-        kept = _kept.get(key)
-        if kept is not None and kept.stamp == stamp:
-            return kept.sizes, kept.packed
-    else:
-        key = None
-    sizes = sizes_of(op, gates, input_size, weights, has_biases, num_layers, directions)
-    packed = pack(gates, sizes, weights, has_biases, scales)
-    if key is not None:
-        for old in [k for k, entry in list(_kept.items()) if any(s.expired() for s in entry.storages)]:
-            _kept.pop(old, None)
-        _kept[key] = _Kept(stamp, [StorageWeakRef(w.untyped_storage()) for w in tensors], sizes, packed)
-    return sizes, packed
+    return _packed.get(tensors, (op, input_size, has_biases, num_layers, directions), make)
 
 
 def _outputs(
