@@ -522,6 +522,9 @@ def _int8_conv2d_cases() -> list[Case]:
         *(case(Conv(2, 8, 5, 6, 40), residual=r, out=int8, activation="relu") for r in (f32, bf16, int8)),
         case(Conv(2, 8, 5, 6, 40), residual=int8, activation="hardswish", out=int8, layout="pixels_apart"),
         case(Conv(3, 20, 19, 23, 70, **three), tags="threads odd"),
+        # By Winograd's filtering, shared out by panels and by tiles.
+        case(Conv(1, 100, 19, 23, 64, **three), x_scale="codes", residual=int8, out=int8, tags="threads odd"),
+        case(Conv(2, 100, 19, 23, 64, **three), layout="first", activation="silu", tags="threads odd"),
         case(Conv(2, 64, 5, 5, 200, **three), x_scale="codes", residual=int8, out=int8, tags="threads"),
         case(Conv(1, 200, 33, 31, 200, **three, groups=200), out=int8, tags="threads"),
     ]

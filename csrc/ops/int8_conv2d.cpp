@@ -1,11 +1,14 @@
 #include "ops/int8_conv2d.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu/kernels/int8_conv.h"
 #include "cpu/kernels/int8_depthwise.h"
+#include "cpu/kernels/int8_winograd.h"
 #include "cpu/tuning.h"
 #include "ops/checks.h"
 #include "ops/conv_pixels.h"
@@ -18,6 +21,9 @@ namespace lamina {
 
 constinit const KernelTable<void(const Int8ConvArgs&)> int8_conv_table;
 constinit const KernelTable<void(const Int8DepthwiseArgs&)> int8_depthwise_table;
+constinit const KernelTable<void(const Int8WinogradInputArgs&)> int8_winograd_inputs_table;
+constinit const KernelTable<void(const Int8WinogradWeightArgs&)> int8_winograd_weights_table;
+constinit const KernelTable<void(const Int8WinogradOutputArgs&)> int8_winograd_outputs_table;
 
 namespace {
 
@@ -43,7 +49,9 @@ struct PackedShape {
   int64_t bytes() const {
     return depthwise() ? kh * kw * round_up(n, kDepthwiseBlock) : groups * group_padded() * depth();
   }
-  int64_t compensation() const { return depthwise() ? round_up(n, kDepthwiseBlock) : kh * groups * group_padded(); }
+  int64_t compensation() const { return depthwise() ? round_up(n, kDepthwiseBlock) : kh * groups * group_padded() + 1; }
+  // Where the compensation says whether every |sum| stays below 2^25, as int8_winograd wants it.
+  int64_t small_sums() const { return kh * groups * group_padded(); }
   // Where byte `at` of row `ky` of channel `n` of a group lies behind the group's first.
   int64_t offset(int64_t channel, int64_t ky, int64_t at) const {
     const int64_t first = channel / kPanel * kPanel;
@@ -236,6 +244,105 @@ void multiply(const Call& call, const ConvPixels& x, const ConvEpilogue& end, in
   });
 }
 
+// How threads share Winograd's tiles and panels; `pays` is false where the direct sum is faster.
+struct WinogradPlan {
+  bool pays = false;
+  int64_t across = 0, per_image = 0;
+  int64_t by_tiles = 1, by_panels = 1;  // shares
+};
+
+// Tiles of a band, of nearly equal bands.
+int64_t winograd_band(const PackedShape& w, int64_t tiles) {
+  const int64_t bytes = 2 * kWinogradPoints * round_up(w.c, kWinogradChunk);
+  const int64_t most = std::max<int64_t>(tuning::kInt8WinogradBandBytes / bytes, tuning::kInt8WinogradTiles);
+  const int64_t bands = (tiles + most - 1) / most;
+  return (tiles + bands - 1) / bands;
+}
+
+// A thread transforms all that it multiplies, since what another core has just written is slow to read: with more
+// shares of tiles more threads transform the same filters, with more shares of panels the same inputs.
+WinogradPlan plan_winograd(const Call& call) {
+  const PackedShape& w = call.weight;
+  WinogradPlan best;
+  if (w.groups != 1 || w.kh != 3 || w.kw != 3 || w.c == 0 || w.c % 4 != 0 || w.n % kPanel != 0) return best;
+  if (call.stride_y != 1 || call.stride_x != 1 || call.dilation_y != 1 || call.dilation_x != 1) return best;
+  if (!call.compensation[w.small_sums()]) return best;
+  if (2 * kWinogradPoints * kPanel * w.c > tuning::kInt8WinogradFilterBytes) return best;
+  best.across = (call.out_width + 3) / 4;
+  best.per_image = best.across * ((call.out_height + 3) / 4);
+  const int64_t tiles = call.images * best.per_image, panels = w.n / kPanel;
+  const int64_t outputs = call.images * call.out_height * call.out_width * w.n;
+  const int64_t threads = std::clamp<int64_t>(4 * outputs * w.c / tuning::kInt8ConvWorkPerThread, 1, max_threads());
+  double least = 0;
+  for (int64_t shares = 1; shares <= std::min(tiles, threads); ++shares) {
+    const int64_t columns = std::min(panels, threads / shares);
+    const int64_t own = (tiles + shares - 1) / shares, n = (panels + columns - 1) / columns * kPanel;
+    const int64_t band = winograd_band(w, own), bands = (own + band - 1) / band;
+    const double of_tile =
+        double(kWinogradPoints * w.c * n + tuning::kInt8WinogradInputCost * w.c + tuning::kInt8WinogradOutputCost * n);
+    const double load = own * of_tile + double(bands * tuning::kInt8WinogradFilterCost * w.c * n);
+    if (shares > 1 && load >= least) continue;
+    least = load;
+    best.by_tiles = shares;
+    best.by_panels = columns;
+  }
+  const double direct = 4.5 * double(outputs) * w.c / threads;  // 9 products of bytes, at twice the speed of words
+  best.pays = least < tuning::kInt8WinogradGain * direct;
+  return best;
+}
+
+// Images [first, first + images) by Winograd's filtering.
+void multiply_by_winograd(const Call& call, const WinogradPlan& plan, const ConvPixels& x, const ConvEpilogue& end,
+                          int64_t first, int64_t images) {
+  const PackedShape& w = call.weight;
+  const auto transform_inputs = int8_winograd_inputs_table.get();
+  const auto transform_weights = int8_winograd_weights_table.get();
+  const auto finish = int8_winograd_outputs_table.get();
+  const int64_t tiles = images * plan.per_image, panels = w.n / kPanel;
+  parallel_tasks(plan.by_tiles * plan.by_panels, [&](int64_t task) {
+    const int64_t share = task / plan.by_panels, column = task % plan.by_panels;
+    const int64_t last = tiles * (share + 1) / plan.by_tiles, last_panel = panels * (column + 1) / plan.by_panels;
+    int64_t done = tiles * share / plan.by_tiles;
+    const int64_t band = winograd_band(w, last - done);
+    WorkspaceFrame frame;
+    Int8WinogradTiles band_tiles = {.across = plan.across,
+                                    .per_image = plan.per_image,
+                                    .first = done,
+                                    .count = band,
+                                    .block = winograd_block(band),
+                                    .channels = w.c,
+                                    .inputs = nullptr,
+                                    .out_height = call.out_height,
+                                    .out_width = call.out_width};
+    band_tiles.inputs = frame.take<int16_t>(winograd_input_words(band_tiles));
+    int16_t* weights = frame.take<int16_t>(kWinogradPoints * winograd_weight_point(w.c));
+    int32_t* products = frame.take<int32_t>(kWinogradPoints * winograd_product_point(band_tiles.block));
+    for (; done < last; done += band) {
+      band_tiles.first = done;
+      band_tiles.count = std::min(band, last - done);
+      transform_inputs({.tiles = band_tiles,
+                        .x = x.codes + first * x.image,
+                        .image = x.image,
+                        .row = x.row,
+                        .pixel = x.pixel,
+                        .height = call.height,
+                        .width = call.width,
+                        .pad_top = call.top,
+                        .pad_left = call.left});
+      for (int64_t panel = panels * column / plan.by_panels; panel < last_panel; ++panel) {
+        const int64_t channel = panel * kPanel;
+        transform_weights({.panel = call.data + channel * w.depth(), .channels = w.c, .weights = weights});
+        ConvEpilogue own = end;
+        own.scale += channel;
+        own.bias += channel;
+        own.residual = part_of(end.residual, first, channel);
+        own.out = part_of(end.out, first, channel);
+        finish({.tiles = band_tiles, .weights = weights, .products = products, .end = own});
+      }
+    }
+  });
+}
+
 void multiply_depthwise(const Call& call, const ConvPixels& x, const ConvEpilogue& end, int64_t first, int64_t images) {
   const PackedShape& w = call.weight;
   const auto kernel = int8_depthwise_table.get();
@@ -381,10 +488,12 @@ void int8_conv2d_pack(const TensorView& weight, const TensorView& scale, int64_t
     return;
   }
   const int64_t group = w.group_channels(), padded = w.group_padded();
+  std::atomic<bool> small{true};
   parallel_ranges(w.n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t g = n / group, channel = n % group;
       int8_t* base = to + g * padded * w.depth();
+      int64_t magnitude = 0;
       for (int64_t ky = 0; ky < w.kh; ++ky) {
         int32_t sum = 0;
         for (int64_t kx = 0; kx < w.kw; ++kx) {
@@ -392,12 +501,15 @@ void int8_conv2d_pack(const TensorView& weight, const TensorView& scale, int64_t
             const int8_t code = from[n * filter + c * taps + ky * w.kw + kx];
             base[w.offset(channel, ky, w.tap_offset(kx) + c)] = code;
             sum += code;
+            magnitude += std::abs(code);
           }
         }
         sums[ky * w.groups * padded + g * padded + channel] = 128 * sum;  // |128 * 127 * depth| is below 2^31
       }
+      if (128 * magnitude >= int64_t{1} << 25) small = false;
     }
   });
+  sums[w.small_sums()] = small;
 }
 
 void int8_conv2d_unpack(const TensorView& data, int64_t groups, const TensorView& weight) {
@@ -488,11 +600,12 @@ void int8_conv2d(const TensorView& x, const TensorView& data, const TensorView& 
   }
   if (call.images == 0 || w.n == 0) return;
 
+  const WinogradPlan winograd = plan_winograd(call);  // whose kernels make up the columns outside
   const ConvWindow window{.stride_y = call.stride_y,
                           .stride_x = call.stride_x,
                           .top = call.top,
-                          .left = call.left,
-                          .right = call.right,
+                          .left = winograd.pays ? 0 : call.left,
+                          .right = winograd.pays ? 0 : call.right,
                           .dilation_y = call.dilation_y,
                           .dilation_x = call.dilation_x,
                           .kh = w.kh,
@@ -518,7 +631,11 @@ void int8_conv2d(const TensorView& x, const TensorView& data, const TensorView& 
     int64_t last = image + 1;
     while (last < call.images && (count == 1 || folds(last) == fold)) ++last;
     const ConvEpilogue end = epilogue_of(call, fold ? folded : plain, count, image, fold);
-    (w.depthwise() ? multiply_depthwise : multiply)(call, pixels, end, image, last - image);
+    if (winograd.pays) {
+      multiply_by_winograd(call, winograd, pixels, end, image, last - image);
+    } else {
+      (w.depthwise() ? multiply_depthwise : multiply)(call, pixels, end, image, last - image);
+    }
     image = last;
   }
 }

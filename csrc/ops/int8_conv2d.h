@@ -15,7 +15,7 @@ namespace lamina {
 // cpu/kernels/int8_conv.h.
 int64_t int8_conv2d_packed_size(const std::vector<int64_t>& size, int64_t groups);
 
-// int32 values of its compensation.
+// int32 values of its compensation. The last one says whether all sums are small enough for int8_winograd.
 int64_t int8_conv2d_compensation_size(const std::vector<int64_t>& size, int64_t groups);
 
 // weight [n, c, kh, kw] int8 in [-127, 127], scale [n] float32 -> data [packed_size] int8, compensation

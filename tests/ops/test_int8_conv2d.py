@@ -78,6 +78,49 @@ def test_extremes_do_not_saturate(sign, groups, isa):
     assert_exact(y.contiguous(), expected.float())
 
 
+# Shapes that Winograd's filtering takes: ragged tiles and channels, threads that share panels and tiles, two bands.
+WINOGRAD = [
+    ((2, 100, 19, 23), 64, (1, 1, 1, 1)),
+    ((1, 36, 33, 30), 32, (0, 2, 0, 1)),
+    ((1, 68, 61, 63), 32, (1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "n", "padding"), WINOGRAD)
+def test_winograd_is_the_direct_sum(shape, n, padding, generator):
+    """All codes, to float and with everything in the epilogue. Its last number lets the compensation choose."""
+    x, w = codes_of(*shape, generator=generator, low=-128), codes_of(n, shape[1], 3, 3, generator=generator)
+    packed = pack_int8_conv_weight(w, torch.rand(n, generator=generator) / 1000)
+    assert packed.compensation[-1] == 1
+    direct = packed._replace(compensation=packed.compensation.clone())
+    direct.compensation[-1] = 0
+
+    def call(weight, bias=None, activation="none", **extras):
+        sizes = list(packed.size), bias, [1, 1], padding, [1, 1], 1, activation
+        return torch.ops.lamina.int8_conv2d(x, *weight[:3], *sizes, **extras)
+
+    wide = call(direct, x_scale=ONE)
+    extras = {"activation": "relu6", "residual": codes_of(*wide.shape, generator=generator), "residual_scale": ONE / 9}
+    extras |= {"out_scale": ONE / 20, "x_scale": torch.rand(len(x), generator=generator)}
+    codes = call(direct, wide[0, :, 0, 0], **extras)
+    for isa in _C.available_isas():
+        with lamina.force_isa(isa):
+            assert_exact(call(packed, x_scale=ONE), wide, isa)
+            assert_exact(call(packed, wide[0, :, 0, 0], **extras), codes, isa)
+
+
+def test_winograd_leaves_sums_that_it_could_not_hold(isa):
+    """Sums past 2^25: with the number in the compensation that allows it, it would be wrong, so it does run here."""
+    x, w = torch.full((1, 240, 16, 16), -128, dtype=torch.int8), torch.full((32, 240, 3, 3), 127, dtype=torch.int8)
+    packed = pack_int8_conv_weight(w, torch.ones(32))
+    assert packed.compensation[-1] == 0
+    expected = F.conv2d(x.double(), w.double(), padding=1).float()
+    with lamina.force_isa(isa):
+        assert_exact(int8_conv2d(x, packed, padding=1, x_scale=ONE).contiguous(), expected)
+        packed.compensation[-1] = 1
+        assert not torch.equal(int8_conv2d(x, packed, padding=1, x_scale=ONE), expected)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
 @pytest.mark.parametrize("residual", [None, "int8", "float32"])
 @pytest.mark.parametrize("groups", [1, 40])

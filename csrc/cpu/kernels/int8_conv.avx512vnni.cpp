@@ -8,7 +8,7 @@
 //
 // All panels that fit L2 together pass over a tile before the next tile comes: its pixels stay in L1, and the weights
 // come from L2 at a line in 14 cycles.
-#include "cpu/kernels/int8_conv_tile.h"
+#include "cpu/kernels/int8_conv_folded.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
@@ -22,64 +22,6 @@ LAMINA_INLINE __m512i flipped(const int8_t* x, __m512i signs) {
 }
 LAMINA_INLINE void dot4(__m512i& acc, __m512i a, __m512i b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-}
-
-// One pixel's 16 NR sums as floats, scaled, with bias and residual.
-template <int NR>
-struct Scales {
-  __m512 scale[NR], bias[NR];
-};
-
-template <int NR>
-LAMINA_INLINE void linear(const __m512i (&acc)[NR], const Scales<NR>& s, __m512 (&y)[NR]) {
-  LAMINA_UNROLL
-  for (int j = 0; j < NR; ++j) {
-    // The sum as a fused product with 1, which rounds the same: the adders are busy with conversions.
-    y[j] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[j]), s.scale[j]), _mm512_set1_ps(1.0f), s.bias[j]);
-  }
-}
-
-template <int NR>
-LAMINA_INLINE void add_codes(__m512 (&y)[NR], const int8_t* residual, __m512 factor) {
-  LAMINA_UNROLL
-  for (int j = 0; j < NR; ++j) {
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual + 16 * j));
-    const __m512 r = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-    y[j] = _mm512_fmadd_ps(_mm512_mul_ps(r, factor), _mm512_set1_ps(1.0f), y[j]);
-  }
-}
-
-// The codes of MR x 32 sums whose epilogue is folded; 32 channels are there to be written.
-template <int MR>
-LAMINA_INLINE void store_folded(const ConvEpilogue& end, const ConvTile& tile, const __m512i (&acc)[MR][2],
-                                int64_t first) {
-  const Scales<2> s = {{_mm512_loadu_ps(tile.scale + first), _mm512_loadu_ps(tile.scale + first + 16)},
-                       {_mm512_loadu_ps(end.bias + first), _mm512_loadu_ps(end.bias + first + 16)}};
-  const __m512 factor = _mm512_set1_ps(end.residual_scale);
-  const __m512i lowest = _mm512_set1_epi8(char(int(end.lowest))), highest = _mm512_set1_epi8(char(int(end.highest)));
-  // packs works in 128-bit lanes: this puts the channels of each pixel together again.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const int8_t* residual = static_cast<const int8_t*>(end.residual.data);
-  int8_t* out = static_cast<int8_t*>(end.out.data) + first;
-  LAMINA_UNROLL
-  for (int i = 0; i < MR; i += 2) {
-    __m512i words[2];
-    LAMINA_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int p = i + h < MR ? i + h : i;
-      __m512 y[2];
-      linear(acc[p], s, y);
-      if (residual) add_codes(y, residual + tile.residual[p] + first, factor);
-      words[h] = _mm512_packs_epi32(_mm512_cvtps_epi32(y[0]), _mm512_cvtps_epi32(y[1]));
-    }
-    __m512i codes = _mm512_packs_epi16(words[0], words[1]);
-    codes = _mm512_min_epi8(_mm512_max_epi8(codes, lowest), highest);
-    codes = _mm512_permutexvar_epi32(order, codes);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + tile.out[i]), _mm512_castsi512_si256(codes));
-    if (i + 1 < MR) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + tile.out[i + 1]), _mm512_extracti64x4_epi64(codes, 1));
-    }
-  }
 }
 
 // MR pixels x 16 NR channels from `first` on: all of their sums, and what becomes of them.
@@ -135,7 +77,10 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
     }
   }
   if constexpr (NR == 2) {
-    if (a.end.folded && channels == 32) return store_folded<MR>(a.end, tile, acc, first);
+    if (a.end.folded && channels == 32) {
+      return store_folded<MR>(
+          a.end, tile, [&](int i, int j) __attribute__((always_inline)) { return acc[i][j]; }, first);
+    }
   }
   alignas(64) int32_t sums[MR * kConvPanel];
   LAMINA_UNROLL

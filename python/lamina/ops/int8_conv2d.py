@@ -15,8 +15,8 @@ from lamina.quant.weights import dequantize_weight, quantize_weight
 class PackedInt8ConvWeight(NamedTuple):
     """An int8 weight [N, C / groups, KH, KW] in the order the kernels read it; one layout for every instruction set.
 
-    data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32, sums of the weights;
-    size: (N, C / groups, KH, KW); groups.
+    data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32, sums of the weights and
+    what they allow; size: (N, C / groups, KH, KW); groups.
     """
 
     data: Tensor
