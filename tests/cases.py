@@ -1498,6 +1498,11 @@ def _conv2d_cases() -> list[Case]:
         case(1, c=20, hw=(12, 9), n=24, winograd=2, padding=(0, 2), pool="max", pool_sizes=halves, activation="relu"),
         case(1, c=20, hw=(33, 9), n=24, winograd=4, padding=1, pool="avg", pool_sizes=thirds, layout=last),
         case(2, c=1, hw=(28, 28), n=6, k=5, padding=2, activation="relu", pool="max", pool_sizes=halves),
+        # Columns in the lanes, where there are fewer output channels than lanes.
+        case(
+            2, c=3, hw=(11, 37), n=7, k=(3, 4), stride=(2, 1), padding=(1, 4, 0, 5), dilation=(1, 2), activation="silu"
+        ),
+        case(1, c=2, hw=(20, 70), n=5, padding=1, pool="avg", pool_sizes=thirds, tags="threads"),
         case(1, c=3, hw=(40, 40), n=18, k=7, stride=2, padding=3, pool="max", pool_sizes=thirds, layout=last),
         case(1, c=19, hw=(9, 9), n=19, groups=19, pool="avg", pool_sizes=halves, residual=True),
         case(1, c=9, hw=(9, 7), n=35, padding=1, pool="max", pool_sizes=thirds, dtype=bf16),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/kernels/conv_columns.h"
 #include "cpu/kernels/conv_depthwise.h"
 #include "cpu/kernels/conv_direct.h"
 #include "cpu/kernels/conv_pack.h"
@@ -19,6 +20,7 @@ namespace lamina {
 constinit const KernelTable<void(const ConvWinogradArgs&)> conv_winograd_table;
 constinit const KernelTable<void(const ConvDirectArgs&)> conv_direct_table;
 constinit const KernelTable<void(const ConvDepthwiseArgs&)> conv_depthwise_table;
+constinit const KernelTable<void(const ConvColumnsArgs&)> conv_columns_table;
 constinit const KernelTable<void(const ConvPackArgs&)> conv_pack_table;
 constinit const KernelTable<void(const ConvPoolArgs&)> conv_pool_table;
 
@@ -283,6 +285,66 @@ void direct(const Call& c, const Task& t, int64_t first, int64_t end, const Conv
                            .to = to});
 }
 
+// Whether a register is fuller with the columns of a row in it than with the output channels of a pixel, where the
+// image lies so that it can be.
+bool fits_columns(const Call& c) {
+  const bool planes = c.input.dtype == DType::float32 && (c.input.stride(3) == 1 || c.x.in == 1) &&
+                      (c.out.stride(3) == 1 || c.out.size(3) == 1) && (c.out.stride(1) != 1 || c.out_channels == 1);
+  return planes && c.g.groups == 1 && !c.g.winograd && !c.residual && c.x.stride == 1 && c.out_channels < 16 &&
+         c.columns * 16 > c.out_channels * round_up(c.columns, 16);
+}
+
+// Rows [first, end) of the convolution and what is pooled of them.
+void by_columns(const Call& c, const Task& t, int64_t first, int64_t end) {
+  const Geometry& g = c.g;
+  WorkspaceFrame frame;
+  const int64_t top = first * c.y.stride - c.y.before, height = (end - first - 1) * c.y.stride + c.y.extent();
+  const int64_t width = round_up(c.columns, 32) + c.x.extent(), filled = std::min(c.x.in, width - c.x.before);
+  float* x = frame.take<float>(size_t(c.in_channels * height * width));
+  std::memset(x, 0, size_t(c.in_channels * height * width) * sizeof(float));
+  for (int64_t channel = 0; channel < c.in_channels; ++channel) {
+    const float* from = c.input.as<const float>() + t.image * c.input.stride(0) + channel * c.input.stride(1);
+    for (int64_t y = std::max<int64_t>(0, -top); y < std::min(height, c.y.in - top); ++y) {
+      float* to = x + (channel * height + y) * width + c.x.before;
+      if (filled > 0) std::memcpy(to, from + (top + y) * c.input.stride(2), size_t(filled) * sizeof(float));
+    }
+  }
+  const ConvColumnsPool pool = {.max = c.max_pool,
+                                .window_h = int(g.window[0]),
+                                .window_w = int(g.window[1]),
+                                .stride_h = int(g.pool_stride[0]),
+                                .stride_w = int(g.pool_stride[1]),
+                                .pad_h = int(g.pool_padding[0]),
+                                .pad_w = int(g.pool_padding[1]),
+                                .first_row = t.first,
+                                .rows = t.end - t.first,
+                                .out_columns = c.out.size(3)};
+  const int64_t scratch = c.pooled ? conv_columns_scratch(end - first, c.columns, pool.pad_w, pool.window_w) : 0;
+  conv_columns_table.get()(
+      {.x = x,
+       .x_channel = height * width,
+       .x_row = width,
+       .channels = c.in_channels,
+       .taps_y = int(c.y.kernel),
+       .taps_x = int(c.x.kernel),
+       .stride_y = int(c.y.stride),
+       .dilation_y = int(c.y.dilation),
+       .dilation_x = int(c.x.dilation),
+       .weights = c.weights + t.channel,
+       .width = 16,
+       .bias = c.bias ? c.bias + t.channel : nullptr,
+       .out_channels = t.stop - t.channel,
+       .activation = c.activation,
+       .first = first,
+       .rows = end - first,
+       .columns = c.columns,
+       .pool = c.pooled ? &pool : nullptr,
+       .out = c.out.as<float>() + t.image * c.out.stride(0) + t.first * c.out.stride(2) + t.channel * c.out.stride(1),
+       .out_channel = c.out.stride(1),
+       .out_row = c.out.stride(2),
+       .scratch = frame.take<float>(size_t(scratch))});
+}
+
 void run(const Call& c, const Task& t) {
   const Geometry& g = c.g;
   const bool apart = c.pooled || !c.output_is_nhwc();
@@ -292,6 +354,7 @@ void run(const Call& c, const Task& t) {
     first = std::max<int64_t>(0, t.first * g.pool_stride[0] - g.pool_padding[0]);
     end = std::min(c.rows, (t.end - 1) * g.pool_stride[0] - g.pool_padding[0] + g.window[0]);
   }
+  if (fits_columns(c)) return by_columns(c, t, first, end);
   WorkspaceFrame frame;
   ConvOutput to = {.bias = c.bias,
                    .residual = nullptr,

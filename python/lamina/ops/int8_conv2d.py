@@ -80,12 +80,12 @@ def _pixels_together(t: Tensor, rows_too: bool = False) -> Tensor:
 def _out_like(x: Tensor, size: Sequence[int], stride, padding, dilation, dtype: torch.dtype | None) -> Tensor:
     """An empty output, channels_last."""
     images, _, height, width = x.shape
-    top, bottom, left, right = padding
-    out_height = (height + top + bottom - dilation[0] * (size[2] - 1) - 1) // stride[0] + 1
-    out_width = (width + left + right - dilation[1] * (size[3] - 1) - 1) // stride[1] + 1
-    return torch.empty(
-        (images, size[0], out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
-    )
+    n, _, window_y, window_x = size
+    (top, bottom, left, right), (step_y, step_x), (tap_y, tap_x) = padding, stride, dilation
+    out_height = (height + top + bottom - tap_y * (window_y - 1) - 1) // step_y + 1
+    out_width = (width + left + right - tap_x * (window_x - 1) - 1) // step_x + 1
+    shape = images, n, out_height, out_width
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _out_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
