@@ -762,6 +762,22 @@ def test_every_outcome(race, change, form, left):
         assert_lossy(fast.model(x)[0], model(x)[0], min_sqnr_db=INT8_MODEL_SQNR_DB)
 
 
+@pytest.mark.parametrize("gain", [3.0, 0.5])
+def test_static_layers_that_only_pay_in_a_graph(race, stopwatch, gain):
+    """Slower by themselves, faster as soon as codes go from one to the next; or not even then."""
+    race["swapped layers, compiled"] = gain
+    stopwatch.ratio[LAYER] = 0.9
+    model, x = mlp(), torch.randn(4, 20)
+    fast = lamina.accelerate(model, (x,), lamina.Int8Static([(x,)]))
+    kept = gain > 1
+    assert fast.report.form == ("all int8 layers, compiled" if kept else "original")
+    assert len(int8_layers(fast.model)) == len(fast.report.swapped) == (3 if kept else 0)
+    words = "faster between layers that hand it codes" if kept else "0.90x on its inputs is below min_speedup 1"
+    assert all(words in d.reason for d in fast.report.decisions)
+    with torch.no_grad():
+        assert_lossy(fast.model(x), model(x), min_sqnr_db=INT8_MODEL_SQNR_DB)
+
+
 def test_an_inaccurate_graph_is_not_kept(race, monkeypatch):
     right = module.compile_
 

@@ -46,7 +46,8 @@ _INPUTS = "accelerate: example_inputs"
 class Form:
     """One way to run the whole model, measured on the example inputs.
 
-    name: "swapped layers", "compiled" or "swapped layers, compiled"; speedup: original time / its time, None if it was
+    name: "swapped layers", "compiled", "swapped layers, compiled" or "all int8 layers, compiled", with those too that
+    are slower by themselves; speedup: original time / its time, None if it was
     not timed; error: as in the report; seconds: what it took to make it; reason: what was fused, why it was not used.
     """
 
@@ -186,14 +187,14 @@ def accelerate(
         decided = {c.fqn: c for c in found if isinstance(c, LayerDecision)}
         tried = ordered([c for c in found if isinstance(c, Candidate)])
         inputs = _captured_inputs(work, caller(example_inputs, _INPUTS), tried)
-        kept = _faster_layers(tried, inputs, decided, min_speedup, max_error, tell)
+        kept, waiting = _faster_layers(tried, inputs, decided, min_speedup, max_error, tell)
 
         tell("checking the whole model", len(tried), len(tried))
         race = _Race(original, work, call, example_inputs, expected, min_speedup, max_model_error)
         race.swapped_layers(kept, decided, time.perf_counter() - started)
         if compile == "auto":
             tell("compiling", len(tried), len(tried))
-            race.compiled(kept, decided)
+            race.compiled(kept, waiting, decided)
 
     # In the order of the model; one layer may be concerned by several configs, but has one decision.
     names = list(dict.fromkeys(c.fqn for c in found))
@@ -255,10 +256,15 @@ class _Race:
         why = "" if self.form != "original" else f"below min_speedup {self.min_speedup:g}"
         self.forms.append(Form("swapped layers", before / after, error, seconds, why))
 
-    def compiled(self, kept: list[Candidate], decided: dict[str, LayerDecision]) -> None:
-        """Puts the compiled graph of the layers, new or float, in front of the leading form where it is faster."""
+    def compiled(self, kept: list[Candidate], waiting: list[Candidate], decided: dict[str, LayerDecision]) -> None:
+        """Puts the compiled graph of the layers, new or float, in front of the leading form where it is faster.
+
+        waiting: accurate replacements that are slower by themselves, but may be faster in a graph.
+        """
         if kept:
             self._try_graph("swapped layers, compiled")
+        if waiting:
+            self._try_waiting(kept, waiting, decided)
         if self.form == "swapped layers" and self.before / self.after < _FLOAT_MAY_WIN:
             for candidate in kept:
                 candidate.revert()
@@ -269,6 +275,22 @@ class _Race:
                     candidate.apply()
         elif not kept:
             self._try_graph("compiled")
+
+    def _try_waiting(self, kept: list[Candidate], waiting: list[Candidate], decided: dict[str, LayerDecision]) -> None:
+        leading = self.work._compiled_call_impl
+        for candidate in waiting:
+            candidate.apply()
+        if self._try_graph("all int8 layers, compiled"):
+            for candidate in waiting:
+                why = "slower by itself, faster between layers that hand it codes and take its own"
+                decided[candidate.fqn] = replace(
+                    decided[candidate.fqn], now=candidate.now, reason=candidate.reason(why)
+                )
+            kept += waiting
+            return
+        for candidate in waiting:
+            candidate.revert()
+        self.work._compiled_call_impl = leading
 
     def _try_graph(self, name: str) -> bool:
         """Compiles the copy as it is now; whether that leads, and stays."""
@@ -425,9 +447,13 @@ def _faster_layers(
     min_speedup: float,
     max_error: float,
     tell: Progress,
-) -> list[Candidate]:
-    """Puts in the candidates that are accurate and faster, of several for a layer the fastest, and returns them."""
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Puts in the candidates that are accurate and faster, of several for a layer the fastest, and returns them.
+
+    And those that are accurate and slower, but could take and give codes in a graph.
+    """
     kept: dict[str, Candidate] = {}
+    slower: list[Candidate] = []
     kinds: dict[Any, list[Candidate]] = {}
     for candidate in tried:
         kinds.setdefault(_kind(candidate, inputs.get(candidate.module)), []).append(candidate)
@@ -457,13 +483,15 @@ def _faster_layers(
                 reason = f"{speedup:.2f}x on its inputs is below min_speedup {min_speedup:g}"
                 decided[candidate.fqn] = replace(decision, now=None, reason=reason)
                 candidate.revert()
+                if getattr(candidate.after, "input_scale", None) is not None:
+                    slower.append(candidate)
             else:
                 if best is not None:
                     best.revert()
                 candidate.apply()
                 kept[candidate.fqn] = candidate
                 decided[candidate.fqn] = decision
-    return list(kept.values())
+    return list(kept.values()), [candidate for candidate in slower if candidate.fqn not in kept]
 
 
 def _kind(candidate: Candidate, inputs: tuple[tuple, dict] | None) -> Any:
