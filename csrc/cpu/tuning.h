@@ -164,7 +164,12 @@ inline constexpr int kDecodePiece = 512;
 // Keys whose values are read column by column: 32 KiB of float32 at head size 256.
 inline constexpr int kDecodeValueGroup = 32;
 
-// Bytes between a key that is read and the one that is asked for from memory, in each of four places of a piece.
+// Places of a piece that are read side by side. Eight streams come from memory 6% faster than four, and four a third
+// faster than two.
+inline constexpr int kDecodeStreams = 8;
+
+// Bytes between a key that is read and the one that is asked for from memory, in each of those places. 2 to 8 KiB are
+// no better.
 inline constexpr int kDecodeAheadBytes = 1024;
 
 // Rows of one task: the heads of a group times the new queries.

@@ -79,7 +79,8 @@ static inline int64_t decode_record_floats(int rows, int value_size) { return ro
 // Rows that are asked for from memory before they are read, in each of the places that are read side by side.
 static inline int64_t decode_rows_ahead(int64_t row_bytes) {
   const int64_t rows = tuning::kDecodeAheadBytes / (row_bytes > 0 ? row_bytes : 1);
-  return rows < 1 ? 1 : rows > tuning::kDecodePiece / 4 ? tuning::kDecodePiece / 4 : rows;
+  constexpr int64_t kMost = tuning::kDecodePiece / tuning::kDecodeStreams;
+  return rows < 1 ? 1 : rows > kMost ? kMost : rows;
 }
 
 // Upper bound over every ISA and cache type: packed queries, scores, addresses of keys and values, scales, and copies

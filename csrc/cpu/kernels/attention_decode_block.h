@@ -8,8 +8,8 @@
 // whose dot products run with the head size in the lanes and are reduced together, so softmax is vertical and a key's
 // weights are broadcast from memory for the second product, sums[row][value lanes] += weight * v[key][value lanes].
 //
-// The order of keys does not matter, so a piece is read in four places side by side, the quarters of it: several
-// streams come from memory faster than one, up to a third (its banks work at once). A slot is a place in that order.
+// The order of keys does not matter, so a piece is read in eight places side by side, the eighths of it: several streams
+// come from memory faster than one (its banks work at once). A slot is a place in that order.
 // While keys are read, each step asks for one line of the keys that follow, and so for values.
 //
 // Excluded keys: their score is set to -inf and their weight is exactly 0. But 0 * v is NaN where v is NaN or infinite.
@@ -37,8 +37,8 @@ namespace {
 
 constexpr int kLanes = F32::lanes;
 constexpr int kMostRows = 4;  // of a block
-// Places of the cache that are read side by side.
-constexpr int kStreams = 4;
+constexpr int kStreams = tuning::kDecodeStreams;
+static_assert(16 % kStreams == 0);  // slots are a multiple of 16
 constexpr float kInfinity = __builtin_inff();
 // Below every score that is not -inf; the maximum of a row that has seen no key.
 constexpr float kLowest = -3.4e38f;
