@@ -11,7 +11,7 @@ from torch import nn
 import lamina
 from lamina import FormatError
 from lamina.nn import Int8Linear, SparseInt8Linear
-from lamina.ops.sparse_int8_linear import HEIGHTS
+from lamina.ops.sparse_int8_linear import PATTERNS
 
 
 def pruned(k: int = 70, n: int = 30, pattern: str = "4x4", density: float = 0.2, **options) -> nn.Linear:
@@ -21,7 +21,7 @@ def pruned(k: int = 70, n: int = 30, pattern: str = "4x4", density: float = 0.2,
     return linear
 
 
-@pytest.mark.parametrize("pattern", HEIGHTS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_gives_what_the_dense_int8_layer_gives(pattern):
     linear = pruned(pattern=pattern)
     for options in ({}, {"activation": "gelu"}, {"input_scale": 0.02}, {"out_dtype": torch.bfloat16}):

@@ -116,7 +116,7 @@ struct Counts {
       for (int64_t i = begin; i < end; ++i) {
         const Chunk chunk(bits, cut, i % slabs, i / slabs);
         for (const auto& group : chunk.blocks) {
-          chunk_blocks[i] += uint32_t(group.size());
+          chunk_blocks[i] += uint32_t(ceil_div(int64_t(group.size()), cut.step) * cut.step);
           chunk_groups[i] += i < slabs || !group.empty();
         }
         chunk_nonzeros[i] = chunk.nonzeros;
@@ -214,6 +214,7 @@ void sparse_pack(const char* op, const TensorView& weight, const SparseCut& cut,
   header.version = SparseHeader::kVersion;
   header.k_block = uint32_t(cut.k_block);
   header.slab = uint32_t(cut.slab);
+  header.step = uint32_t(cut.step);
   set_text(header.pattern, cut.pattern);
   set_text(header.dtype, dtype_name(weight.dtype));
   header.n = weight.size(0);
@@ -244,7 +245,8 @@ void sparse_pack(const char* op, const TensorView& weight, const SparseCut& cut,
       auto* index = reinterpret_cast<uint16_t*>(to + sections.index) + chunk_first[i];
       uint8_t* value = to + sections.values + chunk_first[i] * rows * columns * item;
       for (uint16_t g : chunk.order(i < slabs)) {
-        *group++ = {g, uint16_t(chunk.blocks[g].size())};
+        const int64_t count = int64_t(chunk.blocks[g].size()), filled = ceil_div(count, cut.step) * cut.step;
+        *group++ = {g, uint16_t(filled)};
         for (uint16_t block : chunk.blocks[g]) {
           *index++ = block;
           const int64_t n = i % slabs * cut.slab + g * rows, k = i / slabs * cut.k_block + block * columns;
@@ -254,6 +256,8 @@ void sparse_pack(const char* op, const TensorView& weight, const SparseCut& cut,
             }
           }
         }
+        for (int64_t i = count; i < filled; ++i) *index++ = chunk.blocks[g].back();
+        value += (filled - count) * rows * columns * item;
       }
     }
   });
@@ -355,7 +359,9 @@ void sparse_unpack(const char* op, const SparseForm& form, const TensorView& wei
             const int64_t k = k_block * form.header.k_block + form.index[block] * columns;
             for (int64_t r = n; r < n + rows; ++r) {
               for (int64_t c = k; c < k + columns; ++c, value += item) {
-                if (r < form.n() && c < form.k()) std::memcpy(to + (r * form.k() + c) * item, value, item);
+                // Not over what another block put there: this one may only fill up its group.
+                const bool zero = std::all_of(value, value + item, [](uint8_t byte) { return byte == 0; });
+                if (!zero && r < form.n() && c < form.k()) std::memcpy(to + (r * form.k() + c) * item, value, item);
               }
             }
           }

@@ -13,6 +13,9 @@
 //   uint16 [blocks]                  inputs of a block, counted in `columns` from the start of the chunk's range
 //   values [blocks, rows, columns]
 //
+// Where kernels take several blocks at a time, those of a group are filled up with blocks of zeros, which lie where its
+// last block does.
+//
 // The first range of inputs lists all groups of a slab, the others only those with blocks.
 #pragma once
 
@@ -32,7 +35,7 @@ struct SparseHeader {
   uint32_t version;
   uint32_t k_block;  // inputs of a chunk, a multiple of columns; the last range may have fewer
   uint32_t slab;     // channels of a chunk, a multiple of rows; the last slab may have fewer
-  uint32_t reserved;
+  uint32_t step;     // the blocks of a group are filled up to a multiple of this with blocks of zeros
   char pattern[16];  // "unstructured", "2x1", ..., padded with zero bytes
   char dtype[16];    // of the values, as dtype_name() says it
   int64_t n, k;
@@ -53,6 +56,7 @@ struct SparseCut {
   std::string pattern;
   SparsePattern shape;
   int64_t k_block, slab;
+  int64_t step = 1;
 };
 
 // A packed weight in memory; valid as long as the tensor it lies in.

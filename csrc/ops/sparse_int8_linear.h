@@ -1,5 +1,5 @@
 // A linear layer with a block-sparse int8 weight: int8_linear where only the blocks with a nonzero weight are stored
-// and multiplied. Its outputs are the bits that int8_linear gives for the dense weight. See cpu/kernels/sparse_int8.h
+// and multiplied. Its outputs are the bits that int8_linear gives for the dense weight. See ops/sparse_format.h
 // for how blocks lie.
 #pragma once
 
@@ -10,19 +10,19 @@
 
 namespace lamina {
 
-// Bytes of the packed form of weight [n, k] int8 in blocks of `height` (1, 2 or 4) output channels x 4 inputs, from a
-// header of 64 bytes on; n and k are padded to whole units of 16 channels and blocks.
-int64_t sparse_int8_linear_packed_size(const TensorView& weight, int64_t height);
+// Bytes of the packed form of weight [n, k] int8; pattern is "1x4", "2x4" or "4x4": output channels x inputs of a
+// block.
+int64_t sparse_int8_linear_packed_size(const TensorView& weight, const std::string& pattern);
 
 // weight [n, k] int8 in [-127, 127], scale [n] float32 -> data [packed_size] uint8, compensation [n rounded up to 16]
 // int32 (see [NOTE] s8s8 compensation in cpu/kernels/int8_gemm.h). Refuses scales that are not finite.
-void sparse_int8_linear_pack(const TensorView& weight, const TensorView& scale, int64_t height, const TensorView& data,
-                             const TensorView& compensation);
+void sparse_int8_linear_pack(const TensorView& weight, const TensorView& scale, const std::string& pattern,
+                             const TensorView& data, const TensorView& compensation);
 
 // The inverse: data -> weight [n, k].
 void sparse_int8_linear_unpack(const TensorView& data, const TensorView& weight);
 
-// Operands as in int8_linear, with data from sparse_int8_linear_pack. Throws FormatError for data that is not.
+// Operands as in int8_linear, with data from sparse_int8_linear_pack. FormatError says why data is not.
 void sparse_int8_linear(const TensorView& x, const TensorView& data, const TensorView& scale,
                         const TensorView& compensation, const std::optional<TensorView>& bias,
                         const std::string& activation, const std::optional<TensorView>& residual,

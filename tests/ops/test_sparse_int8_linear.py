@@ -17,10 +17,11 @@ from lamina.ops import (
     sparse_int8_linear,
     unpack_sparse_int8_weight,
 )
-from lamina.ops.sparse_int8_linear import HEIGHTS, block_density
+from lamina.ops.sparse_int8_linear import PATTERNS as ALL
+from lamina.ops.sparse_int8_linear import block_density
 from lamina.quant import dequantize_weight, quantize_weight
 
-PATTERNS = pytest.mark.parametrize("pattern", HEIGHTS)
+PATTERNS = pytest.mark.parametrize("pattern", ALL)
 LARGEST_K = (2**31 - 1) // (127 * 127)
 
 
@@ -31,7 +32,7 @@ def codes_of(n: int, k: int, pattern: str, density: float, generator: torch.Gene
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
-    pattern=st.sampled_from(list(HEIGHTS)),
+    pattern=st.sampled_from(ALL),
     n=st.integers(0, 70),
     k=st.integers(0, 70),
     density=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
@@ -57,7 +58,7 @@ def test_packed_bytes(pattern, generator):
     n, k = 768, 3072
     codes = torch.ones(n, k, dtype=torch.int8)
     kept = pack_sparse_int8_weight(zero_blocks(codes, pattern, 0.1, generator), torch.ones(n), pattern=pattern)
-    height = HEIGHTS[pattern]
+    height = int(pattern[0])
     assert sum(t.nbytes for t in kept) <= 0.11 * n * k * (1 + 2 / (4 * height)) + 24 * n
 
 
@@ -95,7 +96,7 @@ def test_extremes_do_not_saturate_or_wrap(pattern, rows, isa):
 def test_codes_of_minus_128(isa):
     """Codes that somebody else made may use the one value that ours never take."""
     codes = torch.full((6, 40), -128, dtype=torch.int8)
-    for pattern in HEIGHTS:
+    for pattern in ALL:
         packed = pack_sparse_int8_weight(torch.full((5, 40), -127, dtype=torch.int8), torch.ones(5), pattern=pattern)
         with lamina.force_isa(isa):
             y = sparse_int8_linear(codes, packed, x_scale=torch.tensor(1.0))
@@ -196,22 +197,35 @@ def test_refused_packed_data(generator):
     def call(data: torch.Tensor) -> torch.Tensor:
         return sparse_int8_linear(x, packed._replace(data=data))
 
-    with pytest.raises(FormatError, match="is no weight that pack_sparse_int8_weight made"):
+    with pytest.raises(FormatError, match="packed_weight.data is no packed sparse weight"):
         call(torch.zeros(500, dtype=torch.uint8))
-    with pytest.raises(FormatError, match="is no weight that pack_sparse_int8_weight made"):
+    with pytest.raises(FormatError, match="packed_weight.data is no packed sparse weight"):
         call(packed.data[:20])
-    newer = packed.data.clone()
-    newer[8] = 9
-    with pytest.raises(FormatError, match="has version 9, but this lamina reads 1; pack the weight again"):
-        call(newer)
-    with pytest.raises(FormatError, match=r"is damaged: its header says 4x4 blocks of \[8, 12\] in"):
+    with pytest.raises(FormatError, match="has format version 9, but this lamina reads version 1"):
+        call(changed(packed.data, 8, 9))
+    with pytest.raises(FormatError, match="is truncated or damaged: its header does not go with"):
         call(packed.data[:-1])
-    strange = packed.data.clone()
-    strange[12] = 3
-    with pytest.raises(FormatError, match="is damaged: its header says 3x4 blocks"):
-        unpack_sparse_int8_weight(packed._replace(data=strange), 12)
-    with pytest.raises(ValueError, match=r"is int8.*, but must be uint8"):
+    with pytest.raises(FormatError, match="has pattern '5x4', but must have one of 1x4, 2x4, 4x4"):
+        call(changed(packed.data, 24, ord("5")))
+    with pytest.raises(FormatError, match="is damaged: its header has slabs of 16 channels and steps of 3 blocks"):
+        call(changed(packed.data, 20, 3))
+    last = (packed.data != 0).nonzero()[-1].item()  # a value; the sections before it hold places
+    for place in range(104, last - 64, 2):
+        if packed.data[place]:
+            with pytest.raises(FormatError, match="damaged"):
+                unpack_sparse_int8_weight(packed._replace(data=changed(packed.data, place + 1, 0x7F)), 12)
+            break
+    with pytest.raises(FormatError, match=r"is int8\[.*, but must be uint8"):
         call(packed.data.to(torch.int8))
+    other = lamina.ops.pack_sparse_weight(torch.randn(8, 12), pattern="4x1")
+    with pytest.raises(FormatError, match="has pattern '4x1', but must have one of"):
+        call(other.data)
+
+
+def changed(data: torch.Tensor, at: int, value: int) -> torch.Tensor:
+    data = data.clone()
+    data[at] = value
+    return data
 
 
 def test_refused_calls(generator):

@@ -1,14 +1,9 @@
 // Contract of sparse_int8: rows of unsigned codes times a block-sparse int8 weight, with the epilogue of int8_gemm.
 //
 // A block is `height` output channels (1, 2 or 4) x four neighbouring inputs; only blocks with a nonzero weight are
-// there. Channels come in units of 16, each of 16 / height rows of blocks. Inputs are cut into spans of so many groups
-// of four that the codes of a span fit the first-level cache; what is stored lies span by span, unit by unit, row of
-// blocks by row of blocks:
-//
-//   starts   [spans][units + 1]            the first block of each unit, and behind the last
-//   counts   [spans][units][16 / height]   blocks of each row of blocks
-//   groups   [blocks]                      which group of four inputs: k / 4
-//   weights  [blocks][height][4]
+// there, as ops/sparse_format.h packs them: in slabs of 16 channels, and in spans of inputs so long that the codes of a
+// span stay in the first-level cache. The blocks of a group of channels are filled up to a multiple of
+// sparse_int8_step with blocks of zeros.
 //
 // The sums, and with them the outputs, are those of int8_gemm with the dense weight: exact, in any order.
 #pragma once
@@ -16,44 +11,50 @@
 #include <stdint.h>
 
 #include "cpu/kernels/int8_gemm.h"
+#include "cpu/kernels/sparse_group.h"
 
 namespace lamina {
 
+constexpr int sparse_int8_step(int height) { return height == 1 ? 4 : 2; }
+
+// A packed weight; see SparseForm in ops/sparse_format.h.
 struct SparseInt8Weight {
   int height;
-  int64_t spans, units;
-  const int64_t* starts;
-  const uint16_t* counts;
-  const uint16_t* groups;
-  const int8_t* weights;
+  int64_t spans, slabs, span_groups;  // groups of four inputs of a span
+  const uint32_t *chunk_first, *group_first;
+  const SparseGroup* groups;
+  const uint16_t* index;
+  const int8_t* values;
 };
 
 // Tokens of a panel: codes of that many rows as [k / 4][tokens][4].
 inline constexpr int kSparsePanel = 32;
-inline constexpr int kSparseUnit = 16;
+inline constexpr int kSparseSlab = 16;
 
 struct SparseInt8Args {
   SparseInt8Weight weight;
-  int64_t unit_begin, unit_end;
+  int64_t slab_begin, slab_end;
   const int32_t* panel;  // [k / 4][width] groups of four codes; width is 16 or 32
   int width;
-  int32_t* sums;  // room for [units of a chunk][16][width]
-  // rows (at most width), x_scales, and from the first channel of unit_begin on: channels, compensation, w_scales,
+  int32_t* sums;  // room for [kSparseHeldSlabs][16][width]
+  // rows (at most width), x_scales, and from the first channel of slab_begin on: channels, compensation, w_scales,
   // bias, residual, activation, out, out_inverse.
   Int8GemmArgs epilogue;
 };
 
-// Sums are kept for so many units at a time.
-inline constexpr int kSparseChunkUnits = 8;
+// Sums are kept for so many slabs at a time where there are several spans.
+inline constexpr int kSparseHeldSlabs = 8;
 
 struct SparseInt8RowsArgs {
   SparseInt8Weight weight;
-  int64_t unit_begin, unit_end;
+  int64_t slab_begin, slab_end;
   Int8GemmArgs epilogue;  // the same, and codes with ld_codes; rows is at most kSparseFewRows
 };
 
-// Rows up to which each is multiplied by itself: the lanes hold channels and blocks instead of tokens.
-inline constexpr int kSparseFewRows = 4;
+// Rows up to which each is multiplied by itself: the lanes hold channels and blocks instead of tokens. A panel of 16
+// tokens takes as long as that for the heights 1, 2 and 4.
+constexpr int sparse_few_rows(int height) { return height == 4 ? 3 : height; }
+inline constexpr int kSparseFewRows = 3;
 
 struct SparsePanelArgs {
   const uint8_t* codes;  // [rows, 4 groups], row stride ld

@@ -8,12 +8,14 @@
 #include "cpu/kernels/int8_tile.h"
 #include "cpu/kernels/sparse_int8.h"
 #include "cpu/vec/dot.h"
+#include "cpu/vec/four.h"
+#include "cpu/vec/gather.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
 
 constexpr int kLanes = F32::lanes;
-alignas(64) constexpr int32_t kNoCompensation[kSparseUnit] = {};
+alignas(64) constexpr int32_t kNoCompensation[kSparseSlab] = {};
 
 LAMINA_INLINE I32 broadcast_weights(const int8_t* w) {
   int32_t four;
@@ -26,7 +28,7 @@ template <int H, int V>
 LAMINA_INLINE void block_row(const uint16_t* groups, const int8_t* weights, int count, const int32_t* panel, int width,
                              bool add, int32_t* sums) {
   // Enough sums at a time to hide the latency of a product, 4 cycles.
-  constexpr int kSets = H * V >= 4 ? 1 : 4 / (H * V);
+  constexpr int kStep = sparse_int8_step(H), kSets = H * V >= 4 ? 1 : kStep < 4 / (H * V) ? kStep : 4 / (H * V);
   I32 acc[kSets][H][V];
   LAMINA_UNROLL
   for (int s = 0; s < kSets; ++s) {
@@ -38,25 +40,38 @@ LAMINA_INLINE void block_row(const uint16_t* groups, const int8_t* weights, int 
       }
     }
   }
-  const auto step = [&](I32(&to)[H][V]) __attribute__((always_inline)) {
-    const int32_t* x = panel + int64_t(*groups++) * width;
+  // The products of one group of inputs with the weights that weight(h) gives.
+  const auto multiply = [&](int64_t group, I32(&to)[H][V], const auto& weight) __attribute__((always_inline)) {
+    const int32_t* x = panel + group * width;
     I32 codes[V];
     LAMINA_UNROLL
     for (int v = 0; v < V; ++v) codes[v] = load_i32(x + v * kLanes);
     LAMINA_UNROLL
     for (int h = 0; h < H; ++h) {
-      const I32 w = broadcast_weights(weights + 4 * h);
+      const I32 w = weight(h);
       LAMINA_UNROLL
       for (int v = 0; v < V; ++v) to[h][v] = dot4(to[h][v], codes[v], w);
     }
-    weights += 4 * H;
   };
-  constexpr int kUnroll = kSets > 2 ? kSets : 2;
-  for (; count >= kUnroll; count -= kUnroll) {
-    LAMINA_UNROLL
-    for (int u = 0; u < kUnroll; ++u) step(acc[u % kSets]);
+  for (; count > 0; count -= kStep) {
+    if constexpr (H == 1) {
+      // One load for the weights of four blocks, and one for their places: loads are what this height is bound by.
+      uint64_t at;
+      memcpy(&at, groups, 8);
+      const Repeated four = repeat_four(reinterpret_cast<const float*>(weights));
+      multiply(at & 0xffff, acc[0], [&](int) { return bits_of(one<0>(four)); });
+      multiply(at >> 16 & 0xffff, acc[1 % kSets], [&](int) { return bits_of(one<1>(four)); });
+      multiply(at >> 32 & 0xffff, acc[2 % kSets], [&](int) { return bits_of(one<2>(four)); });
+      multiply(at >> 48, acc[3 % kSets], [&](int) { return bits_of(one<3>(four)); });
+    } else {
+      LAMINA_UNROLL
+      for (int u = 0; u < kStep; ++u) {
+        multiply(groups[u], acc[u % kSets], [&](int h) { return broadcast_weights(weights + 4 * (u * H + h)); });
+      }
+    }
+    groups += kStep;
+    weights += 4 * H * kStep;
   }
-  for (; count > 0; --count) step(acc[0]);
   LAMINA_UNROLL
   for (int h = 0; h < H; ++h) {
     LAMINA_UNROLL
@@ -76,70 +91,71 @@ constexpr int tile_vectors(int width) {
   return width / kLanes < kMost ? width / kLanes : kMost;
 }
 
-// One unit of one span -> sums [16][width].
+// One slab of one span -> sums [16][W].
 template <int H, int W>
-LAMINA_INLINE void unit_sums(const SparseInt8Weight& w, int64_t span, int64_t unit, const int32_t* panel,
+LAMINA_INLINE void slab_sums(const SparseInt8Weight& w, int64_t span, int64_t slab, const int32_t* panel,
                              int32_t* sums) {
   constexpr int V = tile_vectors<H>(W);
-  int64_t block = w.starts[span * (w.units + 1) + unit];
-  const uint16_t* counts = w.counts + (span * w.units + unit) * (kSparseUnit / H);
-  for (int row = 0; row < kSparseUnit / H; ++row) {
-    const int count = counts[row];
+  const int64_t chunk = span * w.slabs + slab;
+  int64_t block = w.chunk_first[chunk];
+  panel += span * w.span_groups * W;
+  for (int64_t g = w.group_first[chunk]; g < w.group_first[chunk + 1]; ++g) {
+    const SparseGroup group = w.groups[g];
     for (int t = 0; t < W; t += V * kLanes) {
-      block_row<H, V>(w.groups + block, w.weights + block * 4 * H, count, panel + t, W, span > 0,
-                      sums + row * H * W + t);
+      block_row<H, V>(w.index + block, w.values + block * 4 * H, group.count, panel + t, W, span > 0,
+                      sums + group.group * H * W + t);
     }
-    block += count;
+    block += group.count;
   }
 }
 
 // sums [a.rows][16] of the channels from `first` on -> out.
-LAMINA_INLINE void finish_rows_of_unit(const Int8GemmArgs& a, const int32_t* sums, int64_t first) {
+LAMINA_INLINE void finish_rows_of_slab(const Int8GemmArgs& a, const int32_t* sums, int64_t first) {
   const int64_t left = a.channels - first;
-  const Block block{0, 0, int(a.rows), int(left < kSparseUnit ? left : kSparseUnit), kSparseUnit};
-  Int8GemmArgs unit = a;
-  unit.compensation = kDotKeepsOffset ? a.compensation + first : kNoCompensation;
-  unit.w_scales += first;
-  if (unit.bias) unit.bias += first;
+  const Block block{0, 0, int(a.rows), int(left < kSparseSlab ? left : kSparseSlab), kSparseSlab};
+  Int8GemmArgs slab = a;
+  slab.compensation = kDotKeepsOffset ? a.compensation + first : kNoCompensation;
+  slab.w_scales += first;
+  if (slab.bias) slab.bias += first;
   const auto advance = [&](EpilogueMatrix& m) {
     if (m.data) m.data = static_cast<char*>(m.data) + first * m.format;
   };
-  advance(unit.residual);
-  advance(unit.out);
-  finish_tile(unit, sums, block);
+  advance(slab.residual);
+  advance(slab.out);
+  finish_tile(slab, sums, block);
 }
 
 // sums [16][W] of the channels from `first` on -> out.
 template <int W>
-LAMINA_INLINE void finish_unit(const Int8GemmArgs& a, const int32_t* sums, int64_t first) {
-  alignas(64) int32_t tokens[W * kSparseUnit];
+LAMINA_INLINE void finish_slab(const Int8GemmArgs& a, const int32_t* sums, int64_t first) {
+  alignas(64) int32_t tokens[W * kSparseSlab];
   for (int t = 0; t < W; t += kLanes) {
     LAMINA_UNROLL
-    for (int c = 0; c < kSparseUnit; c += kLanes) {
+    for (int c = 0; c < kSparseSlab; c += kLanes) {
       F32 r[kLanes];
       LAMINA_UNROLL
       for (int i = 0; i < kLanes; ++i) r[i] = floats_of(load_i32(sums + (c + i) * W + t));
       transpose(r);
       LAMINA_UNROLL
-      for (int i = 0; i < kLanes; ++i) store_i32(tokens + (t + i) * kSparseUnit + c, bits_of(r[i]));
+      for (int i = 0; i < kLanes; ++i) store_i32(tokens + (t + i) * kSparseSlab + c, bits_of(r[i]));
     }
   }
-  finish_rows_of_unit(a, tokens, first);
+  finish_rows_of_slab(a, tokens, first);
 }
 
 template <int H, int W>
 void multiply_panel(const SparseInt8Args& a) {
   const SparseInt8Weight& w = a.weight;
-  const int64_t chunk = w.spans > 1 ? kSparseChunkUnits : 1;
-  for (int64_t unit = a.unit_begin; unit < a.unit_end; unit += chunk) {
-    const int64_t end = unit + chunk < a.unit_end ? unit + chunk : a.unit_end;
+  const int64_t held = w.spans > 1 ? kSparseHeldSlabs : 1;
+  for (int64_t slab = a.slab_begin; slab < a.slab_end; slab += held) {
+    const int64_t end = slab + held < a.slab_end ? slab + held : a.slab_end;
+    // Without inputs nothing is summed.
+    if (w.spans == 0) memset(a.sums, 0, size_t(kSparseSlab) * W * sizeof(int32_t));
     for (int64_t span = 0; span < w.spans; ++span) {
-      for (int64_t u = unit; u < end; ++u) {
-        unit_sums<H, W>(w, span, u, a.panel, a.sums + (u - unit) * kSparseUnit * W);
-      }
+      for (int64_t s = slab; s < end; ++s) slab_sums<H, W>(w, span, s, a.panel, a.sums + (s - slab) * kSparseSlab * W);
     }
-    for (int64_t u = unit; u < end; ++u) {
-      finish_unit<W>(a.epilogue, a.sums + (u - unit) * kSparseUnit * W, (u - a.unit_begin) * kSparseUnit);
+    for (int64_t s = slab; s < end; ++s) {
+      finish_slab<W>(a.epilogue, a.sums + (s - slab) * kSparseSlab * W, (s - a.slab_begin) * kSparseSlab);
     }
   }
 }
@@ -169,36 +185,28 @@ LAMINA_INLINE void few_rows(const uint16_t* groups, const int8_t* weights, int c
   I32 acc[R];
   LAMINA_UNROLL
   for (int r = 0; r < R; ++r) acc[r] = set1_i32(0);
-  const auto step = [&](const uint16_t* at, const int8_t* four) __attribute__((always_inline)) {
-    int32_t words[kLanes];
-    memcpy(words, four, sizeof words);
-    const I32 w = load_i32(words);
+  const auto step = [&](const uint16_t* at, I32 w) __attribute__((always_inline)) {
     LAMINA_UNROLL
-    for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], gather_each<H>(codes + r * ld, at), w);
+    for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], gather_words<H>(codes + r * ld, at), w);
   };
   for (; count >= kBlocks; count -= kBlocks) {
-    step(groups, weights);
+    step(groups, load_i32(reinterpret_cast<const int32_t*>(weights)));
     groups += kBlocks;
     weights += 4 * kLanes;
   }
-  if (count > 0) {
-    // Blocks of zeros behind the last.
-    uint16_t at[kBlocks] = {};
-    int8_t four[4 * kLanes] = {};
-    for (int i = 0; i < count; ++i) at[i] = groups[i];
-    memcpy(four, weights, size_t(count) * 4 * H);
-    step(at, four);
-  }
+  // What lies behind the last block is weighed with zero. The places there are of this span, or the first ones of the
+  // next, which are no farther than this one reaches.
+  if (count > 0) step(groups, bits_of(load_n(reinterpret_cast<const float*>(weights), count * H)));
   LAMINA_UNROLL
   for (int r = 0; r < R; ++r) {
     int32_t lanes[kLanes];
     store_i32(lanes, acc[r]);
     LAMINA_UNROLL
     for (int h = 0; h < H; ++h) {
-      uint32_t sum = add ? uint32_t(sums[r * kSparseUnit + h]) : 0;
+      uint32_t sum = add ? uint32_t(sums[r * kSparseSlab + h]) : 0;
       LAMINA_UNROLL
       for (int i = h; i < kLanes; i += H) sum += uint32_t(lanes[i]);
-      sums[r * kSparseUnit + h] = int32_t(sum);
+      sums[r * kSparseSlab + h] = int32_t(sum);
     }
   }
 }
@@ -206,19 +214,20 @@ LAMINA_INLINE void few_rows(const uint16_t* groups, const int8_t* weights, int c
 template <int H, int R>
 void multiply_rows(const SparseInt8RowsArgs& a) {
   const SparseInt8Weight& w = a.weight;
-  alignas(64) int32_t sums[R * kSparseUnit];
+  alignas(64) int32_t sums[R * kSparseSlab] = {};
   const int32_t* codes = reinterpret_cast<const int32_t*>(a.epilogue.codes);
-  for (int64_t unit = a.unit_begin; unit < a.unit_end; ++unit) {
+  for (int64_t slab = a.slab_begin; slab < a.slab_end; ++slab) {
     for (int64_t span = 0; span < w.spans; ++span) {
-      int64_t block = w.starts[span * (w.units + 1) + unit];
-      const uint16_t* counts = w.counts + (span * w.units + unit) * (kSparseUnit / H);
-      for (int row = 0; row < kSparseUnit / H; ++row) {
-        few_rows<H, R>(w.groups + block, w.weights + block * 4 * H, counts[row], codes, a.epilogue.ld_codes / 4,
-                       span > 0, sums + row * H);
-        block += counts[row];
+      const int64_t chunk = span * w.slabs + slab;
+      int64_t block = w.chunk_first[chunk];
+      for (int64_t g = w.group_first[chunk]; g < w.group_first[chunk + 1]; ++g) {
+        const SparseGroup group = w.groups[g];
+        few_rows<H, R>(w.index + block, w.values + block * 4 * H, group.count, codes + span * w.span_groups,
+                       a.epilogue.ld_codes / 4, span > 0, sums + group.group * H);
+        block += group.count;
       }
     }
-    finish_rows_of_unit(a.epilogue, sums, (unit - a.unit_begin) * kSparseUnit);
+    finish_rows_of_slab(a.epilogue, sums, (slab - a.slab_begin) * kSparseSlab);
   }
 }
 
@@ -227,8 +236,7 @@ void sparse_int8_rows(const SparseInt8RowsArgs& a) {
     switch (a.epilogue.rows) {
       case 1: return multiply_rows<H, 1>(a);
       case 2: return multiply_rows<H, 2>(a);
-      case 3: return multiply_rows<H, 3>(a);
-      default: return multiply_rows<H, 4>(a);
+      default: return multiply_rows<H, 3>(a);
     }
   });
 }

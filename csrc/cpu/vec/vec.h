@@ -12,7 +12,6 @@
 //   shift_left, shift_right(I32)      by n < 32 bits; to the right the sign comes in
 //   max(I32), abs_bits                order floats by their bits: exact, and a NaN wins over everything
 //   multiply_wide, bits_below(I32)    unsigned
-//   gather_each                       words of four bytes from a table, each for one, two or four lanes
 //   bits_of_lanes, lanes_of_bits      lane i is bit i
 #pragma once
 

@@ -181,18 +181,6 @@ LAMINA_INLINE float reduce_add(F32 x) {
 LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm256_set1_epi32(x)}; }
 LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 LAMINA_INLINE void store_i32(int32_t* p, I32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.r); }
-// Lane i is p[at[i / N]]; N is 1, 2 or 4.
-template <int N>
-LAMINA_INLINE I32 gather_each(const int32_t* p, const uint16_t* at) {
-  if constexpr (N == 1) {
-    const __m128i few = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    return {_mm256_i32gather_epi32(p, _mm256_cvtepu16_epi32(few), 4)};
-  } else if constexpr (N == 2) {
-    return {_mm256_setr_epi32(p[at[0]], p[at[0]], p[at[1]], p[at[1]], p[at[2]], p[at[2]], p[at[3]], p[at[3]])};
-  } else {
-    return {_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(p[at[0]])), _mm_set1_epi32(p[at[1]]), 1)};
-  }
-}
 LAMINA_INLINE I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.r, b.r)}; }
 LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.r, b.r)}; }
 LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.r, b.r)}; }

@@ -168,24 +168,6 @@ LAMINA_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x.r); }
 LAMINA_INLINE I32 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LAMINA_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LAMINA_INLINE void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.r); }
-// Lane i is p[at[i / N]]; N is 1, 2 or 4.
-template <int N>
-LAMINA_INLINE I32 gather_each(const int32_t* p, const uint16_t* at) {
-  if constexpr (N == 1) {
-    const __m256i few = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    return {_mm512_i32gather_epi32(_mm512_cvtepu16_epi32(few), p, 4)};
-  } else if constexpr (N == 2) {
-    const __m128i few = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    const __m256i eight = _mm256_i32gather_epi32(p, _mm256_cvtepu16_epi32(few), 4);
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    return {_mm512_permutexvar_epi32(twice, _mm512_castsi256_si512(eight))};
-  } else {
-    __m512i x = _mm512_set1_epi32(p[at[0]]);
-    x = _mm512_mask_set1_epi32(x, 0x00f0, p[at[1]]);
-    x = _mm512_mask_set1_epi32(x, 0x0f00, p[at[2]]);
-    return {_mm512_mask_set1_epi32(x, 0xf000, p[at[3]])};
-  }
-}
 LAMINA_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.r, b.r)}; }
 LAMINA_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.r, b.r)}; }
 LAMINA_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.r, b.r)}; }

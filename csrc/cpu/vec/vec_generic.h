@@ -163,11 +163,6 @@ LAMINA_INLINE I32 load_i32(const int32_t* p) {
   return x;
 }
 LAMINA_INLINE void store_i32(int32_t* p, I32 x) { memcpy(p, &x.r, sizeof x.r); }
-// Lane i is p[at[i / N]]; N is 1, 2 or 4.
-template <int N>
-LAMINA_INLINE I32 gather_each(const int32_t* p, const uint16_t* at) {
-  return {i32x4{p[at[0]], p[at[1 / N]], p[at[2 / N]], p[at[3 / N]]}};
-}
 LAMINA_INLINE I32 operator+(I32 a, I32 b) {
   typedef uint32_t u32x4 __attribute__((vector_size(16)));
   return {(i32x4)((u32x4)a.r + (u32x4)b.r)};

@@ -10,8 +10,11 @@ from lamina.ops.int8_linear import ACTIVATIONS, bias_gradient, int8_output_dtype
 from lamina.ops.library import define
 from lamina.quant.weights import dequantize_weight, quantize_weight
 
-# Output channels of a block, by pattern; each block has four neighbouring inputs.
-HEIGHTS = {"1x4": 1, "2x4": 2, "4x4": 4}
+# Output channels x inputs of a block.
+PATTERNS = ("1x4", "2x4", "4x4")
+
+# Where the header of packed data names the pattern (SparseHeader in csrc/ops/sparse_format.h).
+_PATTERN = slice(24, 40)
 
 # The share of blocks with a nonzero above which int8_linear with the dense weight is as fast, measured at 128 x 3072 ->
 # 768 with VNNI.
@@ -44,8 +47,8 @@ def pack_sparse_int8_weight(
 
     >>> packed = lamina.ops.pack_sparse_int8_weight(linear.weight, pattern="4x4")
     """
-    if pattern not in HEIGHTS:
-        raise ValueError(f"pack_sparse_int8_weight: pattern '{pattern}' is unknown; use {', '.join(HEIGHTS)}")
+    if pattern not in PATTERNS:
+        raise ValueError(f"pack_sparse_int8_weight: pattern '{pattern}' is unknown; use {', '.join(PATTERNS)}")
     if weight.ndim != 2:
         raise ValueError(f"pack_sparse_int8_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
     if weight.device.type != "cpu":
@@ -58,13 +61,13 @@ def pack_sparse_int8_weight(
         weight, scale = quantize_weight(weight.detach())
     elif scale is None:
         raise ValueError("pack_sparse_int8_weight: an int8 weight needs its scale")
-    codes, height = weight.contiguous(), HEIGHTS[pattern]
+    codes = weight.contiguous()
     packed = PackedSparseInt8Weight(
-        data=torch.empty(_C.sparse_int8_linear_packed_size(codes, height), dtype=torch.uint8),
+        data=torch.empty(_C.sparse_int8_linear_packed_size(codes, pattern), dtype=torch.uint8),
         scale=scale.detach().to(torch.float32).contiguous().clone(),
         compensation=torch.empty((weight.shape[0] + 15) // 16 * 16, dtype=torch.int32),
     )
-    _C.sparse_int8_linear_pack(codes, packed.scale, height, packed.data, packed.compensation)
+    _C.sparse_int8_linear_pack(codes, packed.scale, pattern, packed.data, packed.compensation)
     return packed
 
 
@@ -81,8 +84,7 @@ def unpack_sparse_int8_weight(packed: PackedSparseInt8Weight, in_features: int) 
 
 def packed_pattern(data: Tensor) -> str:
     """The pattern that the header of packed data names."""
-    height, width = data[12:16].view(torch.int16).tolist()
-    return f"{height}x{width}"
+    return bytes(data[_PATTERN].tolist()).rstrip(b"\0").decode()
 
 
 def block_density(weight: Tensor, pattern: str) -> float:
