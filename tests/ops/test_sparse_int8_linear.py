@@ -197,9 +197,9 @@ def test_refused_packed_data(generator):
     def call(data: torch.Tensor) -> torch.Tensor:
         return sparse_int8_linear(x, packed._replace(data=data))
 
-    with pytest.raises(FormatError, match="packed_weight.data is no packed sparse weight"):
+    with pytest.raises(FormatError, match=r"packed_weight\.data is no packed sparse weight"):
         call(torch.zeros(500, dtype=torch.uint8))
-    with pytest.raises(FormatError, match="packed_weight.data is no packed sparse weight"):
+    with pytest.raises(FormatError, match=r"packed_weight\.data is no packed sparse weight"):
         call(packed.data[:20])
     with pytest.raises(FormatError, match="has format version 9, but this lamina reads version 1"):
         call(changed(packed.data, 8, 9))

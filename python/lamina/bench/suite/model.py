@@ -16,7 +16,7 @@ from lamina.bench import minilm
 from lamina.bench.modules import caller, count_flops, first_tensor
 from lamina.bench.peers import PEERS, convert, quantize_dynamic
 from lamina.bench.workloads import Gate, Workload, read_shapes, relative_error
-from lamina.configs import AUTO, ConfigLike, FusedAttention, FusedConv, FusedRNN, Int8Dynamic, Int8Static
+from lamina.configs import AUTO, ConfigLike, FusedAttention, FusedConv, FusedRNN, Int8Dynamic, Int8Static, SparseInt8
 
 # accelerate()'s own defaults: the relative error that one layer, and the whole model's output, may have.
 MAX_ERROR = 0.02
@@ -79,6 +79,7 @@ def workloads() -> Iterator[Workload]:
 
         yield workload(name, int(batch), make_inputs, config=config)
     yield generation()
+    yield pruned_bert()
 
 
 def torch_encoder() -> torch.nn.Module:
@@ -156,6 +157,63 @@ def workload(
         module=lambda inputs: (inputs.model, inputs.example_inputs),
         kernels=lambda inputs: _uses_kernels(inputs.accelerated.report),
     )
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A float model in eval mode of whose linear weights most blocks are zeros, and inputs for it."""
+
+    model: torch.nn.Module
+    example_inputs: tuple
+
+
+ZEROS = 90
+PATTERN = "4x4"
+
+
+def pruned_bert() -> Workload:
+    """`model/bert_base_pruned/...`: every linear layer of the encoder pruned in blocks, in sparse int8, compiled.
+
+    The weights are random, and so is what is pruned: how accurate a pruned model is, training decides.
+    """
+
+    def make_inputs() -> Pruned:
+        model, inputs = build("bert_base", 1)
+        generator = torch.Generator().manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = module.weight.data.unflatten(0, (-1, 4)).unflatten(2, (-1, 4))
+                weight *= torch.rand(weight.shape[0], 1, weight.shape[2], 1, generator=generator) >= ZEROS / 100
+        return Pruned(model, inputs)
+
+    def run(inputs: Pruned, config: ConfigLike) -> Callable:
+        from lamina.compile import backend
+
+        torch._dynamo.reset()
+        model = _rewritten(inputs.model, config)
+        return caller(torch.compile(model, backend=backend), inputs.example_inputs)
+
+    shape = f"b1-{PATTERN}-{ZEROS}"
+    return Workload(
+        id=f"model/bert_base_pruned/{shape}",
+        op="model",
+        shape=shape,
+        dims={"B": 1, "zeros": ZEROS},
+        make_inputs=make_inputs,
+        run=lambda inputs: run(inputs, SparseInt8(PATTERN)),
+        baselines={"eager": lambda inputs: caller(inputs.model, inputs.example_inputs)},
+        variants={"dense int8": lambda inputs: run(inputs, Int8Dynamic())},
+        check=_check_pruned,
+        flops=lambda inputs: count_flops(inputs.model, inputs.example_inputs) * (100 - ZEROS) // 100,
+        bytes=lambda inputs: sum(p.numel() for p in inputs.model.parameters()) * (100 - ZEROS) // 100,
+        precision=lambda inputs: "int8",
+        tags=frozenset({"model", "bert_base_pruned"}),
+    )
+
+
+def _check_pruned(inputs: Pruned, output) -> Gate:
+    truth = first_tensor(caller(inputs.model, inputs.example_inputs)())
+    return Gate.judge(relative_error(first_tensor(output), truth), MAX_MODEL_ERROR, "relative output error")
 
 
 PROMPT = 16
