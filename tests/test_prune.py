@@ -505,6 +505,43 @@ def test_a_pruner_goes_on_where_its_state_was_taken(small, pattern):
         assert ((small.head.weight != 0)[:, :4].sum(1) == 2).all()
 
 
+def test_blocks_that_the_loss_does_not_miss_go_by_their_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight[:, 8:] *= 10  # the largest weights read what is always zero
+    frozen = copy.deepcopy(model[1].requires_grad_(False))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1e-3)
+    pruner = prune.GradualPruner(model, 0.5, "4x4", start=3, steps=2, scope="global", score="taylor")
+    (left,) = pruner.report().left
+    assert (left.fqn, left.reason) == ("1.weight", "it does not train, and has no gradient to be scored by")
+    saved = None
+    for step in range(6):
+        x = torch.randn(32, 16)
+        x[:, 8:] = 0
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        pruner.step()
+        if step == 1:
+            saved = copy.deepcopy(model.state_dict())
+    assert saved["0.parametrizations.weight.0.importance"].shape == (1, 2, 1, 4)
+    assert (saved["0.parametrizations.weight.0.importance"][..., :2] > 0).all()
+    pruner.finish()
+    assert (model[0].weight[:, 8:] == 0).all()
+    assert (model[0].weight[:, :8] != 0).all()
+    assert_exact(model[1].weight, frozen.weight)
+
+
+def test_scores_by_gradients_need_gradients():
+    model = nn.Linear(8, 8)
+    pruner = prune.GradualPruner(model, 0.5, steps=4, score="taylor")
+    with pytest.raises(ValueError, match=r"call step\(\) after backward\(\) and before zero_grad\(\)"):
+        pruner.step()
+    with pytest.raises(ValueError, match="score is 'size', but must be 'magnitude' or 'taylor'"):
+        prune.GradualPruner(model, steps=1, score="size")
+
+
 def test_no_steps_prune_at_once_and_early_finishes_keep_what_is_there():
     model = nn.Linear(20, 20)
     assert prune.GradualPruner(model, 0.5, steps=0).finish().sparsity == 0.5

@@ -1,4 +1,4 @@
-"""The `lamina` command: info, train, bench, report, compare.
+"""The `lamina` command: info, train, compress, bench, report, compare.
 
 A user's mistake ends in one sentence on stderr and exit code 2; a traceback means a bug in lamina.
 """
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def _user_errors(command: Callable) -> Callable:
@@ -100,6 +101,42 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     lamina.save(result.model, path, result.metadata())
     _console().print(f"saved {path}", highlight=False)
+
+
+@app.command()
+@_user_errors
+def compress(
+    name: Annotated[str, typer.Argument(help="Model to compress; an unknown one lists those with a recipe.")],
+    sparsity: Annotated[float, typer.Option(help="Share of the weights that become zero.")] = 0.9,
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, 2:4, or blocks of outputs x inputs: 2x1, 4x1, 1x4, 2x4, 4x4.")
+    ] = "4x4",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize weights and activations too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for all that is written; one run each.")] = Path("compressed"),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="NAME.safetensors of `lamina train` [default: train in OUT].")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of tuning, instead of the recipe's.", min=2)] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+) -> None:
+    """Prune, fine-tune, quantize and measure a reference model. Interrupted, the same command goes on."""
+    from lamina import compress
+
+    try:
+        compress.run(
+            name,
+            out,
+            sparsity=sparsity,
+            pattern=pattern,
+            int8=int8,
+            checkpoint=checkpoint,
+            epochs=epochs,
+            seed=seed,
+            console=_console(),
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print("lamina: stopped; the same command goes on from here", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()

@@ -77,11 +77,33 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
         seen[where] = name
         tensors[name] = tensor.contiguous()
     header = {"version": FORMAT_VERSION, "layers": layers, "aliases": aliases, "metadata": dict(metadata or {})}
+    _write(path, header, tensors)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write tensors by name, and `values` that JSON can hold, to one safetensors file, whole or not at all.
+
+    What `load_tensors` reads; for state that is no model's, such as that of a training.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write(Path(path), {"version": FORMAT_VERSION, "values": dict(values)}, contiguous)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values of a file that `save_tensors` wrote. Raises as `load_` does."""
+    path = Path(path)
+    header, tensors = _open(path)
+    if not isinstance(header.get("values"), dict):
+        raise FormatError(f"{path.name} was not written by lamina.serialization.save_tensors")
+    return tensors, header["values"]
+
+
+def _write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     header["checksum"] = _checksum(header, tensors)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"lamina": json.dumps(header)})
+        save_file(dict(tensors), temporary, metadata={"lamina": json.dumps(header)})
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -147,6 +169,17 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header, tensors = _open(path)
+    try:
+        for alias, name in header["aliases"].items():
+            tensors[alias] = tensors[name]
+        return {"layers": dict(header["layers"]), "metadata": dict(header["metadata"])}, tensors
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path.name} has damaged lamina metadata: {error!r}") from None
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header, without its checksum, which has been checked, and the tensors."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -166,9 +199,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         if header.pop("checksum") != _checksum(header, tensors):
             raise FormatError(f"{path.name} is damaged: its checksum does not match its content")
-        for alias, name in header["aliases"].items():
-            tensors[alias] = tensors[name]
-        return {"layers": dict(header["layers"]), "metadata": dict(header["metadata"])}, tensors
+        return header, tensors
     except FormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

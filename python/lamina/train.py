@@ -13,10 +13,10 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,8 @@ def train(
     progress: bool = True,
     recipe: Recipe | None = None,
     splits: data.Splits | None = None,
+    state_file: str | Path | None = None,
+    report: Callable[[Epoch], None] | None = None,
 ) -> TrainResult:
     """Trains one of the small models from scratch.
 
@@ -150,6 +152,9 @@ def train(
         progress: draw a progress bar with epoch, loss and validation accuracy.
         recipe: instead of RECIPES[name].
         splits: what to use instead of `data.mnist()` or `data.dates()`.
+        state_file: where the state is kept after each epoch and taken up from, so that nothing is lost when training is
+            interrupted (see `resumable`); remove it once the model is saved.
+        report: called with each epoch, instead of the progress bar.
 
     Raises:
         ValueError: no recipe for `name`, or less than one epoch.
@@ -171,15 +176,15 @@ def train(
     task = _TASKS.get(name, _CLASSIFICATION)
     splits = splits or task.splits()
 
-    with torch.random.fork_rng(devices=[]), _bar(name, recipe.epochs, progress) as report:
+    bar = nullcontext(report) if report is not None else _bar(name, recipe.epochs, progress)
+    with torch.random.fork_rng(devices=[]), bar as tell:
         torch.manual_seed(seed)
         model = models.create(name)
-        start = time.perf_counter()
         run = Run(model, recipe, splits, seed=seed, task=task)
-        for epoch in run:
-            report(epoch)
+        of = {"name": name, "seed": seed, "recipe": asdict(recipe)}
+        for epoch in run if state_file is None else resumable(run, state_file, of):
+            tell(epoch)
         run.finish()
-        seconds = time.perf_counter() - start
     return TrainResult(
         name=name,
         seed=seed,
@@ -187,7 +192,7 @@ def train(
         metrics=evaluate(model, *splits.test),
         history=tuple(run.history),
         best_epoch=run.best_epoch,
-        seconds=seconds,
+        seconds=run.seconds,
     )
 
 
@@ -221,13 +226,13 @@ class Run:
         splits: data.Splits,
         *,
         seed: int,
-        task: _Task | None = None,
+        task: Task | None = None,
         loss: Loss | None = None,
         after_step: Callable[[], None] | None = None,
         choose_from: int = 0,
     ) -> None:
         self.model, self.recipe, self.splits = model, recipe, splits
-        self.task = task or _task_of(splits)
+        self.task = task or task_of(splits)
         self.loss = loss or (lambda x, y, logits, targets: _loss(logits, targets, recipe))
         self.after_step = after_step or (lambda: None)
         self.choose_from = choose_from
@@ -242,12 +247,15 @@ class Run:
             pct_start=0.2,
         )
         self.history: list[Epoch] = []
+        self.seconds = 0.0
         self.best_epoch: int | None = None
         self.best_weights: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[Epoch]:
         while not self.done:
+            start = time.perf_counter()
             self._train_epoch()
+            self.seconds += time.perf_counter() - start
             yield self.history[-1]
 
     @property
@@ -302,7 +310,8 @@ class Run:
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in of_parameter.items()}
         tensors["generator"] = self.generator.get_state()
         tensors["global generator"] = torch.get_rng_state()
-        return tensors, {"history": [asdict(epoch) for epoch in self.history], "best_epoch": self.best_epoch}
+        history = [asdict(epoch) for epoch in self.history]
+        return tensors, {"history": history, "best_epoch": self.best_epoch, "seconds": self.seconds}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Go on after the epoch in which `state` gave these. Raises KeyError, TypeError or RuntimeError for others."""
@@ -324,7 +333,49 @@ class Run:
                 self.schedule.step()
         self.generator.set_state(tensors["generator"])
         torch.set_rng_state(tensors["global generator"])
-        self.history, self.best_epoch, self.best_weights = history, values["best_epoch"], parts["best"]
+        self.history, self.seconds = history, values["seconds"]
+        self.best_epoch, self.best_weights = values["best_epoch"], parts["best"]
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def resumable(
+    run: Run, path: str | Path, of: Mapping[str, Any] | None = None, also: _Stateful | None = None
+) -> Iterator[Epoch]:
+    """Iterates a Run from where an earlier process left it, and keeps the file at `path` up to date after each epoch.
+
+    Past epochs come first. An interrupted epoch is trained again, to the same bits on the same number of threads.
+
+    Args:
+        path: a safetensors file, replaced as a whole; the caller removes it when all is done.
+        of: what is trained, in values that JSON keeps; a file of something else is an error.
+        also: what else has a state of its own between epochs, in values that JSON keeps.
+
+    Raises lamina.FormatError if the file is damaged or of another training.
+    """
+    from lamina.errors import FormatError
+    from lamina.serialization import load_tensors, save_tensors
+
+    path, of = Path(path), dict(of or {})
+    if path.exists():
+        tensors, values = load_tensors(path)
+        if values.get("of") != of:
+            raise FormatError(f"{path} is of another training: {values.get('of')}, not {of}; remove it to start anew")
+        try:
+            run.load_state(tensors, values)
+            if also is not None:
+                also.load_state_dict(values["also"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FormatError(f"{path} does not fit this training: {reason}; remove it to start anew") from error
+        yield from list(run.history)
+    for epoch in run:
+        tensors, values = run.state()
+        save_tensors(tensors, path, {**values, "of": of, "also": also.state_dict() if also is not None else None})
+        yield epoch
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -366,7 +417,7 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, recipe: Recipe) -> torch.
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=recipe.label_smoothing)
 
 
-class _Task:
+class Task:
     """What of training depends on the kind of data: here images and their classes."""
 
     def splits(self) -> data.Splits:
@@ -375,9 +426,13 @@ class _Task:
     def augmented(self, x: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
         return data.augment(x, generator) if recipe.augment else x
 
+    def inputs(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the model is called with in training."""
+        return (x,)
+
     def logits(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Those that training compares with `targets(y)`."""
-        return model(x)
+        return model(*self.inputs(x, y))
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
         return y
@@ -387,7 +442,7 @@ class _Task:
         return model(x).argmax(-1)
 
 
-class _Translation(_Task):
+class _Translation(Task):
     """Texts and answers as tokens: every token from all before it, or in use from those the model gave itself."""
 
     def splits(self) -> data.Splits:
@@ -396,8 +451,8 @@ class _Translation(_Task):
     def augmented(self, x: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
         return x
 
-    def logits(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return model(x, y[:, :-1], _lengths(x))
+    def inputs(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x, y[:, :-1], _lengths(x)
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
         return y[:, 1:]
@@ -410,11 +465,17 @@ def _lengths(x: torch.Tensor) -> torch.Tensor:
     return (x != data.PAD).sum(1)
 
 
-_CLASSIFICATION, _TRANSLATION = _Task(), _Translation()
+_CLASSIFICATION, _TRANSLATION = Task(), _Translation()
 _TASKS = {"seq2seq_dates": _TRANSLATION}
 
 
-def _task_of(splits: data.Splits) -> _Task:
+def splits_of(name: str) -> data.Splits:
+    """What the recipe of `name` trains on."""
+    return _TASKS.get(name, _CLASSIFICATION).splits()
+
+
+def task_of(splits: data.Splits) -> Task:
+    """What kind of data it is: images and classes, or texts and answers."""
     return _TRANSLATION if splits.train.y.ndim > 1 else _CLASSIFICATION
 
 
@@ -479,8 +540,7 @@ def load_or_train(
         >>> model, result = load_or_train("lenet", "models")
         >>> model(data.mnist().test.x[:1]).argmax().item()
     """
-    from lamina.errors import FormatError
-    from lamina.serialization import load_, save
+    from lamina.serialization import save
 
     if name not in RECIPES:
         raise ValueError(f"there is no training recipe for {name!r}; the known ones are {', '.join(sorted(RECIPES))}")
@@ -491,6 +551,24 @@ def load_or_train(
         save(result.model, path, result.metadata())
         return result.model, result
 
+    model, result = load(name, path)
+    if result.seed != seed:
+        raise ValueError(f"{path} was trained with seed {result.seed}, not {seed}; move it away to train {name} anew")
+    return model, result
+
+
+def load(name: str, path: str | Path) -> tuple[nn.Module, TrainResult]:
+    """The trained model out of a file that `lamina train` or `load_or_train` wrote, in eval mode.
+
+    Raises FileNotFoundError, and lamina.FormatError if the file is damaged or holds something else.
+
+    Example:
+        >>> model, result = load("lenet", "models/lenet.safetensors")
+    """
+    from lamina.errors import FormatError
+    from lamina.serialization import load_
+
+    path = Path(path)
     with torch.random.fork_rng(devices=[]):
         model = models.create(name).eval()
     metadata = load_(model, path)
@@ -500,8 +578,6 @@ def load_or_train(
         raise FormatError(f"{path} does not say how its model was trained; lamina.train did not write it") from error
     if result.name != name:
         raise FormatError(f"{path} holds the model {result.name!r}, not {name!r}")
-    if result.seed != seed:
-        raise ValueError(f"{path} was trained with seed {result.seed}, not {seed}; move it away to train {name} anew")
     return model, result
 
 

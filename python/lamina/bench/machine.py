@@ -131,7 +131,7 @@ def describe(progress: Callable[[str, int, int], None] | None = None) -> Machine
         progress("thread scaling", done, total)
     most = counts[-1]
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         threads=most,
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -219,7 +219,8 @@ def _cpuinfo(key: str) -> str:
     return match.group(1).strip() if match else ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the CPU calls itself."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

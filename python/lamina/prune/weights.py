@@ -28,12 +28,14 @@ class Mask(nn.Module):
     """The parametrization that holds zeros: weight -> weight where the mask is True, 0 elsewhere.
 
     mask: bool, of the weight's shape, a buffer that is saved with the model. Gradients of what is masked are zero, and
-    whatever an optimizer does to it (momentum, weight decay) never reaches the layer.
+    whatever an optimizer does to it (momentum, weight decay) never reaches the layer. importance: one number a block,
+    a buffer too where a `GradualPruner` scores by gradients, else None.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, importance: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.register_buffer("importance", importance)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight.masked_fill(~self.mask, 0.0)
@@ -98,9 +100,11 @@ class Weight:
             if self.mask is not None:
                 self.mask.mask.logical_and_(mask)
 
-    def hold(self, mask: Tensor) -> None:
+    def hold(self, mask: Tensor) -> Mask:
         """Puts a mask on the weight; the parameter stays the same object, for optimizers that have it already."""
-        parametrize.register_parametrization(self.module, self.name, Mask(mask))
+        held = Mask(mask)
+        parametrize.register_parametrization(self.module, self.name, held)
+        return held
 
     def bake(self) -> None:
         """Takes the mask off and leaves the zeros in the parameter."""

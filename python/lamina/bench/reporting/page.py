@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,15 +18,32 @@ MIN_GRID_COLUMNS = 3
 
 def render(results: Results) -> str:
     """The page. Raises ImportError in one sentence without matplotlib or jinja2."""
-    try:
-        import jinja2
-        import markupsafe
-        import matplotlib  # noqa: F401  the plots need it; asked for here so that the sentence below covers it
-    except ImportError as error:
-        raise ImportError(f"the report page needs {error.name}: pip install lamina[report]") from error
+    page = template("page.html.j2")
+    view = View(results)
+    return page(
+        view=view,
+        quality_plot=plots.quality_against_speed(view.kept),
+        roofline_plot=plots.roofline(results.machine, view.threads, view.op_measurements),
+    )
+
+
+def template(name: str) -> Callable[..., str]:
+    """Fills in a template of this folder, with the page's style sheet and the words for numbers of `lamina.bench.text`.
+
+    What is handed over as `<something>_plot` is SVG; all other text is escaped. Raises ImportError in one sentence
+    without matplotlib or jinja2.
+    """
+    require()
+    import jinja2
+    import markupsafe
+
     folder = resources.files("lamina.bench.reporting")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text("utf-8")),
     )
     environment.filters |= {
         "duration": text.duration,
@@ -37,14 +54,22 @@ def render(results: Results) -> str:
         "traffic": text.traffic,
     }
     environment.globals["same"] = text.SAME
-    template = environment.from_string((folder / "page.html.j2").read_text("utf-8"))
-    view = View(results)
-    return template.render(
-        view=view,
-        css=markupsafe.Markup((folder / "page.css").read_text("utf-8")),
-        quality_plot=markupsafe.Markup(plots.quality_against_speed(view.kept)),
-        roofline_plot=markupsafe.Markup(plots.roofline(results.machine, view.threads, view.op_measurements)),
-    )
+    css = markupsafe.Markup((folder / "page.css").read_text("utf-8"))
+
+    def fill(**values: Any) -> str:
+        pictures = {key: markupsafe.Markup(value) for key, value in values.items() if key.endswith("_plot")}
+        return environment.get_template(name).render(css=css, **{**values, **pictures})
+
+    return fill
+
+
+def require() -> None:
+    """Raises ImportError in one sentence without what pages are made with."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the report page needs {error.name}: pip install lamina[report]") from error
 
 
 def headline(results: Results) -> str:

@@ -1,10 +1,11 @@
-"""The page's two plots, as inline SVG whose colours are the page's CSS variables, so that they turn dark with it."""
+"""The pages' plots, as inline SVG whose colours are the page's CSS variables, so that they turn dark with it."""
 
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lamina.bench.machine import PRIVATE, Machine
 from lamina.bench.results import Measurement
@@ -93,6 +94,69 @@ def _spread_labels(axes, points: Sequence[Kept]) -> list[tuple[float, float, str
             y -= gap / 4
         placed[index] = (x, y, "center" if moved else "left")
     return [placed[index] for index in range(len(points))]
+
+
+def sensitivity(layers: Sequence[Mapping[str, Any]], baseline: float) -> str:
+    """What the model reaches with one layer pruned alone, over that layer's sparsity; the three worst have names.
+
+    layers: each with "fqn" and "scores", pairs of sparsity and share.
+    """
+    figure, axes = _figure()
+    order = sorted(layers, key=lambda layer: sum(score for _, score in layer["scores"]))
+    named = {id(layer): color for layer, color in zip(order, ("loss", "third", "second"), strict=False)}
+    axes.axhline(baseline, color=COLORS["line"], linewidth=1.2)
+    for layer in reversed(order):
+        color = named.get(id(layer))
+        axes.plot(
+            *zip(*layer["scores"], strict=True),
+            color=COLORS[color or "muted"],
+            linewidth=1.6 if color else 0.8,
+            marker="o",
+            markersize=4 if color else 2.5,
+            zorder=3 if color else 2,
+        )
+    shares = sorted({share for layer in layers for share, _ in layer["scores"]})
+    lowest = min([baseline, *(score for layer in layers for _, score in layer["scores"])])
+    axes.set_ylim(max(0.0, lowest - 0.05), min(1.02, baseline + 0.05))
+    axes.set_xticks(shares)
+    axes.margins(x=0.06)
+    axes.set_xlabel("share of one layer's weights that is zero")
+    axes.set_ylabel("accuracy without training")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%" if value <= 1 else "")
+    for place, layer in enumerate(order[:3]):
+        axes.text(
+            0.03,
+            0.05 + 0.06 * (2 - place),
+            layer["fqn"],
+            fontsize=9,
+            color=COLORS[named[id(layer)]],
+            transform=axes.transAxes,
+        )
+    return _svg(figure, "sensitivity")
+
+
+def tuning(history: Sequence[Mapping[str, float]], pruning_epochs: int, kept: int, dense: float) -> str:
+    """Validation accuracy over the epochs, the dense model's as a line; behind it the share of the pruning done.
+
+    history: each with "validation_accuracy"; pruning_epochs: over which zeros were added; kept: index of the epoch
+    whose weights were kept; dense: the dense model's accuracy on the same data.
+    """
+    figure, axes = _figure()
+    epochs = list(range(1, len(history) + 1))
+    reached = [epoch["validation_accuracy"] for epoch in history]
+    axes.axvspan(0.5, pruning_epochs + 0.5, color=COLORS["line"], alpha=0.35, linewidth=0)
+    axes.axhline(dense, color=COLORS["muted"], linewidth=1, linestyle=(0, (3, 3)))
+    axes.plot(epochs, reached, color=COLORS["accent"], linewidth=1.6)
+    axes.plot(kept + 1, reached[kept], "o", color=COLORS["accent"], markersize=7)
+    room = 0.1 * (max(dense, *reached) - min(dense, *reached)) + 0.002
+    axes.set_ylim(min(dense, *reached) - room, min(1.0, max(dense, *reached) + room))
+    axes.set_xlim(0.5, len(history) + 0.5)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy on validation samples")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.1f}%")
+    return _svg(figure, "tuning")
 
 
 def roofline(machine: Machine, threads: int, measurements: Sequence[Measurement]) -> str:
