@@ -88,6 +88,19 @@ def test_the_model_keeps_its_accuracy_and_becomes_small(whole, splits):
     assert error.norm() < 0.1 * pruned(splits.test.x).norm()
 
 
+def test_float_models_get_sparse_layers_too(whole, splits):
+    """The same folder up to where it is converted; 4x4 blocks are 4x1 blocks as well."""
+    pruned = models.create("lenet").eval()
+    lamina.load_(pruned, whole / "pruned.safetensors")
+    for pattern, kind in (("4x4", "4x1"), ("2x4", "2x1"), ("2:4", "unstructured")):
+        request = compress.Request("lenet", 0.9, pattern, False, 2, 0, None, {})
+        config = compress._configs(request)[0]
+        assert config == lamina.Sparse(kind)
+    fast = lamina.accelerate(pruned, (splits.test.x[:64],), compress._configs(request), compile=False)
+    assert isinstance(fast.model.classifier[1], lamina.nn.SparseLinear)
+    torch.testing.assert_close(fast.model(splits.test.x), pruned(splits.test.x), rtol=1e-4, atol=1e-4)
+
+
 def test_the_page_says_what_happened(whole):
     html = (whole / "index.html").read_text()
     stages = state_of(whole)

@@ -30,7 +30,7 @@ from lamina import data, models, prune, train
 from lamina.accelerate import model_bytes
 from lamina.bench import machine, text, timing
 from lamina.bench.reporting import compressed, page
-from lamina.configs import Config, FusedAttention, FusedConv, FusedRNN, Int8Dynamic, Int8RNN, SparseInt8
+from lamina.configs import Config, FusedAttention, FusedConv, FusedRNN, Int8Dynamic, Int8RNN, Sparse, SparseInt8
 from lamina.errors import FormatError
 from lamina.prune.patterns import check_sparsity, parse
 
@@ -47,7 +47,9 @@ TEMPERATURE, TEACHER_SHARE = 4.0, 0.7
 # The mask grows over this share of the epochs; in the others what is left learns to do without.
 PRUNING_SHARE = 0.5
 CHANGES_PER_EPOCH = 5
-_INT8_PATTERNS = ("1x4", "2x4", "4x4")
+# What sparse int8 kernels know, and for other zeros which float ones see the largest blocks in them.
+INT8_PATTERNS = ("1x4", "2x4", "4x4")
+FLOAT_PATTERNS = {"4x1": "4x1", "4x4": "4x1", "2x1": "2x1", "2x4": "2x1"}
 
 
 @dataclass(frozen=True)
@@ -381,10 +383,12 @@ class _Job:
 
 
 def _configs(request: Request) -> list[Config]:
-    if not request.int8:
-        return [FusedAttention(), FusedRNN(), FusedConv()]
-    sparse = [SparseInt8(request.pattern)] if request.pattern in _INT8_PATTERNS else []
-    return [*sparse, Int8Dynamic(), FusedAttention(), Int8RNN(), FusedRNN(), FusedConv()]
+    """What accelerate may choose from for each layer."""
+    sparse: Config = Sparse(FLOAT_PATTERNS.get(request.pattern, "unstructured"))
+    if request.int8 and request.pattern in INT8_PATTERNS:
+        sparse = SparseInt8(request.pattern)
+    int8 = [Int8Dynamic(), Int8RNN()] if request.int8 else []
+    return [sparse, *int8, FusedAttention(), FusedRNN(), FusedConv()]
 
 
 def _epoch_line(epoch: train.Epoch) -> str:
