@@ -337,13 +337,14 @@ class _Job:
                 times.append({"batch": batch, "threads": count, **{name: asdict(t) for name, t in found.items()}})
         original = self.out / DENSE if self.checkpoint is None else Path(self.checkpoint)
         files = original.stat().st_size, path.stat().st_size
+        memory = model_bytes(dense), model_bytes(fast.model)
         return {
             "summary": f"{fast.report.summary().partition(';')[0]}, accuracy {text.percent(metrics.accuracy, 2)}, "
-            f"file {text.size(files[0])} -> {text.size(files[1])}",
+            f"{text.size(memory[0])} -> {text.size(memory[1])} in memory",
             "metrics": asdict(metrics),
             "decisions": [asdict(decision) for decision in fast.report.decisions],
             "files": files,
-            "memory": (model_bytes(dense), model_bytes(fast.model)),
+            "memory": memory,
             "times": times,
             "machine": {"cpu": machine.cpu_name(), "isa": lamina.info()["isa"], "torch": torch.__version__},
         }

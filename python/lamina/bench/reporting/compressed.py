@@ -41,12 +41,12 @@ class View:
     def headline(self) -> str:
         batch = self.convert["times"][0]["batch"]
         ratio = next(bar["ratio"] for row in self.bars for bar in row["bars"] if row["batch"] == batch and bar["last"])
-        before, after = self.convert["files"]
+        before, after = self.convert["memory"]
         accuracy = [text.percent(stage["metrics"]["accuracy"], 2) for stage in (self.train, self.convert)]
         return (
             f"{self.request['name']} with {text.percent(self.tune['sparsity'])} of its weights zero"
             f"{' and int8' if self.request['int8'] else ''}: accuracy {' → '.join(accuracy)}, "
-            f"{text.times(ratio)} as fast as eager PyTorch, file {text.size(before)} → {text.size(after)}."
+            f"{text.times(ratio)} as fast as eager PyTorch, {text.size(before)} → {text.size(after)} in memory."
         )
 
     @property
