@@ -42,9 +42,8 @@ RECIPE = dataclasses.replace(train.RECIPES["lenet"], epochs=5, learning_rate=8e-
 
 
 def run(out, splits, **options):
-    return compress.run(
-        "lenet", out, recipe=RECIPE, splits=splits, console=Console(file=None, quiet=True), int8=True, **options
-    )
+    options = {"int8": True, "compile": False, "console": Console(quiet=True), **options}
+    return compress.run("lenet", out, recipe=RECIPE, splits=splits, **options)
 
 
 def state_of(out):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -78,6 +78,7 @@ def run(
     seed: int = 0,
     recipe: train.Recipe | None = None,
     splits: data.Splits | None = None,
+    compile: Literal["auto", False] = "auto",
     console: Console | None = None,
 ) -> Path:
     """Do the whole job, or what is left of it, and return the path of the page.
@@ -94,6 +95,7 @@ def run(
         seed: of all that is random.
         recipe: instead of `train.RECIPES[name]`.
         splits: what to use instead of `data.mnist()` or `data.dates()`.
+        compile: as in `lamina.accelerate`, which chooses the layers; the file has the layers without their graph.
         console: where progress is drawn.
 
     Raises ValueError for an unknown model, pattern or sparsity, and if `out` holds a run of something else;
@@ -118,7 +120,7 @@ def run(
     digest = zlib.crc32(_bytes_of(checkpoint)) if checkpoint else None
     request = Request(name, sparsity, pattern, int8, epochs, seed, digest, asdict(recipe))
     out = Path(out)
-    job = _Job(request, out, recipe, splits or train.splits_of(name), checkpoint, console or Console())
+    job = _Job(request, out, recipe, splits or train.splits_of(name), checkpoint, compile, console or Console())
     job.run()
     path = out / PAGE
     _replace(path, compressed.render(job.state))
@@ -150,10 +152,11 @@ class _Job:
         recipe: train.Recipe,
         splits: data.Splits,
         checkpoint: str | Path | None,
+        compile: Literal["auto", False],
         console: Console,
     ) -> None:
         self.request, self.out, self.recipe, self.splits, self.console = request, out, recipe, splits, console
-        self.checkpoint = checkpoint
+        self.checkpoint, self.compile = checkpoint, compile
         asked = json.loads(json.dumps(asdict(request)))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.state: dict[str, Any] = {
@@ -321,7 +324,7 @@ class _Job:
         dense, pruned = self._dense_model(), self._model(self.out / PRUNED)
         # Decided on validation samples: the test samples only judge.
         inputs = self._inputs(self.splits.validation, BATCHES[0])
-        fast = lamina.accelerate(pruned, inputs, _configs(request), compile=False, progress=tell)
+        fast = lamina.accelerate(pruned, inputs, _configs(request), compile=self.compile, progress=tell)
         path = self.out / COMPRESSED
         lamina.save(fast.model, path, {"name": request.name})
         metrics = train.evaluate(fast.model, *self.splits.test)
@@ -342,6 +345,7 @@ class _Job:
             "summary": f"{fast.report.summary().partition(';')[0]}, accuracy {text.percent(metrics.accuracy, 2)}, "
             f"{text.size(memory[0])} -> {text.size(memory[1])} in memory",
             "metrics": asdict(metrics),
+            "form": fast.report.form,
             "decisions": [asdict(decision) for decision in fast.report.decisions],
             "files": files,
             "memory": memory,

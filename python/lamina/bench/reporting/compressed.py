@@ -59,6 +59,11 @@ class View:
         )
 
     @property
+    def compiled(self) -> bool:
+        """Whether what was timed ran as one graph."""
+        return "compiled" in self.convert["form"]
+
+    @property
     def versions(self) -> list[dict[str, Any]]:
         """The model before, between and after: metrics, and sizes where it has a file of its own to be compared."""
         files, memory = self.convert["files"], self.convert["memory"]
@@ -76,7 +81,7 @@ class View:
             {"title": "pruned", "what": tuned, "metrics": self.tune["metrics"], "file": None, "memory": None},
             {
                 "title": "compressed",
-                "what": f"{len(self.replaced)} layers replaced",
+                "what": f"{len(self.replaced)} layers replaced{', compiled' if self.compiled else ''}",
                 "metrics": self.convert["metrics"],
                 "file": files[1],
                 "memory": memory[1],
