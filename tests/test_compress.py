@@ -117,6 +117,10 @@ class Stopped(Exception):
     pass
 
 
+def stops_at_once(*args):
+    raise Stopped
+
+
 @pytest.fixture(scope="module")
 def interrupted(whole, splits, tmp_path_factory):
     """The same run, stopped in the middle of training, of the scan and of tuning, and taken up again each time."""
@@ -147,6 +151,15 @@ def interrupted(whole, splits, tmp_path_factory):
             if stage != "scan":
                 file = {"train": "training.safetensors", "tune": "tuning.safetensors"}[stage]
                 assert len(load_tensors(out / file)[1]["history"]) == {2: 2, 3: 3, 1: 4}[epochs]
+            if stage == "train":
+                with patch.context() as unsaved:  # trained and saved, but nobody wrote that down
+                    unsaved.setattr(train.Run, "_train_epoch", train_epoch)
+                    unsaved.setattr(compress, "_replace", stops_at_once)
+                    with pytest.raises(Stopped):
+                        run(out, splits)
+                    unsaved.setattr(train.Run, "_train_epoch", None)
+                    with pytest.raises(Stopped):
+                        run(out, splits)
     run(out, splits)
     return out
 

@@ -107,6 +107,17 @@ def test_the_smallest_blocks_go_whole(module, groups, transposed, pattern):
         assert_exact(pruned.bias, module.bias)
 
 
+def test_layers_that_store_inputs_first_are_pruned_like_the_others():
+    from transformers.pytorch_utils import Conv1D
+
+    linear, conv1d = nn.Linear(9, 11), Conv1D(11, 9)
+    with torch.no_grad():
+        conv1d.weight.copy_(linear.weight.t())
+    prune.magnitude_(linear, 0.7, "4x1")
+    prune.magnitude_(conv1d, 0.7, "4x1")
+    assert_exact(conv1d.weight.t(), linear.weight)
+
+
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(st.integers(2, 30), st.integers(0, 30), st.integers(1, 4))
 def test_lowest_takes_exactly_so_many_and_the_first_of_equals(size, count, levels):

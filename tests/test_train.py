@@ -234,3 +234,24 @@ def test_progress_shows_epoch_loss_and_accuracy(splits, monkeypatch, capsys):
     assert "2/2" in shown
     assert f"{result.history[-1].loss:.4f}" in shown
     assert f"{result.history[-1].validation_accuracy:.1%}" in shown
+
+
+def test_a_state_belongs_to_one_training(splits, tmp_path):
+    few = data.Splits(first(splits.train, 64), first(splits.validation, 64), first(splits.test, 64))
+    path = tmp_path / "state.safetensors"
+
+    def run(name="mlp"):
+        torch.manual_seed(0)
+        return train.Run(models.create(name), train.Recipe(epochs=2), few, seed=0)
+
+    whole = list(run())
+    assert next(train.resumable(run(), path, {"name": "mlp"})) == whole[0]
+    assert list(train.resumable(run(), path, {"name": "mlp"})) == whole
+    assert list(train.resumable(run(), path, {"name": "mlp"})) == whole  # nothing is left to train
+    with pytest.raises(FormatError, match=r"is of another training: \{'name': 'mlp'\}, not \{'name': 'lenet'\}"):
+        next(train.resumable(run("lenet"), path, {"name": "lenet"}))
+    with pytest.raises(FormatError, match=r"does not fit this training: .*; remove it to start anew"):
+        next(train.resumable(run("lenet"), path, {"name": "mlp"}))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(FormatError, match="truncated"):
+        next(train.resumable(run(), path, {"name": "mlp"}))
