@@ -218,7 +218,8 @@ class GradualPruner:
             if weight.stored.grad is not None:
                 change = weight.matrix(weight.stored.detach() * weight.stored.grad).float()
                 squares = energies(change, pattern).square()
-                weight.mask.importance.lerp_(squares, 1 - _MEMORY)
+                if torch.isfinite(squares).all():  # an overflow, as of mixed precision, says nothing
+                    weight.mask.importance.lerp_(squares, 1 - _MEMORY)
 
     def _score(self, weight: Weight, pattern: Pattern) -> Tensor:
         magnitude = magnitudes(weight, pattern)
