@@ -481,9 +481,15 @@ def test_op_inputs_build_and_small_answers_are_right(workload):
         assert gate.ok, gate.message
 
 
-@pytest.mark.parametrize("name", ["lenet", "lstm", "vit_mnist"])
-def test_small_models_answer_right(name):
-    workload = workloads.registry()[f"model/{name}/b1"]
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("lenet", "auto"), ("lenet", "int8"), ("lenet", "float"), ("lstm", "auto"), ("vit_mnist", "auto")],
+)
+def test_small_models_answer_right(name, config):
+    from lamina.bench.suite import model as suite
+
+    workload = suite.workload(name, 1, lambda: suite.prepare(name, *suite.build(name, 1), config=config), config=config)
+    assert workload.id == f"model/{name}/b1" + ("" if config == "auto" else f"-{config}")
     inputs = workload.make_inputs()
     with torch.inference_mode():
         gate = workload.check(inputs, workload.run(inputs)())
