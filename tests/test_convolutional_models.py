@@ -235,13 +235,13 @@ def test_detector(config):
     torch.testing.assert_close(fast_scores, scores, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("lenet", 3), ("cnn", 2)])
+@pytest.mark.parametrize(("name", "epochs"), [("lenet", 2), ("cnn", 1)])
 def test_accuracy_on_mnist(name, epochs):
     """Trained no longer than it takes to be right about most digits, which leaves many near the border."""
     trained = train.train(name, epochs=epochs, progress=False)
     splits = data.mnist()
     before = trained.metrics.accuracy
-    assert before > 0.9
+    assert before > 0.85
     configs = {"float": lamina.FusedConv(winograd=4), "dynamic": lamina.Int8Dynamic()}
     configs["static"] = lamina.Int8Static([(splits.validation.x[:64],)])
     for precision, config in configs.items():
