@@ -240,7 +240,7 @@ ConvPixels conv_pixels(const TensorView& x, float scale, const ConvWindow& w, Wo
     }
   }
   if (!w.quads) {
-    const int64_t bytes = (w.left + width + w.right) * pixels.pixel + channels + 64;
+    const int64_t bytes = channels + 64;
     int8_t* zeros = frame.take<int8_t>(bytes);
     std::memset(zeros, 0, size_t(bytes));
     pixels.zeros = zeros;

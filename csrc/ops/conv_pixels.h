@@ -22,7 +22,7 @@ struct ConvPixels {
   int64_t pixel;        // bytes between pixels
   int64_t step;         // bytes between the first taps of neighbouring outputs
   bool run;             // the taps of a row lie one behind the other
-  const int8_t* zeros;  // a row of zeros
+  const int8_t* zeros;  // a pixel of zeros
   float* scales;        // [images], to be set by the caller where x is int8 with a scale per image
 };
 

@@ -350,8 +350,8 @@ void multiply_depthwise(const Call& call, const ConvPixels& x, const ConvEpilogu
   const int64_t units = (w.n + kDepthwiseBlock - 1) / kDepthwiseBlock;
   const int64_t work = rows * call.out_width * w.n * w.kh * w.kw / tuning::kInt8DepthwiseWorkPerThread;
   const int64_t threads = std::clamp<int64_t>(work, 1, max_threads());
-  // Rows one below the other share their inputs, so channels are what threads divide first.
-  const int64_t by_units = units % threads == 0 ? threads : 1, by_rows = std::min(rows, threads / by_units);
+  // Rows are what the layers around share out, too; channels only where there are too few.
+  const int64_t by_rows = std::min(rows, threads), by_units = std::min(units, threads / by_rows);
   parallel_tasks(by_rows * by_units, [&](int64_t task) {
     const int64_t r = task / by_units, u = task % by_units;
     const int64_t channel = units * u / by_units * kDepthwiseBlock;
@@ -362,9 +362,11 @@ void multiply_depthwise(const Call& call, const ConvPixels& x, const ConvEpilogu
             .pixel = x.pixel,
             .zeros = x.zeros + channel,
             .height = call.height,
+            .width = call.width,
             .stride_y = int(call.stride_y),
             .stride_x = int(call.stride_x),
             .pad_y = int(call.top),
+            .pad_x = int(call.left),
             .dilation_y = int(call.dilation_y),
             .dilation_x = int(call.dilation_x),
             .taps_y = int(w.kh),
@@ -600,12 +602,13 @@ void int8_conv2d(const TensorView& x, const TensorView& data, const TensorView& 
   }
   if (call.images == 0 || w.n == 0) return;
 
-  const WinogradPlan winograd = plan_winograd(call);  // whose kernels make up the columns outside
+  const WinogradPlan winograd = plan_winograd(call);
+  const bool padded = !winograd.pays && !w.depthwise();  // their kernels make up the columns outside
   const ConvWindow window{.stride_y = call.stride_y,
                           .stride_x = call.stride_x,
                           .top = call.top,
-                          .left = winograd.pays ? 0 : call.left,
-                          .right = winograd.pays ? 0 : call.right,
+                          .left = padded ? call.left : 0,
+                          .right = padded ? call.right : 0,
                           .dilation_y = call.dilation_y,
                           .dilation_x = call.dilation_x,
                           .kh = w.kh,

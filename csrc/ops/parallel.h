@@ -15,7 +15,8 @@ namespace lamina {
 // How many threads a region started here would get.
 inline int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-// Calls body(index) for every index in [0, count), each index on whichever thread is free first.
+// Calls body(index) for every index in [0, count): the first ones on the thread of that index, so that call after call
+// a thread finds in its caches what it read and wrote before, the others on whichever thread is free first.
 // For tasks of unequal length; a task should be worth at least a few microseconds.
 template <class Body>
 void parallel_tasks(int64_t count, const Body& body) {
@@ -29,7 +30,8 @@ void parallel_tasks(int64_t count, const Body& body) {
 #pragma omp parallel num_threads(threads)
   {
     try {
-      for (int64_t i = next++; i < count; i = next++) body(i);
+      const int64_t team = omp_get_num_threads();
+      for (int64_t i = omp_get_thread_num(); i < count; i = team + next++) body(i);
     } catch (...) {
 #pragma omp critical
       error = std::current_exception();

@@ -115,10 +115,25 @@ struct Block {
     for (int j = 0; j < 4; ++j) negative.r[j] = R::minus(negative.r[j]);
   }
 
-  // Row `y` of an image, or zeros, at tap column 0 of output column 0.
-  LAMINA_INLINE const int8_t* row(int64_t image, int64_t y) const {
-    if (y < 0 || y >= a.height) return a.zeros + first;
-    return a.x + image * a.image + y * a.row + first;
+  // Pixel 0 of four rows and the bytes between pixels, none for a row outside the image: all of its pixels are one.
+  struct Rows {
+    const int8_t* pixel[4];
+    int64_t step[4];
+  };
+  LAMINA_INLINE void set_row(Rows& rows, int i, int64_t image, int64_t y) const {
+    const bool inside = y >= 0 && y < a.height;
+    rows.pixel[i] = inside ? a.x + image * a.image + y * a.row + first : a.zeros + first;
+    rows.step[i] = inside ? a.pixel : 0;
+  }
+  template <bool Full>
+  LAMINA_INLINE Quad<Bytes> column(const Rows& rows, int64_t x) const {
+    return interleave<Bytes>(load<Full>(rows.pixel[0] + x * rows.step[0]), load<Full>(rows.pixel[1] + x * rows.step[1]),
+                             load<Full>(rows.pixel[2] + x * rows.step[2]),
+                             load<Full>(rows.pixel[3] + x * rows.step[3]));
+  }
+  static LAMINA_INLINE Quad<Bytes> column_outside() {
+    const I zero = R::bytes_of(0x80);
+    return {{zero, zero, zero, zero}};
   }
   // Codes with an offset of 128.
   template <bool Full>
@@ -189,14 +204,12 @@ LAMINA_INLINE void rows_of_3x3(const Block<Bytes>& b, const Quad<Bytes> (&w)[2][
                                const Take& take) {
   const Int8DepthwiseArgs& a = b.a;
   const int64_t top = y - a.pad_y;
-  const int8_t* x[4];
-  for (int i = 0; i < 4; ++i) x[i] = b.row(image, top + i);
-  int64_t at = 0;
+  typename Block<Bytes>::Rows rows;
+  for (int i = 0; i < 4; ++i) b.set_row(rows, i, image, top + i);
+  int64_t at = -a.pad_x;
   const auto column = [&]() __attribute__((always_inline)) {
-    const Quad<Bytes> q = interleave<Bytes>(b.template load<Full>(x[0] + at), b.template load<Full>(x[1] + at),
-                                            b.template load<Full>(x[2] + at), b.template load<Full>(x[3] + at));
-    at += a.pixel;
-    return q;
+    const int64_t x = at++;
+    return x < 0 || x >= a.width ? b.column_outside() : b.template column<Full>(rows, x);
   };
   // N neighbouring outputs, which share the loads of weights, scales and biases.
   const auto outputs = [&]<int N>(int64_t ox, const Quad<Bytes>(&c)[N + 2]) __attribute__((always_inline)) {
@@ -242,16 +255,22 @@ void row_of_any(const Block<Bytes>& b, const Quad<Bytes>* w, int64_t image, int6
     const int count = int(a.out_width - first < kColumns ? a.out_width - first : kColumns);
     const int width = (count - 1) * a.stride_x + reach;
     for (int q = 0; q < quads; ++q) {
-      const int8_t* x[4];
+      typename Block<Bytes>::Rows rows;
       for (int i = 0; i < 4; ++i) {
         const int ky = 4 * q + i;
-        x[i] =
-            (ky < a.taps_y ? b.row(image, top + ky * a.dilation_y) : a.zeros + b.first) + first * a.stride_x * a.pixel;
+        b.set_row(rows, i, image, ky < a.taps_y ? top + ky * a.dilation_y : -1);
       }
-      for (int c = 0; c < width; ++c) {
-        columns[c * quads + q] =
-            interleave<Bytes>(b.template load<false>(x[0] + c * a.pixel), b.template load<false>(x[1] + c * a.pixel),
-                              b.template load<false>(x[2] + c * a.pixel), b.template load<false>(x[3] + c * a.pixel));
+      Quad<Bytes>* to = columns + q;
+      const int64_t start = first * a.stride_x - a.pad_x;
+      const auto fill = [&]<bool Full>() __attribute__((always_inline)) {
+        for (int64_t x = start; x < start + width; ++x, to += quads) {
+          *to = x < 0 || x >= a.width ? b.column_outside() : b.template column<Full>(rows, x);
+        }
+      };
+      if (b.channels == Bytes) {
+        fill.template operator()<true>();
+      } else {
+        fill.template operator()<false>();
       }
     }
     const auto outputs = [&]<int N>(int at) __attribute__((always_inline)) {

@@ -33,9 +33,11 @@ void int8_depthwise(const Int8DepthwiseArgs& a) {
           if (in < 0 || in >= a.height) continue;
           for (int tx = 0; tx < a.taps_x; ++tx) {
             const int8_t* w = a.weights + (ty * a.taps_x + tx) * a.ld_weights + first;
-            const int8_t* x = a.x + image * a.image + in * a.row + first;
-            x += (column * a.stride_x + tx * a.dilation_x) * a.pixel;
-            for (int i = 0; i < tile.count; ++i, x += a.stride_x * a.pixel) {
+            const int8_t* row = a.x + image * a.image + in * a.row + first;
+            for (int i = 0; i < tile.count; ++i) {
+              const int64_t at = (column + i) * a.stride_x - a.pad_x + tx * a.dilation_x;
+              if (at < 0 || at >= a.width) continue;
+              const int8_t* x = row + at * a.pixel;
               if (channels == kConvPanel) {
                 add_products(sums + i * kConvPanel, x, w, kConvPanel);
               } else {

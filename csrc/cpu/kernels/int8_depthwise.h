@@ -7,11 +7,11 @@
 namespace lamina {
 
 struct Int8DepthwiseArgs {
-  const int8_t* x;            // channel 0 of image 0 under tap (0, 0) of output column 0, in image row 0
+  const int8_t* x;            // channel 0 of pixel 0 of image 0
   int64_t image, row, pixel;  // bytes between images, rows and pixels
-  const int8_t* zeros;        // stands for a row outside the image
-  int64_t height;             // rows of an image
-  int stride_y, stride_x, pad_y;
+  const int8_t* zeros;        // [channels], stands for a pixel outside the image
+  int64_t height, width;      // of an image
+  int stride_y, stride_x, pad_y, pad_x;
   int dilation_y, dilation_x;
   int taps_y, taps_x;
   int64_t out_height, out_width;
