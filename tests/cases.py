@@ -33,6 +33,7 @@ from lamina.reference.quantize_rows import quantize_rows as quantize_rows_refere
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 from lamina.reference.rnn_relu import rnn_relu as rnn_relu_reference
 from lamina.reference.rnn_tanh import rnn_tanh as rnn_tanh_reference
+from lamina.reference.sparse_conv2d import sparse_conv2d as sparse_conv2d_reference
 from lamina.reference.sparse_linear import sparse_linear as sparse_linear_reference
 from lamina.reference.weight_only_linear import dequantize
 from lamina.reference.weight_only_linear import weight_only_linear as weight_only_linear_reference
@@ -2362,6 +2363,93 @@ def sparse_linear_backward_suite() -> Suite:
         sparse_linear_backward_check,
         own_kernel=False,
     )
+
+
+# -- sparse_conv2d
+
+
+def _sparse_conv2d_case(
+    conv: Conv,
+    pattern: str = "unstructured",
+    dtype: torch.dtype = torch.float32,
+    layout: str = "last",
+    bias: bool = True,
+    activation: str = "none",
+    tags: str = "",
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        x = torch.randn(conv.images, conv.c, conv.h, conv.w, generator=generator).to(dtype)
+        rows = _sparse_weight(conv.n, conv.c * conv.kernel[0] * conv.kernel[1], pattern, 0.3, generator)
+        b = torch.randn(conv.n, generator=generator) if bias else None
+        packed = lamina.ops.pack_sparse_weight(rows.to(dtype), pattern)
+        geometry = [*conv.kernel, *conv.stride, *conv.dilation, *conv.padding]
+        return IMAGE_LAYOUTS[layout](x), packed.data, b, conv.n, geometry, activation
+
+    name = f"{pattern}-{conv.name}-{layout}" + ("" if bias else "-nobias")
+    name += ("-bf16" if dtype is torch.bfloat16 else "") + (f"-{activation}" if activation != "none" else "")
+    words = set(tags.split()) | ({"strided"} if layout not in ("last", "first") else set())
+    words |= {"bf16"} if dtype is torch.bfloat16 else set()
+    return Case(name, make, frozenset(words | ({"empty"} if 0 in conv.out_shape() else set())))
+
+
+def _sparse_conv2d_image() -> Case:
+    """One image without a dimension for images."""
+    batch = _sparse_conv2d_case(Conv(1, 5, 7, 9, 6, (3, 3), padding=(1, 1, 1, 1)), "2x1")
+
+    def make(generator: torch.Generator) -> tuple:
+        x, *rest = batch.make(generator)
+        return x[0], *rest
+
+    return Case(f"image-{batch.id}", make, frozenset({"nd"}))
+
+
+def _sparse_conv2d_weight(x: Tensor, data: Tensor, out_channels: int, geometry: list[int]) -> Tensor:
+    return lamina.ops.unpack_sparse_conv_weight(lamina.ops.PackedSparseWeight(data, out_channels), geometry[:2])
+
+
+def sparse_conv2d_truth(x, data, bias, out_channels, geometry, activation) -> Tensor:
+    weight = _sparse_conv2d_weight(x, data, out_channels, geometry)
+    return sparse_conv2d_reference(x, weight, bias, geometry[2:4], geometry[6:], geometry[4:6], activation)
+
+
+def sparse_conv2d_check(actual: Tensor, inputs: tuple) -> None:
+    x, data, bias, out_channels, geometry, activation = inputs
+    assert actual.dtype == x.dtype
+    weight = _sparse_conv2d_weight(x, data, out_channels, geometry)
+    sizes = geometry[2:4], geometry[6:], geometry[4:6]
+    linear = sparse_conv2d_reference(x, weight, bias, *sizes)
+    magnitude = sparse_conv2d_reference(x.abs(), weight.abs(), None if bias is None else bias.abs(), *sizes)
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    tolerances.assert_sum(
+        actual,
+        sparse_conv2d_truth(*inputs),
+        terms=_most_nonzeros(weight.flatten(1)) + 1,
+        magnitude=slope * magnitude,
+        extra=tolerances.activation_error(activation, linear),
+        what=activation,
+    )
+
+
+def sparse_conv2d_suite() -> Suite:
+    case, bf16 = _sparse_conv2d_case, torch.bfloat16
+    same = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+    cases = (
+        case(Conv(0, 4, 5, 5, 6, (3, 3))),
+        case(Conv(1, 1, 1, 1, 1), tags="one"),
+        # One tap, and taps whose channels do not come out even with ranges of inputs.
+        case(Conv(2, 37, 5, 7, 21), tags="odd"),
+        case(Conv(1, 37, 5, 7, 21, **same), tags="odd"),
+        case(Conv(2, 130, 5, 3, 70, **same), "4x1", tags="odd"),
+        case(Conv(1, 3, 17, 19, 11, (7, 5), (2, 3), (3, 2, 1, 4), (2, 1)), "2x1", tags="odd"),
+        case(Conv(2, 19, 6, 7, 13, **same), "4x1", bf16, activation="gelu", tags="odd"),
+        case(Conv(2, 9, 6, 7, 13, **same), bias=False, layout="first", activation="relu"),
+        case(Conv(2, 9, 6, 7, 13, **same), layout="last_sliced"),
+        case(Conv(2, 9, 6, 7, 13, **same), layout="pixels_apart"),
+        case(Conv(2, 9, 6, 7, 13, (1, 1), (2, 2)), layout="every_second"),
+        case(Conv(2, 40, 19, 17, 70, **same), "4x1", tags="threads odd"),
+        _sparse_conv2d_image(),
+    )
+    return Suite("sparse_conv2d", cases, sparse_conv2d_truth, sparse_conv2d_check)
 
 
 SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}

@@ -11,6 +11,7 @@ import torch
 
 import lamina
 from lamina.bench import compare, machine, peers, results, runner, targets, text, timing, workloads
+from lamina.bench.break_even import break_evens
 from lamina.bench.peers import PEERS
 from lamina.bench.reporting import page
 from lamina.bench.workloads import Gate, Workload
@@ -1003,3 +1004,47 @@ def test_the_main_job_from_end_to_end(tmp_path, monkeypatch):
     assert len(found.extra["targets"]) >= 4
     shown = (tmp_path / "out" / "index.html").read_text()
     assert "MiniLM finds the same best 4 of 24 sentences for each of 6 questions." in shown
+
+
+# Break-even of sparse kernels
+
+
+def sparse_measurements(*points: tuple[int, float], threads: int = 1) -> list[results.Measurement]:
+    """4x1 at (percent of zeros, milliseconds), against 10 ms."""
+    return [
+        a_measurement(
+            f"sparse_linear/bert_base/128x3072x768-4x1-{zeros}%",
+            lamina_seconds=milliseconds * 1e-3,
+            dims={"M": 128, "K": 3072, "N": 768, "zeros": zeros},
+            threads=threads,
+            eager=10e-3,
+        )
+        for zeros, milliseconds in points
+    ]
+
+
+def test_break_even_is_where_the_line_meets_the_dense_layer():
+    # 1 ms and 18 ms for all values: 10 ms at half of them.
+    (found,) = break_evens(sparse_measurements((80, 4.6), (90, 2.8), (95, 1.9)))
+    assert found.work == "sparse_linear/bert_base/128x3072x768-4x1"
+    assert found.density == pytest.approx(0.5)
+    assert found.points == {80: pytest.approx(10 / 4.6), 90: pytest.approx(10 / 2.8), 95: pytest.approx(10 / 1.9)}
+
+
+def test_break_even_needs_two_densities_and_has_bounds():
+    assert break_evens([*sparse_measurements((90, 2.8)), a_measurement(eager=1e-3)]) == []
+    always, never = break_evens(
+        [*sparse_measurements((80, 0.2), (90, 0.15)), *sparse_measurements((80, 60), (90, 59), threads=2)]
+    )
+    assert (always.density, never.density, never.threads) == (1.0, 0.0, 2)
+
+
+def test_break_even_is_printed():
+    found = sparse_measurements((80, 4.6), (90, 2.8))
+    table = text.break_even_table(break_evens(found))
+    assert [list(column.cells) for column in table.columns][2] == ["50%"]
+    html = page.render(some_results(*found, seconds=1.0))
+    assert "How many zeros a sparse layer needs" in html
+    assert "How many zeros a sparse layer needs" not in page.render(
+        some_results(a_measurement(eager=1e-3), seconds=1.0)
+    )

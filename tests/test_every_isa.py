@@ -87,6 +87,8 @@ LAST_TABLE = {
     ("sparse_int8_linear", torch.float32): "sparse_int8_table",
     ("sparse_int8_linear", torch.bfloat16): "sparse_int8_table",
     ("sparse_int8_linear", torch.int8): "sparse_int8_table",
+    ("sparse_conv2d", torch.float32): "sparse_gemm_f32_table",
+    ("sparse_conv2d", torch.bfloat16): "sparse_gemm_bf16_table",
     ("sparse_linear", torch.float32): "sparse_gemm_f32_table",
     ("sparse_linear", torch.bfloat16): "sparse_gemm_bf16_table",
     ("weight_only_linear", torch.float32): "weight_only_gemm_f32_table",

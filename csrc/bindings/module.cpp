@@ -28,6 +28,7 @@
 #include "ops/rnn.h"
 #include "ops/rnn_relu.h"
 #include "ops/rnn_tanh.h"
+#include "ops/sparse_conv2d.h"
 #include "ops/sparse_int8_linear.h"
 #include "ops/sparse_linear.h"
 #include "ops/weight_only_linear.h"
@@ -152,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sparse_int8_linear_pack", &sparse_int8_linear_pack, no_gil);
   m.def("sparse_int8_linear_unpack", &sparse_int8_linear_unpack, no_gil);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
+  m.def("sparse_conv2d", &sparse_conv2d, no_gil);
   m.def("sparse_linear", &sparse_linear, no_gil);
   m.def("sparse_linear_pack", &sparse_linear_pack, no_gil);
   m.def("sparse_linear_unpack", &sparse_linear_unpack, no_gil);

@@ -163,6 +163,7 @@ def bench(
     import lamina
     from lamina.bench import machine, results, runner, text, workloads
     from lamina.bench import targets as promises
+    from lamina.bench.break_even import break_evens
     from lamina.bench.peers import PEERS
 
     if strict and targets is None:
@@ -202,6 +203,8 @@ def bench(
             measurements += found
     for name, value in text.machine_lines(here):
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+    if even := break_evens(measurements):
+        console.print(text.break_even_table(even))
     verdicts = [verdict for verdict in promises.judge(wanted, measurements, here) if verdict.threads in counts]
     if verdicts:
         console.print(text.target_table(verdicts))

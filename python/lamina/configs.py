@@ -90,9 +90,13 @@ class Int4WeightOnly(Config):
 
 @dataclass(frozen=True)
 class Sparse(Config):
-    """nn.Linear -> lamina.nn.SparseLinear, for pruned models: only blocks of weights that hold other values than zero.
+    """nn.Linear, Conv2d -> lamina.nn.SparseLinear, SparseConv2d, for pruned models: of their weights only blocks that
+    hold other values than zero are stored and multiplied.
 
-    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1" or "4x1".
+    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1" or "4x1"; or "auto": the one in which
+        the layer is fastest, and none, with the reason in the report, where the dense layer is faster.
+    rows: of input on which "auto" times a linear layer, on torch's threads; None counts zeros only, for those who
+        measure by themselves, as `accelerate` does.
 
     Layers without zeros are left alone.
 
@@ -100,10 +104,15 @@ class Sparse(Config):
     """
 
     pattern: str = "unstructured"
+    rows: int | None = 128
 
     def __post_init__(self) -> None:
-        if self.pattern not in SPARSE_PATTERNS:
-            raise ValueError(f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(SPARSE_PATTERNS)}")
+        if self.pattern not in (*SPARSE_PATTERNS, "auto"):
+            raise ValueError(
+                f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(SPARSE_PATTERNS)} or auto"
+            )
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"Sparse: rows is {self.rows}, but must be positive or None")
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,10 @@ class FusedConv(Config):
 
 ConfigLike = Config | Sequence[Config] | Mapping[str, Config | Sequence[Config] | None]
 
-AUTO: tuple[Config, ...] = (Int8Dynamic(), FusedAttention(), FusedRNN(), FusedConv(winograd=4))
+AUTO: tuple[Config, ...] = (
+    *(Int8Dynamic(), FusedAttention(), FusedRNN(), FusedConv(winograd=4)),
+    Sparse("auto", rows=None),
+)
 
 
 def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:

@@ -26,6 +26,7 @@ from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.packed_linear import PackedLinear
 from lamina.nn.packed_weight import PackedWeight
 from lamina.nn.rnn import Int8GRU, Int8LSTM, arguments_of
+from lamina.nn.sparse_conv import SparseConv2d
 from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
@@ -39,7 +40,7 @@ _LINEARS: tuple[type[PackedLinear], ...] = (
     *(SparseInt8Linear, SparseLinear),
 )
 _RNNS: tuple[type[Int8LSTM | Int8GRU], ...] = (Int8LSTM, Int8GRU)
-_CONVS = (Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d)
+_CONVS = (Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d, SparseConv2d)
 _LAYERS = (*_LINEARS, *_RNNS, *_CONVS)
 
 
@@ -278,7 +279,10 @@ def _linear_arguments(
 
 
 def _conv_arguments(
-    made: type[Int8Conv1d | Int8Conv2d | Int8ConvTranspose2d], fqn: str, target: nn.Module, state: Mapping[str, Tensor]
+    made: type[Int8Conv1d | Int8Conv2d | Int8ConvTranspose2d | SparseConv2d],
+    fqn: str,
+    target: nn.Module,
+    state: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """What the constructor of a convolution for the place of `target` takes. Raises ValueError."""
     if not fqn or not made.stands_for(target):

@@ -41,6 +41,7 @@ from lamina.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8ConvTranspose2d
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.linears import as_linear, stand_in
 from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
+from lamina.nn.sparse_conv import SparseConv2d
 from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
@@ -49,6 +50,7 @@ from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
 from lamina.running import FilterFn
+from lamina.sparsity import choose_pattern
 
 
 @dataclass(frozen=True)
@@ -505,15 +507,17 @@ def _note_of_shared(site: Site, new: nn.Module) -> str:
 _INT8_CONVS = {nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d, nn.ConvTranspose2d: Int8ConvTranspose2d}
 
 
-def replace_conv(site: Site, build: Callable[[Conv], nn.Module]) -> Candidate | str | None:
+def replace_conv(
+    site: Site, build: Callable[[Conv], nn.Module], *, kernels: str = "int8 kernels"
+) -> Candidate | str | None:
     """What a handler for convolutions says of a site, as `replace_linear` does for linear layers."""
     module, conv = site.module, as_conv(site.module)
     if conv is None:
         return _refuse_subclass(module) if isinstance(module, tuple(_INT8_CONVS)) else None
     if conv.weight.device.type != "cpu":
-        return f"the weight is on {conv.weight.device}, and int8 kernels run on the CPU"
+        return f"the weight is on {conv.weight.device}, and {kernels} run on the CPU"
     if conv.weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"the weight is {conv.weight.dtype}, and int8 kernels take float32 and bfloat16"
+        return f"the weight is {conv.weight.dtype}, and {kernels} take float32 and bfloat16"
     return replacement(site, lambda: build(conv), lambda new: _note_of_shared(site, new))
 
 
@@ -592,12 +596,43 @@ def _int4_weight_only(site: Site, config: Int4WeightOnly) -> Candidate | str | N
 
 @handles(Sparse)
 def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
+    if isinstance(site.module, nn.Conv2d):
+        return replace_conv(site, lambda conv: _sparse_conv(conv, config), kernels="sparse kernels")
+    chosen: list[str] = []
+
     def build(linear: nn.Linear) -> nn.Module:
         if linear.weight.numel() and bool(linear.weight.all()):
             raise ValueError("its weight has no zeros; prune it first")
-        return SparseLinear.from_float(linear, pattern=config.pattern)
+        pattern = config.pattern
+        if pattern == "auto":
+            choice = choose_pattern(linear.weight, config.rows)
+            if choice.pattern is None:
+                raise ValueError(choice.reason)
+            pattern = choice.pattern
+            chosen.append(choice.reason)
+        return SparseLinear.from_float(linear, pattern=pattern)
 
-    return replace_linear(site, build, kernels="sparse kernels", packed=True)
+    found = replace_linear(site, build, kernels="sparse kernels", packed=True)
+    if isinstance(found, Candidate) and chosen:
+        return replace(found, note="; ".join([*chosen, *([found.note] if found.note else [])]))
+    return found
+
+
+def _sparse_conv(conv: nn.Conv2d, config: Sparse) -> nn.Module:
+    if conv.weight.numel() and bool(conv.weight.all()):
+        raise ValueError("its weight has no zeros; prune it first")
+    pattern = config.pattern
+    if pattern == "auto":
+        # Without the size of the images there is nothing to time: zeros are counted.
+        choice = choose_pattern(conv.weight.flatten(1), None)
+        if choice.pattern is None or choice.density > _CONV_DENSITY:
+            raise ValueError(f"{choice.reason}, too few for a sparse convolution")
+        pattern = choice.pattern
+    return SparseConv2d.from_float(conv, pattern=pattern)
+
+
+# The share of stored values up to which sparse convolutions beat dense ones at the sizes of ResNet.
+_CONV_DENSITY = 0.25
 
 
 @handles(FusedAttention)

@@ -5,6 +5,7 @@
 // of 256 bits can do; so four weights come with one load, and a shuffle gives each to all lanes.
 #include "cpu/kernels/sparse_gemm.h"
 
+#include "cpu/sparse_tuning.h"
 #include "cpu/vec/activate.h"
 #include "cpu/vec/four.h"
 
@@ -53,6 +54,10 @@ void sparse_panel(const SparsePanelArgs<T>& a) {
 
 // -- sums of a group
 
+LAMINA_INLINE void fetch_ahead(const float* values) {
+  __builtin_prefetch(reinterpret_cast<const char*>(values) + tuning::kSparseAhead, 0, 2);
+}
+
 LAMINA_INLINE const float* as_floats(const float* values, int, float*) { return values; }
 LAMINA_INLINE const float* as_floats(const bf16* values, int count, float* to) {
   for (int i = 0; i < count; i += kLanes) store(to + i, load(values + i));
@@ -80,29 +85,52 @@ LAMINA_INLINE void add_block(Sums<R, Z>& sums, const float* x, F32 (&w)[R]) {
   }
 }
 
+// The next block, with a broadcast of each of its values.
+template <int R, int Z, int Chain>
+LAMINA_INLINE void add_chain(Sums<R, Z>& sums, const float*& values, const uint16_t*& index, const float* x) {
+  F32 w[R];
+  fetch_ahead(values);
+  LAMINA_UNROLL
+  for (int r = 0; r < R; ++r) w[r] = set1(values[r]);
+  add_block<R, Z, Chain>(sums, x + *index * (Z * kLanes), w);
+  values += R;
+  ++index;
+}
+
+template <int R, int Z, int Chain = 0>
+LAMINA_INLINE void add_chains(Sums<R, Z>& sums, const float*& values, const uint16_t*& index, const float* x) {
+  add_chain<R, Z, Chain>(sums, values, index, x);
+  if constexpr (Chain + 1 < kChains<R, Z>) add_chains<R, Z, Chain + 1>(sums, values, index, x);
+}
+
 template <int R, int Z>
 LAMINA_INLINE void add_blocks(Sums<R, Z>& sums, const float* values, const uint16_t* index, int count, const float* x) {
   constexpr int kColumns = Z * kLanes, kLast = kChains<R, Z> - 1;
   int b = 0;
   if constexpr (R == 1) {
+    // Four indices by one load too: the ports for loads are what is short.
     for (; b + 4 <= count; b += 4, values += 4, index += 4) {
+      uint64_t at;
+      memcpy(&at, index, 8);
       const Repeated four = repeat_four(values);
+      fetch_ahead(values);
       F32 w[1] = {one<0>(four)};
-      add_block<1, Z, 0>(sums, x + index[0] * kColumns, w);
+      add_block<1, Z, 0>(sums, x + (at & 0xffff) * kColumns, w);
       w[0] = one<1>(four);
-      add_block<1, Z, (1 < kLast ? 1 : kLast)>(sums, x + index[1] * kColumns, w);
+      add_block<1, Z, 1 & kLast>(sums, x + (at >> 16 & 0xffff) * kColumns, w);
       w[0] = one<2>(four);
-      add_block<1, Z, (kLast < 2 ? 0 : 2)>(sums, x + index[2] * kColumns, w);
+      add_block<1, Z, 2 & kLast>(sums, x + (at >> 32 & 0xffff) * kColumns, w);
       w[0] = one<3>(four);
-      add_block<1, Z, kLast>(sums, x + index[3] * kColumns, w);
+      add_block<1, Z, 3 & kLast>(sums, x + (at >> 48) * kColumns, w);
     }
+  } else {
+    for (; b + kChains<R, Z> <= count; b += kChains<R, Z>) add_chains<R, Z>(sums, values, index, x);
   }
-  for (; b < count; ++b, values += R, ++index) {
-    F32 w[R];
-    LAMINA_UNROLL
-    for (int r = 0; r < R; ++r) w[r] = set1(values[r]);
-    add_block<R, Z, 0>(sums, x + index[0] * kColumns, w);
-  }
+  // What is left of a step, each in a chain of its own; groups of equal length leave equally many.
+  const int rest = count - b;
+  if (rest > 0) add_chain<R, Z, 0>(sums, values, index, x);
+  if (rest > 1) add_chain<R, Z, 1 & kLast>(sums, values, index, x);
+  if (rest > 2) add_chain<R, Z, 2 & kLast>(sums, values, index, x);
 }
 
 template <int R, int Z, class V>
@@ -206,6 +234,7 @@ LAMINA_INLINE void few_blocks(F4 (&sums)[kFewChains][M], const float* values, co
   };
   int b = 0;
   for (; b + kFewChains * kBlocks <= count; b += kFewChains * kBlocks) {
+    fetch_ahead(values + b * R);
     LAMINA_UNROLL
     for (int c = 0; c < kFewChains; ++c) {
       const F4 w = load_four(values + (b + c * kBlocks) * R);

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from lamina.bench.break_even import BreakEven
 from lamina.bench.compare import Change
 from lamina.bench.machine import Machine
 from lamina.bench.results import LAMINA, Measurement
@@ -109,6 +110,17 @@ def bench_table(measurements: Sequence[Measurement], machine: Machine, title: st
             *ratios,
             item.isa,
         )
+    return table
+
+
+def break_even_table(found: Sequence[BreakEven]) -> Table:
+    """One row a sparse work and thread count: how few zeros it needs, and what it gained at those that were timed."""
+    table = Table(title="break-even with dense eager", title_justify="left", pad_edge=False)
+    for heading in ("work", "threads", "from zeros", "measured"):
+        table.add_column(heading, overflow="fold")
+    for each in found:
+        points = ", ".join(f"{zeros}%: {times(ratio)}" for zeros, ratio in each.points.items())
+        table.add_row(each.work, str(each.threads), percent(1 - each.density), points)
     return table
 
 

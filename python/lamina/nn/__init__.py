@@ -13,6 +13,7 @@ from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.lora_linear import LoRALinear
 from lamina.nn.qat_linear import QATLinear
 from lamina.nn.rnn import GRU, LSTM, RNN, GRUCell, Int8GRU, Int8LSTM, LSTMCell, RNNCell
+from lamina.nn.sparse_conv import SparseConv2d
 from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
@@ -37,6 +38,7 @@ __all__ = [
     "QATLinear",
     "RNNCell",
     "ScaledDotProductAttention",
+    "SparseConv2d",
     "SparseInt8Linear",
     "SparseLinear",
     "TransformerDecoderLayer",

@@ -27,6 +27,7 @@ from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
 from lamina.ops.rnn_relu import rnn_relu
 from lamina.ops.rnn_tanh import rnn_tanh
+from lamina.ops.sparse_conv2d import pack_sparse_conv_weight, sparse_conv2d, unpack_sparse_conv_weight
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     pack_sparse_int8_weight,
@@ -80,12 +81,14 @@ __all__ = [
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
     "pack_int8_weight",
+    "pack_sparse_conv_weight",
     "pack_sparse_int8_weight",
     "pack_sparse_weight",
     "quantize_rows",
     "rms_norm",
     "rnn_relu",
     "rnn_tanh",
+    "sparse_conv2d",
     "sparse_info",
     "sparse_int8_linear",
     "sparse_linear",
@@ -93,6 +96,7 @@ __all__ = [
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",
     "unpack_int8_weight",
+    "unpack_sparse_conv_weight",
     "unpack_sparse_int8_weight",
     "unpack_sparse_weight",
     "weight_only_linear",

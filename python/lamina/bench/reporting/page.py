@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from lamina.bench import text
+from lamina.bench.break_even import BreakEven, break_evens
 from lamina.bench.reporting import plots
 from lamina.bench.results import LAMINA, Measurement, Results
 from lamina.bench.targets import Verdict
@@ -106,6 +107,10 @@ class View:
         models = [self._model(section) for section in results.extra.get("models", [])]
         self.models = sorted(models, key=lambda model: -(model["speedup"] or 0.0))
         self.op_measurements = [item for item in results.measurements if item.op != "model"]
+
+    @property
+    def break_evens(self) -> list[BreakEven]:
+        return break_evens(self.op_measurements)
 
     @property
     def headline(self) -> str:
