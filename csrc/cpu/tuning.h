@@ -65,8 +65,8 @@ inline constexpr long kInt8ConvPixelsPerThread = 1L << 15;
 // Tiles whose products of a panel are held at once: one high tile of the product, and 65 KB.
 inline constexpr int kInt8WinogradTiles = 14;
 
-// Bytes of transformed inputs that a panel passes over, once it is transformed. They may leave L2, since a product takes
-// two bytes of them a cycle; at 512 KB 256 channels of 128 tiles lose 10% to more passes.
+// Bytes of transformed inputs that a panel passes over, once it is transformed. They may leave L2, since a product
+// takes two bytes of them a cycle; at 512 KB 256 channels of 128 tiles lose 10% to more passes.
 inline constexpr long kInt8WinogradBandBytes = 2 * 1024 * 1024;
 
 // Bytes of a panel's transformed filters that stay in L2: 256 channels. With 512 it loses to the direct sum.
@@ -114,8 +114,8 @@ inline constexpr int kSparseInputs2 = 256;
 inline constexpr int kSparseInputs4 = 1024;
 
 // Channels of a chunk: a multiple of the first, so many that a weight has four chunks of them, but not more than the
-// last. Groups are sorted by their length within a chunk, and the more there are, the fewer loops end unforeseen (10% at
-// 64 channels); threads share a weight by chunks where rows are few.
+// last. Groups are sorted by their length within a chunk, and the more there are, the fewer loops end unforeseen (10%
+// at 64 channels); threads share a weight by chunks where rows are few.
 inline constexpr int kSparseSlab = 64;
 inline constexpr int kSparseSlabs = 4;
 inline constexpr int kSparseMostSlab = 256;

@@ -8,9 +8,9 @@
 // whose dot products run with the head size in the lanes and are reduced together, so softmax is vertical and a key's
 // weights are broadcast from memory for the second product, sums[row][value lanes] += weight * v[key][value lanes].
 //
-// The order of keys does not matter, so a piece is read in eight places side by side, the eighths of it: several streams
-// come from memory faster than one (its banks work at once). A slot is a place in that order.
-// While keys are read, each step asks for one line of the keys that follow, and so for values.
+// The order of keys does not matter, so a piece is read in eight places side by side, the eighths of it: several
+// streams come from memory faster than one (its banks work at once). A slot is a place in that order. While keys are
+// read, each step asks for one line of the keys that follow, and so for values.
 //
 // Excluded keys: their score is set to -inf and their weight is exactly 0. But 0 * v is NaN where v is NaN or infinite.
 // The sums are watched for that at their end, and a block that shows it is computed again with values of weight 0 left
