@@ -1013,7 +1013,7 @@ def sparse_measurements(*points: tuple[int, float], threads: int = 1) -> list[re
     """4x1 at (percent of zeros, milliseconds), against 10 ms."""
     return [
         a_measurement(
-            f"sparse_linear/bert_base/128x3072x768-4x1-{zeros}%",
+            f"sparse_linear/bert_base/128x3072x768-4x1-{zeros}",
             lamina_seconds=milliseconds * 1e-3,
             dims={"M": 128, "K": 3072, "N": 768, "zeros": zeros},
             threads=threads,

@@ -34,7 +34,7 @@ def _workload(
     model: str, b: int, c: int, size: int, n: int, k: int, stride: int, padding: int, percent: int, pattern: str
 ) -> Workload:
     out = (size + 2 * padding - k) // stride + 1
-    shape = f"{b}x{c}x{size}x{size}-{n}-k{k}s{stride}-{pattern}-{percent}%"
+    shape = f"{b}x{c}x{size}x{size}-{n}-k{k}s{stride}-{pattern}-{percent}"
     rows = 1 if pattern == "unstructured" else int(pattern[0])
     kept = n * c * k * k * (100 - percent) // 100
 

@@ -49,7 +49,7 @@ def _workload(
 ) -> Workload:
     m, k, n = sizes
     name = [] if dtype == torch.float32 else ["bfloat16"]
-    shape = "-".join([f"{m}x{k}x{n}", pattern, f"{percent}%", *name])
+    shape = "-".join([f"{m}x{k}x{n}", pattern, f"{percent}", *name])
     rows = 1 if pattern == "unstructured" else int(pattern[0])
     kept = n * k * (100 - percent) // 100
 
