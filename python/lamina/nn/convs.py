@@ -6,6 +6,12 @@ from torch import nn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d
 
+# What a convolution is, beside its weight and bias.
+ATTRIBUTES = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
+    *("groups", "padding_mode", "_reversed_padding_repeated_twice"),
+)
+
 _CLASSES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 # What a class may define without changing what its layers compute.
 _HARMLESS = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lamina.nn.convs import Conv, conv_class
+from lamina.nn.convs import ATTRIBUTES, Conv, conv_class
 from lamina.nn.int8_input import Int8Input
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -24,12 +24,6 @@ from lamina.ops.int8_conv2d import (
     unpack_int8_conv_weight,
 )
 from lamina.quant.weights import dequantize_weight
-
-# What a convolution is, beside its weight and bias.
-_ATTRIBUTES = (
-    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
-    *("groups", "padding_mode", "_reversed_padding_repeated_twice"),
-)
 
 
 class _Int8Conv(Int8Input):
@@ -69,7 +63,7 @@ class _Int8Conv(Int8Input):
         input_scale: Tensor | float | None = None,
         out_dtype: torch.dtype | str | None = None,
     ) -> None:
-        for name in _ATTRIBUTES:
+        for name in ATTRIBUTES:
             setattr(self, name, getattr(module, name))
         self._keep(module, activation)
         self._set_input(input_scale, out_dtype)

@@ -6,15 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lamina.nn.convs import ATTRIBUTES
 from lamina.nn.sparse_weight import SparseWeight
 from lamina.ops.int8_conv2d import four_paddings
 from lamina.ops.sparse_conv2d import call_sparse_conv2d, from_window_rows, window_rows
-
-# What a convolution is, beside its weight and bias.
-_ATTRIBUTES = (
-    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
-    *("groups", "padding_mode", "_reversed_padding_repeated_twice"),
-)
 
 
 class SparseConv2d(SparseWeight, nn.Conv2d):
@@ -73,7 +68,7 @@ class SparseConv2d(SparseWeight, nn.Conv2d):
         if module.groups != 1:
             raise ValueError(f"it has {module.groups} groups, and sparse convolutions take one")
         self._set_pattern(pattern)
-        for name in _ATTRIBUTES:
+        for name in ATTRIBUTES:
             setattr(self, name, getattr(module, name))
         zeros = self.padding_mode == "zeros"
         padding = four_paddings(self.padding if zeros else 0, self.kernel_size, self.stride, self.dilation)

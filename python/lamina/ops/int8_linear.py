@@ -79,104 +79,9 @@ def int8_output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtyp
     return torch.float32 if out_dtype is None and x.dtype is torch.int8 else out_dtype
 
 
-def with_int8_rows(name: str, kernel: Callable, arguments: tuple) -> Tensor:
-    """Calls `kernel`, which takes rows [M, K], with the arguments of the op `name`, whose x is [..., K]."""
-    x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype = arguments
-    if x.ndim == 0:
-        raise ValueError(f"{name}: x is a scalar, but must have at least one dimension, [..., K]")
-    lead = x.shape[:-1]
-    if out_scale is not None and out_dtype is not None:
-        raise ValueError(f"{name}: out_dtype {out_dtype} goes with a float output, but out_scale asks for int8")
-    out = x.new_empty(*lead, scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
-    if residual is not None:
-        if residual.shape != out.shape:
-            raise ValueError(
-                f"{name}: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
-            )
-        if residual.stride(-1) != 1:
-            residual = residual.contiguous()
-    if x_scale is not None and x_scale.ndim and x_scale.shape != lead:
-        raise ValueError(
-            f"{name}: x_scale has shape {list(x_scale.shape)}, but must be [] or, for int8 x, {list(lead)}"
-        )
-    if x.ndim == 2:
-        kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out)
-        return out
-    # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
-    rows, n = lead.numel(), scale.shape[0]
-    if residual is not None:
-        residual = residual.reshape(rows, n)
-    if x_scale is not None and (x_scale.ndim or (x.ndim == 1 and x.dtype is torch.int8)):
-        x_scale = x_scale.reshape(rows)
-    x = x.reshape(rows, x.shape[-1])
-    kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out.view(rows, n))
-    return out
-
-
-def _cpu(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    compensation: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return with_int8_rows(
-        "int8_linear",
-        _C.int8_linear,
-        (x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype),
-    )
-
-
-def _fake(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    compensation: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    torch._check(x.ndim >= 1, lambda: "int8_linear: x must have at least one dimension")
-    torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"int8_linear: x is {x.dtype}")
-    return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
-
-
-_op = define(
-    "int8_linear(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation, "
-    "Tensor? residual=None, Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
-    cpu=_cpu,
-    fake=_fake,
-)
-
-
-def input_gradient(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
-    """What the input of a layer with this packed weight sees of the gradient behind it: the dequantized weight."""
-    weight = unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features)
-    return grad @ dequantize_weight(weight, scale).to(grad.dtype)
-
-
-def _backward_fake(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], in_features)
-
-
-_backward_op = define(
-    "int8_linear_backward(Tensor grad, Tensor data, Tensor scale, SymInt in_features) -> Tensor",
-    cpu=input_gradient,
-    fake=_backward_fake,
-)
-
-
-def traced_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
-    """The dequantized weight [N, in_features], float32, by an op that graphs can hold: the gradient of the identity."""
-    return _backward_op(torch.eye(packed.scale.shape[0]), packed.data, packed.scale, in_features)
+def input_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """What the input of a layer with the int8 weight `codes` [N, K] sees of the gradient: the dequantized weight."""
+    return grad @ dequantize_weight(codes, scale).to(grad.dtype)
 
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
@@ -184,58 +89,165 @@ def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     return (grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad).to(bias.dtype)
 
 
-class _WithGradient(torch.autograd.Function):
-    """The straight-through gradient: rounding and clamping count as the identity; x sees the dequantized weight."""
+class Int8Product(NamedTuple):
+    """An op of int8 rows times a packed weight, on loose tensors.
 
-    @staticmethod
-    def forward(ctx, x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype):
-        # The value before the activation is computed again in backward, for which alone these four are needed.
-        again = (compensation, bias, residual, x_scale) if activation != "none" else (None, bias, None, None)
-        ctx.save_for_backward(x, data, scale, *again)
-        ctx.activation = activation
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        return _op(x, data, scale, compensation, bias, activation, residual, x_scale, None, out_dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, data, scale, compensation, bias, residual, x_scale = ctx.saved_tensors
-        if ctx.activation != "none":
-            before = _op(x, data, scale, compensation, bias, "none", residual, x_scale, None, grad.dtype)
-            grad = ACTIVATIONS[ctx.activation](grad, before)
-        needs = ctx.needs_input_grad
-        x_grad = _backward_op(grad, data, scale, x.shape[-1]).to(x.dtype) if needs[0] else None
-        bias_grad = bias_gradient(grad, bias) if needs[4] else None
-        residual_grad = grad.to(ctx.residual_dtype) if needs[6] else None
-        return x_grad, None, None, None, bias_grad, None, residual_grad, None, None
-
-
-def call_int8_linear(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    compensation: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The op on loose tensors, with a gradient where one is asked for.
-
-    No torch.library autograd: a Python autograd kernel would cost every call outside inference_mode 5 us.
+    call: (x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype), with a gradient
+    where one is asked for; traced_weight: (packed weight, K) -> the dequantized weight [N, K], float32, by an op that
+    graphs can hold.
     """
-    if (
-        torch.is_grad_enabled()
-        and out_scale is None
-        and (
-            x.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
-    ):
-        return _WithGradient.apply(x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype)
-    return _op(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype)
+
+    call: Callable[..., Tensor]
+    traced_weight: Callable[[tuple[Tensor, Tensor, Tensor], int], Tensor]
+
+
+def define_int8_product(name: str, kernel: Callable, unpack: Callable[[Tensor, Tensor, int], Tensor]) -> Int8Product:
+    """Defines `lamina::<name>` and `lamina::<name>_backward`: int8_linear, whatever the packed weight holds.
+
+    kernel: of _C, which takes rows [M, K]; unpack: (data, scale, K) -> the int8 codes [N, K].
+    """
+
+    def cpu(
+        x: Tensor,
+        data: Tensor,
+        scale: Tensor,
+        compensation: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        residual: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if x.ndim == 0:
+            raise ValueError(f"{name}: x is a scalar, but must have at least one dimension, [..., K]")
+        lead = x.shape[:-1]
+        if out_scale is not None and out_dtype is not None:
+            raise ValueError(f"{name}: out_dtype {out_dtype} goes with a float output, but out_scale asks for int8")
+        out = x.new_empty(*lead, scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
+        if residual is not None:
+            if residual.shape != out.shape:
+                raise ValueError(
+                    f"{name}: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
+                )
+            if residual.stride(-1) != 1:
+                residual = residual.contiguous()
+        if x_scale is not None and x_scale.ndim and x_scale.shape != lead:
+            raise ValueError(
+                f"{name}: x_scale has shape {list(x_scale.shape)}, but must be [] or, for int8 x, {list(lead)}"
+            )
+        if x.ndim == 2:
+            kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out)
+            return out
+        # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
+        rows, n = lead.numel(), scale.shape[0]
+        if residual is not None:
+            residual = residual.reshape(rows, n)
+        if x_scale is not None and (x_scale.ndim or (x.ndim == 1 and x.dtype is torch.int8)):
+            x_scale = x_scale.reshape(rows)
+        x = x.reshape(rows, x.shape[-1])
+        kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out.view(rows, n))
+        return out
+
+    def fake(
+        x: Tensor,
+        data: Tensor,
+        scale: Tensor,
+        compensation: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        residual: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        torch._check(x.ndim >= 1, lambda: f"{name}: x must have at least one dimension")
+        torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"{name}: x is {x.dtype}")
+        return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
+
+    op = define(
+        f"{name}(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation, "
+        "Tensor? residual=None, Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
+        cpu=cpu,
+        fake=fake,
+    )
+
+    def backward_cpu(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+        return input_gradient(grad, unpack(data, scale, in_features), scale)
+
+    def backward_fake(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+        return grad.new_empty(*grad.shape[:-1], in_features)
+
+    backward_op = define(
+        f"{name}_backward(Tensor grad, Tensor data, Tensor scale, SymInt in_features) -> Tensor",
+        cpu=backward_cpu,
+        fake=backward_fake,
+    )
+
+    class WithGradient(torch.autograd.Function):
+        """The straight-through gradient: rounding and clamping count as the identity; x sees the dequantized weight."""
+
+        @staticmethod
+        def forward(ctx, x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype):
+            # The value before the activation is computed again in backward, for which alone these four are needed.
+            again = (compensation, bias, residual, x_scale) if activation != "none" else (None, bias, None, None)
+            ctx.save_for_backward(x, data, scale, *again)
+            ctx.activation = activation
+            ctx.residual_dtype = None if residual is None else residual.dtype
+            return op(x, data, scale, compensation, bias, activation, residual, x_scale, None, out_dtype)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, data, scale, compensation, bias, residual, x_scale = ctx.saved_tensors
+            if ctx.activation != "none":
+                before = op(x, data, scale, compensation, bias, "none", residual, x_scale, None, grad.dtype)
+                grad = ACTIVATIONS[ctx.activation](grad, before)
+            needs = ctx.needs_input_grad
+            x_grad = backward_op(grad, data, scale, x.shape[-1]).to(x.dtype) if needs[0] else None
+            bias_grad = bias_gradient(grad, bias) if needs[4] else None
+            residual_grad = grad.to(ctx.residual_dtype) if needs[6] else None
+            return x_grad, None, None, None, bias_grad, None, residual_grad, None, None
+
+    def call(
+        x: Tensor,
+        data: Tensor,
+        scale: Tensor,
+        compensation: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        residual: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The op on loose tensors, with a gradient where one is asked for.
+
+        No torch.library autograd: a Python autograd kernel would cost every call outside inference_mode 5 us.
+        """
+        if (
+            torch.is_grad_enabled()
+            and out_scale is None
+            and (
+                x.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            )
+        ):
+            return WithGradient.apply(x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype)
+        return op(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype)
+
+    def traced_weight(packed: tuple[Tensor, Tensor, Tensor], in_features: int) -> Tensor:
+        data, scale, _ = packed
+        return backward_op(torch.eye(scale.shape[0]), data, scale, in_features)  # the gradient of the identity
+
+    return Int8Product(call, traced_weight)
+
+
+def _unpack(data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    return unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features)
+
+
+call_int8_linear, traced_weight = define_int8_product("int8_linear", _C.int8_linear, _unpack)
 
 
 def int8_linear(

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from lamina import _C
-from lamina.ops.int8_linear import ACTIVATIONS, bias_gradient, int8_output_dtype, with_int8_rows
-from lamina.ops.library import define
-from lamina.quant.weights import dequantize_weight, quantize_weight
+from lamina.ops.int8_linear import define_int8_product
+from lamina.quant.weights import quantize_weight
 
 # Output channels x inputs of a block.
 PATTERNS = ("1x4", "2x4", "4x4")
@@ -104,115 +103,13 @@ def block_density(weight: Tensor, pattern: str) -> float:
     return padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).any(3).any(1).float().mean().item()
 
 
-def _cpu(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    compensation: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return with_int8_rows(
-        "sparse_int8_linear",
-        _C.sparse_int8_linear,
-        (x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype),
-    )
+def _unpack(data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    return unpack_sparse_int8_weight(PackedSparseInt8Weight(data, scale, data), in_features)
 
 
-def _fake(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    compensation: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    torch._check(x.ndim >= 1, lambda: "sparse_int8_linear: x must have at least one dimension")
-    torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"sparse_int8_linear: x is {x.dtype}")
-    return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
-
-
-_op = define(
-    "sparse_int8_linear(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation, "
-    "Tensor? residual=None, Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
-    cpu=_cpu,
-    fake=_fake,
+call_sparse_int8_linear, traced_sparse_int8_weight = define_int8_product(
+    "sparse_int8_linear", _C.sparse_int8_linear, _unpack
 )
-
-
-def _backward_cpu(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
-    codes = unpack_sparse_int8_weight(PackedSparseInt8Weight(data, scale, data), in_features)
-    return grad @ dequantize_weight(codes, scale).to(grad.dtype)
-
-
-def _backward_fake(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], in_features)
-
-
-_backward_op = define(
-    "sparse_int8_linear_backward(Tensor grad, Tensor data, Tensor scale, SymInt in_features) -> Tensor",
-    cpu=_backward_cpu,
-    fake=_backward_fake,
-)
-
-
-def traced_sparse_int8_weight(packed: PackedSparseInt8Weight, in_features: int) -> Tensor:
-    """The dequantized weight [N, in_features], float32, by an op that graphs can hold: the gradient of the identity."""
-    return _backward_op(torch.eye(packed.scale.shape[0]), packed.data, packed.scale, in_features)
-
-
-class _WithGradient(torch.autograd.Function):
-    """The straight-through gradient, as int8_linear's: x sees the dequantized weight."""
-
-    @staticmethod
-    def forward(ctx, x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype):
-        again = (compensation, bias, residual, x_scale) if activation != "none" else (None, bias, None, None)
-        ctx.save_for_backward(x, data, scale, *again)
-        ctx.activation = activation
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        return _op(x, data, scale, compensation, bias, activation, residual, x_scale, None, out_dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, data, scale, compensation, bias, residual, x_scale = ctx.saved_tensors
-        if ctx.activation != "none":
-            before = _op(x, data, scale, compensation, bias, "none", residual, x_scale, None, grad.dtype)
-            grad = ACTIVATIONS[ctx.activation](grad, before)
-        needs = ctx.needs_input_grad
-        x_grad = _backward_op(grad, data, scale, x.shape[-1]).to(x.dtype) if needs[0] else None
-        bias_grad = bias_gradient(grad, bias) if needs[4] else None
-        residual_grad = grad.to(ctx.residual_dtype) if needs[6] else None
-        return x_grad, None, None, None, bias_grad, None, residual_grad, None, None
-
-
-def call_sparse_int8_linear(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    compensation: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The op on loose tensors, with a gradient where one is asked for; why not by torch.library: see int8_linear."""
-    if (
-        torch.is_grad_enabled()
-        and out_scale is None
-        and any(t is not None and t.requires_grad for t in (x, bias, residual))
-    ):
-        return _WithGradient.apply(x, data, scale, compensation, bias, activation, residual, x_scale, out_dtype)
-    return _op(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out_dtype)
 
 
 def sparse_int8_linear(

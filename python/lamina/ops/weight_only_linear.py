@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lamina import _C
-from lamina.ops.int8_linear import ACTIVATIONS, PackedInt8Weight, bias_gradient, input_gradient
+from lamina.ops.int8_linear import ACTIVATIONS, PackedInt8Weight, bias_gradient, input_gradient, unpack_int8_weight
 from lamina.ops.library import define
 from lamina.quant.weights import dequantize_weight_groups, quantize_weight_groups
 
@@ -105,7 +105,8 @@ _op = define(
 
 def _backward_cpu(grad: Tensor, data: Tensor, scale: Tensor | None, in_features: int, group_size: int) -> Tensor:
     if group_size == 0:
-        return input_gradient(grad, data, scale, in_features)
+        codes = unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features)
+        return input_gradient(grad, codes, scale)
     packed = PackedInt4Weight(data, grad.shape[-1], group_size)
     weight = dequantize_weight_groups(*unpack_int4_weight(packed, in_features), group_size)
     return grad @ weight.to(grad.dtype)
