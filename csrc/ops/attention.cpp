@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/attention.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
 #include "ops/attention_inputs.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"

@@ -5,7 +5,8 @@
 #include <cstring>
 
 #include "cpu/kernels/attention_backward.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
+#include "cpu/tuning/attention_backward.h"
 #include "ops/attention_inputs.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"

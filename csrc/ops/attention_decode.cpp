@@ -6,7 +6,9 @@
 
 #include "cpu/kernels/attention_decode.h"
 #include "cpu/kernels/quantize_rows.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
+#include "cpu/tuning/attention_decode.h"
+#include "cpu/tuning/quantize_rows.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/workspace.h"

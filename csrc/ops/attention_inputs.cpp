@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
 #include "ops/checks.h"
 
 namespace lamina {

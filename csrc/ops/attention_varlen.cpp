@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/workspace.h"

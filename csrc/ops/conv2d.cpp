@@ -9,7 +9,7 @@
 #include "cpu/kernels/conv_pack.h"
 #include "cpu/kernels/conv_pool.h"
 #include "cpu/kernels/conv_winograd.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/conv.h"
 #include "ops/checks.h"
 #include "ops/epilogue.h"
 #include "ops/parallel.h"

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/quantize_rows.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_conv.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "cpu/kernels/int8_gemm.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_gemm.h"
 #include "ops/checks.h"
 #include "ops/int8_operands.h"
 #include "ops/parallel.h"

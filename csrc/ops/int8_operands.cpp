@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_gemm.h"
+#include "cpu/tuning/quantize_rows.h"
 #include "ops/checks.h"
 #include "ops/epilogue.h"
 #include "ops/parallel.h"

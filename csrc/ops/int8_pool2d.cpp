@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/int8_pool.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_pool.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/quantize_rows.h"

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "cpu/kernels/norm_rows.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/norm_rows.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/workspace.h"

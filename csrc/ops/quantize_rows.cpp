@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/quantize_rows.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/quantize_rows.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/workspace.h"

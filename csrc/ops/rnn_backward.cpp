@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/rnn_cell_backward.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/rnn.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/rnn.h"

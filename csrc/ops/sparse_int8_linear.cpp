@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "cpu/kernels/sparse_int8.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/sparse_int8.h"
 #include "ops/checks.h"
 #include "ops/int8_operands.h"
 #include "ops/parallel.h"

@@ -12,7 +12,7 @@
 #include <string>
 
 #include "cpu/kernels/sparse_gemm.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/sparse_gemm.h"
 #include "ops/parallel.h"
 #include "ops/sparse_format.h"
 #include "ops/workspace.h"

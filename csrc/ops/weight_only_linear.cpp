@@ -4,7 +4,8 @@
 #include <cstring>
 
 #include "cpu/kernels/weight_only_gemm.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_gemm.h"
+#include "cpu/tuning/weight_only_gemm.h"
 #include "ops/checks.h"
 #include "ops/epilogue.h"
 #include "ops/int8_linear.h"

@@ -10,7 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/dtype.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
 
 namespace lamina {
 

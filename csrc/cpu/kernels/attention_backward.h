@@ -14,7 +14,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/dtype.h"
 #include "cpu/kernels/attention.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention.h"
+#include "cpu/tuning/attention_backward.h"
 
 namespace lamina {
 

@@ -2,6 +2,7 @@
 // attention_decode_block.h). Elements become floats as they are loaded; an int8 cache's scales are those of whole keys
 // and multiply scores and weights instead.
 #include "cpu/kernels/attention_decode_block.h"
+#include "cpu/tuning/attention.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {

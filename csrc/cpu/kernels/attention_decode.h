@@ -15,7 +15,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/dtype.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/attention_decode.h"
 
 namespace lamina {
 

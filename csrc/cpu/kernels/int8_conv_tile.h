@@ -3,7 +3,7 @@
 
 #include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/int8_conv.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_conv.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {

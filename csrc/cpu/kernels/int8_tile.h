@@ -4,7 +4,7 @@
 #include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/int8_gemm.h"
 #include "cpu/kernels/row_tiles.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_gemm.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {

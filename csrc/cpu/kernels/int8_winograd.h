@@ -21,7 +21,7 @@
 #pragma once
 
 #include "cpu/kernels/int8_conv.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_winograd.h"
 
 namespace lamina {
 

@@ -5,7 +5,7 @@
 // of 256 bits can do; so four weights come with one load, and a shuffle gives each to all lanes.
 #include "cpu/kernels/sparse_gemm.h"
 
-#include "cpu/tuning.h"
+#include "cpu/tuning/sparse_gemm.h"
 #include "cpu/vec/activate.h"
 #include "cpu/vec/four.h"
 

@@ -12,6 +12,7 @@
 //   a block fits int32 with all three digits in it, and only then becomes a float, times the scale of its group.
 #include "cpu/kernels/weight_only_gemm.h"
 #include "cpu/kernels/weight_only_tile.h"
+#include "cpu/tuning/weight_only_gemm.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {

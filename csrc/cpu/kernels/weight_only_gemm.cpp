@@ -6,6 +6,7 @@
 #include "cpu/kernels/weight_only_gemm.h"
 
 #include "cpu/kernels/weight_only_tile.h"
+#include "cpu/tuning/weight_only_gemm.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "cpu/kernels/row_tiles.h"
 #include "cpu/kernels/weight_only_gemm.h"
-#include "cpu/tuning.h"
+#include "cpu/tuning/int8_gemm.h"
 #include "cpu/vec/activate.h"
 
 namespace lamina::LAMINA_ISA {

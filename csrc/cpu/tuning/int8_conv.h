@@ -1,0 +1,19 @@
+// The tuned numbers of int8 convolutions, each with its reason. Measured on Zen 4 unless it says otherwise.
+#pragma once
+
+namespace lamina::tuning {
+
+// Output channels of one packed weight panel: two 512-bit registers of int32. With 14 pixels, of which every width of
+// ResNet is a multiple or a half, that makes 28 accumulators of 32 registers.
+inline constexpr int kInt8ConvPanelChannels = 32;
+
+// Bytes of weights that stay in L2 while all pixels pass over them.
+inline constexpr long kInt8ConvWeightBytes = 256 * 1024;
+
+// Fewer multiply-adds than this are not worth waking a second thread for, fewer than this of a depthwise convolution,
+// and fewer values to quantize or copy.
+inline constexpr long kInt8ConvWorkPerThread = 1L << 20;
+inline constexpr long kInt8DepthwiseWorkPerThread = 1L << 18;
+inline constexpr long kInt8ConvPixelsPerThread = 1L << 15;
+
+}  // namespace lamina::tuning
