@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include "bindings/dispatcher.h"
+#include "bindings/plan.h"
+#include "bindings/recorder.h"
 #include "bindings/tensor_view.h"
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
@@ -69,34 +71,32 @@ PYBIND11_MODULE(_C, m) {
         py::arg("seconds"));
 
   using OptionalTensor = std::optional<TensorView>;
-  m.def(
-      "attention",
-      [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
-         bool is_causal, double scale, const TensorView& out) {
+  define_op(
+      m, "attention",
+      +[](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
+          bool is_causal, double scale, const TensorView& out) {
         AttentionOptions options;
         options.is_causal = is_causal;
         options.scale = scale;
         attention(query, key, value, mask, options, out);
-      },
-      no_gil);
-  m.def(
-      "attention_with_lse",
-      [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
-         bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
-         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool bfloat16_products, double dropout_p,
-         int64_t seed, bool int8_scores, const TensorView& out, const TensorView& lse) {
+      });
+  define_op(
+      m, "attention_with_lse",
+      +[](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
+          bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+          const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool bfloat16_products, double dropout_p,
+          int64_t seed, bool int8_scores, const TensorView& out, const TensorView& lse) {
         attention(query, key, value, mask,
                   {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, dropout_p,
                    seed, lse, bfloat16_products, int8_scores},
                   out);
-      },
-      no_gil);
-  m.def(
-      "attention_varlen",
-      [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_seqlens_q,
-         const TensorView& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale,
-         int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
-         const OptionalTensor& sinks, const TensorView& out, const OptionalTensor& lse) {
+      });
+  define_op(
+      m, "attention_varlen",
+      +[](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_seqlens_q,
+          const TensorView& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale,
+          int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
+          const OptionalTensor& sinks, const TensorView& out, const OptionalTensor& lse) {
         attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                          {.is_causal = is_causal,
                           .scale = scale,
@@ -108,72 +108,72 @@ PYBIND11_MODULE(_C, m) {
                           .sinks = sinks,
                           .lse = lse},
                          out);
-      },
-      no_gil);
-  m.def("attention_decode", &attention_decode, no_gil);
-  m.def("attention_decode_append", &attention_decode_append, no_gil);
-  m.def(
-      "attention_backward",
-      [](const TensorView& grad_out, const TensorView& query, const TensorView& key, const TensorView& value,
-         const TensorView& out, const TensorView& lse, const OptionalTensor& grad_lse, const OptionalTensor& mask,
-         bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
-         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double dropout_p, int64_t seed,
-         const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
-         const OptionalTensor& grad_mask, const OptionalTensor& grad_slopes, const OptionalTensor& grad_sinks) {
+      });
+  define_op(m, "attention_decode", &attention_decode);
+  define_op(m, "attention_decode_append", &attention_decode_append);
+  define_op(
+      m, "attention_backward",
+      +[](const TensorView& grad_out, const TensorView& query, const TensorView& key, const TensorView& value,
+          const TensorView& out, const TensorView& lse, const OptionalTensor& grad_lse, const OptionalTensor& mask,
+          bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+          const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double dropout_p, int64_t seed,
+          const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
+          const OptionalTensor& grad_mask, const OptionalTensor& grad_slopes, const OptionalTensor& grad_sinks) {
         attention_backward(
             grad_out, query, key, value, out, lse, grad_lse, mask,
             {is_causal, scale, window_left, window_right, bottom_right, softcap, alibi_slopes, sinks, dropout_p, seed},
             {grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks});
-      },
-      no_gil);
+      });
 
-  m.def("conv2d", &conv2d, no_gil);
+  define_op(m, "conv2d", &conv2d);
   m.def("conv2d_packed_size", &conv2d_packed_size);
-  m.def("conv2d_pack", &conv2d_pack, no_gil);
+  define_op(m, "conv2d_pack", &conv2d_pack);
 
-  m.def("gru", &gru, no_gil);
+  define_op(m, "gru", &gru);
 
-  m.def("int8_conv2d", &int8_conv2d, no_gil);
-  m.def("int8_conv2d_pack", &int8_conv2d_pack, no_gil);
-  m.def("int8_conv2d_unpack", &int8_conv2d_unpack, no_gil);
+  define_op(m, "int8_conv2d", &int8_conv2d);
+  define_op(m, "int8_conv2d_pack", &int8_conv2d_pack);
+  define_op(m, "int8_conv2d_unpack", &int8_conv2d_unpack);
   m.def("int8_conv2d_packed_size", &int8_conv2d_packed_size);
   m.def("int8_conv2d_compensation_size", &int8_conv2d_compensation_size);
 
-  m.def("int8_pool2d", &int8_pool2d, no_gil);
+  define_op(m, "int8_pool2d", &int8_pool2d);
 
-  m.def("int8_linear", &int8_linear, no_gil);
-  m.def("int8_linear_pack", &int8_linear_pack, no_gil);
-  m.def("int8_linear_unpack", &int8_linear_unpack, no_gil);
+  define_op(m, "int8_linear", &int8_linear);
+  define_op(m, "int8_linear_pack", &int8_linear_pack);
+  define_op(m, "int8_linear_unpack", &int8_linear_unpack);
   m.def("int8_linear_packed_size", &int8_linear_packed_size);
 
-  m.def("layer_norm", &layer_norm, no_gil);
-  m.def("rms_norm", &rms_norm, no_gil);
-  m.def("quantize_rows", &quantize_rows, no_gil);
-  m.def("sparse_int8_linear", &sparse_int8_linear, no_gil);
-  m.def("sparse_int8_linear_pack", &sparse_int8_linear_pack, no_gil);
-  m.def("sparse_int8_linear_unpack", &sparse_int8_linear_unpack, no_gil);
+  define_op(m, "layer_norm", &layer_norm);
+  define_op(m, "rms_norm", &rms_norm);
+  define_op(m, "quantize_rows", &quantize_rows);
+  define_op(m, "sparse_int8_linear", &sparse_int8_linear);
+  define_op(m, "sparse_int8_linear_pack", &sparse_int8_linear_pack);
+  define_op(m, "sparse_int8_linear_unpack", &sparse_int8_linear_unpack);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
-  m.def("sparse_conv2d", &sparse_conv2d, no_gil);
-  m.def("sparse_linear", &sparse_linear, no_gil);
-  m.def("sparse_linear_pack", &sparse_linear_pack, no_gil);
-  m.def("sparse_linear_unpack", &sparse_linear_unpack, no_gil);
+  define_op(m, "sparse_conv2d", &sparse_conv2d);
+  define_op(m, "sparse_linear", &sparse_linear);
+  define_op(m, "sparse_linear_pack", &sparse_linear_pack);
+  define_op(m, "sparse_linear_unpack", &sparse_linear_unpack);
   m.def("sparse_linear_packed_size", &sparse_linear_packed_size, no_gil);
   m.def("sparse_linear_info", [](const TensorView& data) {
     const SparseLinearInfo info = sparse_linear_info(data);
     return py::make_tuple(info.pattern, info.dtype, info.n, info.k, info.blocks, info.nonzeros);
   });
-  m.def("weight_only_linear", &weight_only_linear, no_gil);
-  m.def("weight_only_linear_pack", &weight_only_linear_pack, no_gil);
-  m.def("weight_only_linear_unpack", &weight_only_linear_unpack, no_gil);
+  define_op(m, "weight_only_linear", &weight_only_linear);
+  define_op(m, "weight_only_linear_pack", &weight_only_linear_pack);
+  define_op(m, "weight_only_linear_unpack", &weight_only_linear_unpack);
   m.def("weight_only_linear_packed_size", &weight_only_linear_packed_size);
 
-  m.def("lstm", &lstm, no_gil);
-  m.def("int8_gru", &int8_gru, no_gil);
-  m.def("int8_lstm", &int8_lstm, no_gil);
-  m.def("rnn_tanh", &rnn_tanh, no_gil);
-  m.def("rnn_relu", &rnn_relu, no_gil);
-  m.def("rnn_backward", &rnn_backward, no_gil);
+  define_op(m, "lstm", &lstm);
+  define_op(m, "int8_gru", &int8_gru);
+  define_op(m, "int8_lstm", &int8_lstm);
+  define_op(m, "rnn_tanh", &rnn_tanh);
+  define_op(m, "rnn_relu", &rnn_relu);
+  define_op(m, "rnn_backward", &rnn_backward);
   m.def("weight_fingerprint", &weight_fingerprint, no_gil);
+
+  define_plan(m);
 
 #ifdef LAMINA_WITH_CUDA
   m.attr("with_cuda") = true;

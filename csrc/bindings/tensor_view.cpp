@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/dlpack.h"
+#include "bindings/recorder.h"
 
 namespace py = pybind11;
 
@@ -102,6 +103,7 @@ void adopt_torch_threads() {
 
 TensorView tensor_view_of(py::handle object) {
   adopt_torch_threads();
+  if (Recorder* recorder = Recorder::current()) recorder->arrived(object);
   if (const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(object.ptr()))) {
     dlpack::Tensor tensor;
     if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();

@@ -95,4 +95,6 @@ void* WorkspaceFrame::take_bytes(size_t bytes) { return workspace.take(bytes); }
 
 void WorkspaceFrame::set_poison(bool on) { poison = on; }
 
+bool WorkspaceFrame::poisoned() { return poison.load(std::memory_order_relaxed); }
+
 }  // namespace lamina

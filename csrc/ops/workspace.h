@@ -24,6 +24,7 @@ class WorkspaceFrame {
   }
 
   static void set_poison(bool on);
+  static bool poisoned();
 
  private:
   void* take_bytes(size_t bytes);
