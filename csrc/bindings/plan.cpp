@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "bindings/recorder.h"
 #include "bindings/tensor_view.h"
@@ -35,50 +35,47 @@ Argument argument_of(py::handle object) {
   return items.cast<std::vector<int64_t>>();
 }
 
-// Tensors of one form: what a plan was made for, or at the addresses it was made with.
-struct TensorForm {
-  DType dtype;
-  std::vector<int64_t> shape, strides;
-  const void* data;  // null where any address is right
-
-  bool fits(const TensorView& t) const {
-    return t.dtype == dtype && size_t(t.ndim) == shape.size() &&
-           std::memcmp(t.shape, shape.data(), shape.size() * sizeof(int64_t)) == 0 &&
-           std::memcmp(t.strides, strides.data(), strides.size() * sizeof(int64_t)) == 0 && (!data || t.data == data);
-  }
-};
-
 // What the arguments of a plan must be, told in a fraction of the time that Python would take.
 class Guard {
  public:
-  Guard(const py::sequence& examples, const std::vector<bool>& fixed) {
-    for (size_t i = 0; i < fixed.size(); ++i) {
-      const py::object example = examples[i];
-      if (py::isinstance<py::int_>(example)) {
+  explicit Guard(const py::sequence& examples) {
+    for (const py::handle example : examples) {
+      if (PyLong_Check(example.ptr())) {
         forms_.push_back(example.cast<int64_t>());
-        continue;
+      } else {
+        const TensorView t = tensor_view_of(example);
+        forms_.push_back(Form{t.dtype, {t.shape, t.shape + t.ndim}, {t.strides, t.strides + t.ndim}});
       }
-      const TensorView t = tensor_view_of(example);
-      forms_.push_back(TensorForm{
-          t.dtype, {t.shape, t.shape + t.ndim}, {t.strides, t.strides + t.ndim}, fixed[i] ? t.data : nullptr});
     }
   }
 
-  bool fits(const py::tuple& arguments) const {
+  bool fits(const py::sequence& arguments) const {
     if (py::len(arguments) != forms_.size()) return false;
-    for (size_t i = 0; i < forms_.size(); ++i) {
-      const py::handle argument = arguments[i];
-      if (const auto* number = std::get_if<int64_t>(&forms_[i])) {
-        if (!PyLong_Check(argument.ptr()) || argument.cast<int64_t>() != *number) return false;
-      } else if (!std::get<TensorForm>(forms_[i]).fits(tensor_view_of(argument))) {
-        return false;
-      }
+    size_t i = 0;
+    for (const py::handle argument : arguments) {
+      if (!std::visit([&](const auto& form) { return is(argument, form); }, forms_[i++])) return false;
     }
     return true;
   }
 
  private:
-  std::vector<std::variant<int64_t, TensorForm>> forms_;
+  struct Form {
+    DType dtype;
+    std::vector<int64_t> shape, strides;
+  };
+
+  static bool is(py::handle argument, int64_t number) {
+    return PyLong_Check(argument.ptr()) && argument.cast<int64_t>() == number;
+  }
+  static bool is(py::handle argument, const Form& form) {
+    if (PyLong_Check(argument.ptr())) return false;
+    const TensorView t = tensor_view_of(argument);
+    return t.dtype == form.dtype && size_t(t.ndim) == form.shape.size() &&
+           std::equal(form.shape.begin(), form.shape.end(), t.shape) &&
+           std::equal(form.strides.begin(), form.strides.end(), t.strides);
+  }
+
+  std::vector<std::variant<int64_t, Form>> forms_;
 };
 
 // A plan and its constants, which live as long as it does.
@@ -148,9 +145,7 @@ void define_plan(py::module_& m) {
 
   py::class_<ArenaPool, std::shared_ptr<ArenaPool>>(m, "ArenaPool").def(py::init<>());
 
-  py::class_<Guard>(m, "Guard")
-      .def(py::init<const py::sequence&, const std::vector<bool>&>(), py::arg("examples"), py::arg("fixed"))
-      .def("fits", &Guard::fits);
+  py::class_<Guard>(m, "Guard").def(py::init<const py::sequence&>(), py::arg("examples")).def("fits", &Guard::fits);
 
   py::class_<HeldPlan>(m, "Plan")
       .def(py::init<std::shared_ptr<ArenaPool>, std::vector<int64_t>, py::list, const py::sequence&>(), py::arg("pool"),

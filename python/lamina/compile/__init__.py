@@ -36,7 +36,7 @@ from lamina.configs import Config, FusedAttention, Int8Dynamic
 __all__ = ["CaptureError", "CompileReport", "GraphReport", "backend", "compile_", "explain", "uncompile_"]
 
 _log = logging.getLogger(__name__)
-_OPTIONS = ("config", "fallback", "measure")
+_OPTIONS = ("config", "fallback", "measure", "plan")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ def backend(
     """The function behind `torch.compile(model, backend="lamina")`.
 
     Options: "config", a config or a sequence of them (default: nothing lossy; Int8Dynamic makes linear layers int8);
-    "fallback", "eager" (default) or "inductor", for what is left; "measure", False to take every fusion without timing
-    it against what it replaces. Raises ValueError for another option or value.
+    "fallback", "eager" (default) or "inductor", for what is left; "measure", False to take every fusion, and every plan,
+    without timing it against what it replaces; "plan", False to call the graph's functions one by one, never as a plan
+    (`lamina.plan`). Raises ValueError for another option or value.
     """
     return _compile(gm, example_inputs, options or {}, None)
 
@@ -103,7 +104,7 @@ def backend(
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any], report: CompileReport | None
 ) -> Callable[..., Any]:
-    int8, fallback, measure = _parse(options)
+    int8, fallback, measure, plan = _parse(options)
     example_inputs = list(example_inputs)
     reason = _not_ours(example_inputs)
     if reason is not None:
@@ -120,7 +121,7 @@ def _compile(
         report.graphs.append(
             GraphReport(tuple(captured.fused), _left(captured.graph, captured.left, "no lamina op for it"))
         )
-    return lower(captured, fallback)
+    return lower(captured, fallback, plan)
 
 
 def _unfused(
@@ -159,7 +160,7 @@ def _left(graph: fx.Graph, reasons: Mapping[fx.Node, str], default: str) -> tupl
     return tuple((name, reason, count) for (name, reason), count in counts.items())
 
 
-def _parse(options: Mapping[str, Any]) -> tuple[bool, str, bool]:
+def _parse(options: Mapping[str, Any]) -> tuple[bool, str, bool, bool]:
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(f"lamina backend: option '{name}' is unknown; use {', '.join(_OPTIONS)}")
@@ -174,7 +175,8 @@ def _parse(options: Mapping[str, Any]) -> tuple[bool, str, bool]:
                 f"lamina backend: {item!r} cannot be applied while compiling; swap the layers first with lamina.swap_, "
                 "then compile"
             )
-    return any(isinstance(item, Int8Dynamic) for item in configs), fallback, options.get("measure", True)
+    int8 = any(isinstance(item, Int8Dynamic) for item in configs)
+    return int8, fallback, options.get("measure", True), options.get("plan", True)
 
 
 def compile_(

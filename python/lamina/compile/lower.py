@@ -1,11 +1,12 @@
 """A fused graph to a callable: generated Python over direct calls, with the folded constants as further arguments.
 
-lamina's ops are called past the dispatcher, which costs more than some of them do: the graph is for the CPU, and
-nothing in it needs a gradient. Only while something looks on (a profiler, a dispatch mode) are they called as ops that
-it can see.
+Mostly the graph runs as a plan (`lamina.plan`), one call for all of its steps, where that is faster. Where it is not,
+lamina's ops are called past the dispatcher, which costs more than some of them do: the graph is for the CPU, and nothing
+in it needs a gradient. Only while something looks on (a profiler, a dispatch mode) are they called as ops that it can
+see.
 
-A call of the result first checks that the parameters behind the constants are the ones they were made from: same
-tensor, same memory, same version. One that was replaced or written to makes its constants again.
+A call of the result first checks that the parameters are the ones that constants and plans were made from: same tensor,
+same memory, same version. One that was replaced or written to makes them again.
 """
 
 import operator
@@ -21,6 +22,7 @@ from torch._C._autograd import _profiler_enabled
 
 from lamina.compile.capture import Captured, Fold, fake
 from lamina.ops.library import CPU_IMPLEMENTATIONS
+from lamina.plan.plans import Plans, Specialized
 
 _version = operator.attrgetter("_version")
 
@@ -62,49 +64,76 @@ class _Sources:
 class Lowered:
     """Callable on the inputs Dynamo passes; safe to call from several threads at once.
 
-    run: takes the graph's inputs and the folded constants; watched: the same over registered ops. `whole`: whether the
-    graph is all there is to its frame, as far as the caller knows.
+    run: takes the graph's inputs and the folded constants; watched: the same over registered ops; static: positions of
+    the inputs that are parameters or buffers; plans: of `run`, if it may run as a plan. `whole`: whether the graph is all
+    there is to its frame, as far as the caller knows.
     """
 
     def __init__(
-        self, run: Callable[..., Any], watched: Callable[..., Any], folds: list[Fold], example_inputs: list[Any]
+        self,
+        run: Callable[..., Any],
+        watched: Callable[..., Any],
+        folds: list[Fold],
+        static: Sequence[int],
+        plans: Plans | None,
+        example_inputs: list[Any],
     ) -> None:
         self._run = run
         self._watched = watched
         self._folds = folds
+        self.static = static
         self._lock = threading.Lock()
+        self.plans = plans
         self.whole = False
         self._state = self._made_of(example_inputs)
 
     def __call__(self, *inputs: Any) -> Any:
         sources, constants = self._state
         if sources.changed(inputs):
+            if self.plans is not None:
+                self.plans.clear()
             sources, constants = self._state = self._made_of(inputs)
+        outputs = None
         if _len_torch_dispatch_stack() or _profiler_enabled():
             outputs = self._watched(*inputs, *constants)
-        else:
+        elif self.plans is not None:
+            outputs = self.plans.run((*inputs, *constants))
+        if outputs is None:
             outputs = self._run(*inputs, *constants)
         if getattr(_recording, "calls", None) is not None:
             _recording.calls.append((self, inputs, outputs))
         return outputs
 
+    def specialize(self, inputs: Sequence[Any]) -> Specialized:
+        """A plan for inputs of this form, whether it is faster or not."""
+        sources, constants = self._state
+        if sources.changed(inputs):
+            constants = self._made_of(inputs)[1]
+        return self.plans.specialize((*inputs, *constants), measure=False)
+
     def _made_of(self, inputs: Sequence[Any]) -> tuple[_Sources, tuple[Tensor, ...]]:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             made = [tensor for fold in self._folds for tensor in fold.make(*(inputs[i] for i in fold.sources))]
-            return _Sources(list(dict.fromkeys(i for fold in self._folds for i in fold.sources)), inputs), tuple(made)
+            return _Sources(self.static, inputs), tuple(made)
 
 
-def lower(captured: Captured, fallback: str) -> Callable[..., Any]:
-    """`fallback`: "eager" runs what is left as it is, "inductor" compiles the fused graph with Inductor."""
+def lower(captured: Captured, fallback: str, plan: bool = True) -> Callable[..., Any]:
+    """`fallback`: "eager" runs what is left as it is, "inductor" compiles the fused graph with Inductor. `plan`: whether
+    the graph may run as a plan; Inductor's never does."""
     captured.drop_unused()
     captured.graph.lint()
     captured.module.recompile()
+    own = len(captured.position)
+    static = [i for node, i in captured.position.items() if captured.constant(node) is not None]
     if fallback == "inductor":
-        run = watched = _inductor(captured)
-    else:
-        # Plain forward: Module.__call__ would look for hooks on every run.
-        run, watched = _direct(captured).forward, captured.module.forward
-    return Lowered(run, watched, captured.folds, captured.example_inputs)
+        run = _inductor(captured)
+        return Lowered(run, run, captured.folds, static, None, captured.example_inputs)
+    direct = _direct(captured)
+    constants = range(own, own + sum(len(fold.outputs) for fold in captured.folds))
+    plans = Plans(direct, [*static, *constants], constants.stop, captured.measure) if plan else None
+    # Plain forward: Module.__call__ would look for hooks on every run.
+    run, watched = direct.forward, captured.module.forward
+    return Lowered(run, watched, captured.folds, static, plans, captured.example_inputs)
 
 
 def _direct(captured: Captured) -> fx.GraphModule:

@@ -5,6 +5,7 @@ and what torch's ops read or write) is allocated through torch at each run, so t
 keep the addresses they have.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,13 @@ class Call:
     allocate: list[tuple[int, Callable[[], Tensor]]]
     release: list[int]
 
+    def run(self, slots: list[Tensor | None]) -> None:
+        args, kwargs = self.arguments(slots)
+        out = self.step.op(*args, **kwargs)
+        leaves = out if isinstance(out, tuple | list) else (out,)
+        for which, slot in self.outputs:
+            slots[slot] = leaves[which]
+
 
 class Program:
     """Callable on the inputs of the recorded graph, in order; gives the leaves of its result.
@@ -89,14 +97,26 @@ class Program:
             if type(part) is Segment:
                 part.plan.run([slots[i] for i in part.slots])
             else:
-                args, kwargs = part.arguments(slots)
-                out = part.step.op(*args, **kwargs)
-                leaves = out if isinstance(out, tuple | list) else (out,)
-                for which, slot in part.outputs:
-                    slots[slot] = leaves[which]
+                part.run(slots)
             for slot in part.release:
                 slots[slot] = None
         return [result(slots) for result in self._results]
+
+    def profile(self, inputs: Sequence[Any]) -> list[tuple[float, str]]:
+        """Seconds of each step and the instruction set of its kernel, "" for a call of torch's; runs once."""
+        times: list[tuple[float, str]] = []
+        slots = self._template.copy()
+        slots[: len(inputs)] = inputs
+        for part in self.parts:
+            for slot, make in part.allocate:
+                slots[slot] = make()
+            if isinstance(part, Segment):
+                times += part.plan.profile([slots[i] for i in part.slots])
+            else:
+                start = time.perf_counter()
+                part.run(slots)
+                times.append((time.perf_counter() - start, ""))
+        return times
 
     def arena_bytes(self) -> int:
         return max((part.arena for part in self.parts if isinstance(part, Segment)), default=0)
@@ -108,7 +128,11 @@ class Program:
         for number, group in enumerate(groups):
             refs = group.refs() if isinstance(group, TorchCall) else [ref for step in group for ref in step.refs()]
             for ref in refs:
-                if isinstance(group, TorchCall) or seen.setdefault(ref.buffer, number) != number or ref.buffer.initial is not None:
+                if (
+                    isinstance(group, TorchCall)
+                    or seen.setdefault(ref.buffer, number) != number
+                    or ref.buffer.initial is not None
+                ):
                     outside[ref.buffer] = None
         for ref in self.recording.outputs:
             if ref is not None:
@@ -149,7 +173,7 @@ class Program:
         plan = _C.Plan(
             self._pool,
             [arena, *(buffer.size for buffer in constants + given)],
-            [whole(buffer) for buffer in constants],
+            [buffer.whole() for buffer in constants],
             [(step.op, tree_map(lambda a: operand(a) if isinstance(a, Ref) else a, step.arguments)) for step in steps],
         )
         return Segment(
@@ -221,17 +245,13 @@ def _groups(steps: list[Step | TorchCall]) -> list[list[Step] | TorchCall]:
     return groups
 
 
-def whole(buffer: Buffer) -> Tensor:
-    """All bytes of a buffer."""
-    return torch.empty(0, dtype=torch.uint8).set_(buffer.tensor.untyped_storage(), 0, (buffer.size,), (1,))
-
-
 def _is_whole(ref: Ref) -> bool:
     """Whether a tensor is a buffer as it was made."""
     made = ref.buffer.tensor
-    return (
-        ref.offset == 0 == made.storage_offset()
-        and (ref.dtype, ref.shape, ref.strides) == (made.dtype, tuple(made.shape), tuple(made.stride()))
+    return ref.offset == 0 == made.storage_offset() and (ref.dtype, ref.shape, ref.strides) == (
+        made.dtype,
+        tuple(made.shape),
+        tuple(made.stride()),
     )
 
 

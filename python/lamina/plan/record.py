@@ -14,7 +14,7 @@ Nothing is freed while it is recorded, so that an address means one piece of mem
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class Buffer:
     made: bool = False
     initial: Tensor | None = None
 
+    def whole(self) -> Tensor:
+        """All its bytes."""
+        return torch.empty(0, dtype=torch.uint8).set_(self.tensor.untyped_storage(), 0, (self.size,), (1,))
+
 
 @dataclass(frozen=True, eq=False)
 class Ref:
@@ -110,14 +114,19 @@ class TorchCall:
 
 @dataclass
 class Recording:
-    """steps: in order; outputs: the tensors among the graph's outputs, None for what is none; structure: how those make
-    the graph's result; plain: what is no tensor."""
+    """steps: in order; outputs: the tensors among the leaves of the graph's result, None for what is none; plain: what is
+    no tensor; structure: how the leaves make the result; inputs: what the graph's inputs lie in, None for plain ones."""
 
     steps: list[Step | TorchCall]
     outputs: list[Ref | None]
     plain: list[Any]
     structure: Any
-    inputs: list[Buffer | None] = field(default_factory=list)
+    inputs: list[Buffer | None]
+
+    @property
+    def flat(self) -> bool:
+        """Whether the result is a list or tuple of nothing but tensors."""
+        return None not in self.outputs and self.structure.num_children == len(self.outputs)
 
 
 def refs_of(tree: Any) -> list[Ref]:
@@ -147,13 +156,15 @@ def record(graph: fx.GraphModule, inputs: Sequence[Any], static: Iterable[int]) 
         result = _Run(graph, mode).run(*given)
         mode.take_calls()
     leaves, structure = tree_flatten(result)
-    return Recording(
+    recording = Recording(
         mode.steps,
         [mode.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
         [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
         structure,
         buffers,
     )
+    mode.forget_values()
+    return recording
 
 
 def _own_copy(value: Tensor) -> Tensor:
@@ -227,6 +238,13 @@ class _Recorder(TorchDispatchMode):
     def ref(self, tensor: Tensor) -> Ref:
         offset = tensor.storage_offset() * tensor.element_size()
         return Ref(self.buffer(tensor), offset, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+
+    def forget_values(self) -> None:
+        """Frees the memory of what each run computes anew; its form stays."""
+        for buffer in self._buffers:
+            if buffer.state == "live" and (buffer.own or buffer.source is not None):
+                made = buffer.tensor
+                buffer.tensor = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
 
     def take_calls(self) -> None:
         """Turns the calls of `_C` since the last time into steps."""

@@ -1,0 +1,214 @@
+"""A plan as people read it: what each step computes, on what, where it lies, and what it takes."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lamina import _C
+from lamina.plan.cost import flops, precision
+from lamina.plan.program import Call, Program, Segment
+from lamina.plan.record import Recording, Ref, Step, TorchCall
+
+_RUNS = 7
+_PROBE_SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """One step: what it is, where it comes from, what it takes.
+
+    seconds: median; isa: of the kernel, "" for a call of torch; flops, bytes: of one run, 0 where they are not known;
+    of_peak: share of what this machine computes at most in that precision, or reads at most from memory, whichever is
+    nearer, measured in the same run.
+    """
+
+    op: str
+    module: str
+    what: str
+    seconds: float
+    isa: str
+    flops: int
+    bytes: int
+    of_peak: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All steps of a plan; seconds: of a whole run, of which steps take most; threads: torch's setting."""
+
+    steps: tuple[StepProfile, ...]
+    seconds: float
+    threads: int
+
+    @property
+    def in_segments(self) -> float:
+        """The share of the steps' time that lamina's own take."""
+        total = sum(step.seconds for step in self.steps)
+        return sum(step.seconds for step in self.steps if step.isa) / total if total else 1.0
+
+    def __str__(self) -> str:
+        rows = Table("#", "step", "module", "operands", "ISA", "time", "GFLOP/s", "GB/s", "of peak")
+        for i, step in enumerate(self.steps):
+            rows.add_row(
+                str(i),
+                step.op,
+                step.module,
+                step.what,
+                step.isa or "torch",
+                f"{step.seconds * 1e6:.1f} us",
+                f"{step.flops / step.seconds / 1e9:.0f}" if step.flops and step.seconds else "",
+                f"{step.bytes / step.seconds / 1e9:.1f}" if step.seconds else "",
+                f"{step.of_peak:.0%}",
+            )
+        total = sum(step.seconds for step in self.steps)
+        head = (
+            f"{self.seconds * 1e3:.3f} ms a run on {self.threads} threads, {total * 1e3:.3f} ms in {len(self.steps)} "
+            f"steps, {self.in_segments:.0%} of that in lamina's\n"
+        )
+        return head + _printed(rows)
+
+
+def coverage(recording: Recording) -> float:
+    """The share of the steps that are lamina's."""
+    own = sum(isinstance(step, Step) for step in recording.steps)
+    return own / len(recording.steps) if recording.steps else 1.0
+
+
+def left(recording: Recording) -> dict[str, int]:
+    """The calls of torch's ops, counted by name."""
+    counts: dict[str, int] = {}
+    for step in recording.steps:
+        if isinstance(step, TorchCall):
+            counts[name_of(step)] = counts.get(name_of(step), 0) + 1
+    return counts
+
+
+def name_of(step: Step | TorchCall) -> str:
+    return step.op if isinstance(step, Step) else str(step.op).removesuffix(".default")
+
+
+def table(program: Program, inputs: Sequence[str]) -> str:
+    """All steps of a program, one a line."""
+    rows = Table("#", "step", "module", "operands", "layout", "result at", "bytes", "FLOP")
+    number = 0
+    for part in program.parts:
+        for step in part.steps if isinstance(part, Segment) else [part.step]:
+            result = _result_of(step)
+            rows.add_row(
+                str(number),
+                name_of(step),
+                step.module,
+                operands(step),
+                "" if result is None else _layout(result),
+                _place(part, result),
+                _count(_bytes(step)),
+                _count(flops(step)),
+            )
+            number += 1
+    recording = program.recording
+    segments = sum(isinstance(part, Segment) for part in program.parts)
+    calls = ", ".join(f"{count} x {name}" for name, count in left(recording).items()) or "none"
+    head = (
+        f"plan of {', '.join(inputs)}: {number} steps in {segments} {'segment' if segments == 1 else 'segments'}, arena "
+        f"{_count(program.arena_bytes())}B, calls of torch: {calls}\n"
+    )
+    return head + _printed(rows)
+
+
+def profile(program: Program, inputs: Sequence[Any]) -> Profile:
+    """Medians of several runs, step by step, on the machine as it is now."""
+    times: list[list[tuple[float, str]]] = [program.profile(inputs) for _ in range(_RUNS + 1)][1:]
+    whole = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        program.run(inputs)
+        whole.append(time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    peaks = {
+        name: _C.probe_peak(name, threads, _PROBE_SECONDS) for name in {precision(s) for s in program.recording.steps}
+    }
+    read = _C.probe_read_bandwidth(64 << 20, threads, _PROBE_SECONDS)
+    steps = []
+    for i, step in enumerate(program.recording.steps):
+        seconds, isa = statistics.median(t[i][0] for t in times), times[-1][i][1]
+        computed = flops(step) / seconds / (peaks[precision(step)] * 1e9) if peaks[precision(step)] else 0.0
+        moved = _bytes(step) / seconds / (read * 1e9)
+        steps.append(
+            StepProfile(
+                name_of(step),
+                step.module,
+                operands(step),
+                seconds,
+                isa,
+                flops(step),
+                _bytes(step),
+                min(1.0, max(computed, moved)),
+            )
+        )
+    return Profile(tuple(steps), statistics.median(whole), threads)
+
+
+def operands(step: Step | TorchCall) -> str:
+    """The forms of the tensors that a step reads and writes, weights left out: "[1, 128, 768] -> [1, 128, 3072]"."""
+    refs = [ref for ref in step.refs() if ref.buffer.state == "live"]
+    result = _result_of(step)
+    given = [_text(ref) for ref in refs if result is None or ref.place() != result.place()]
+    return f"{', '.join(dict.fromkeys(given))} -> {'' if result is None else _text(result)}"
+
+
+def _result_of(step: Step | TorchCall) -> Ref | None:
+    """The output of a step: functions of csrc/ops take it last."""
+    if isinstance(step, TorchCall):
+        return next((ref for ref in step.outputs if ref is not None), None)
+    refs = [ref for ref in step.refs() if ref.buffer.state == "live"]
+    return refs[-1] if refs else None
+
+
+def _text(ref: Ref) -> str:
+    name = {"float32": "", "bfloat16": "bf16", "float16": "f16"}.get(str(ref.dtype).removeprefix("torch."))
+    return f"{str(ref.dtype).removeprefix('torch.') if name is None else name}{list(ref.shape)}"
+
+
+def _layout(ref: Ref) -> str:
+    like = torch.empty_strided(ref.shape, ref.strides, dtype=ref.dtype, device="meta")
+    if like.is_contiguous():
+        return "contiguous"
+    return "channels_last" if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def _place(part: Segment | Call, result: Ref | None) -> str:
+    if result is None:
+        return ""
+    if isinstance(part, Segment) and result.buffer in part.offsets:
+        return f"arena + {part.offsets[result.buffer] + result.offset}"
+    return "torch" if isinstance(part, Call) else "output"
+
+
+def _bytes(step: Step | TorchCall) -> int:
+    """Of all operands, each place counted once."""
+    return sum(_size(ref) for ref in {ref.place(): ref for ref in step.refs()}.values())
+
+
+def _size(ref: Ref) -> int:
+    return ref.numel * ref.dtype.itemsize
+
+
+def _count(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}" if unit else f"{number:g}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def _printed(rows: Table) -> str:
+    console = Console(file=StringIO(), width=170)
+    console.print(rows)
+    return console.file.getvalue()

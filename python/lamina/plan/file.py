@@ -1,0 +1,170 @@
+"""A plan as a file: one safetensors file whose tensors are the constants, and whose JSON is the recording.
+
+Buffers and steps refer to each other by number. A tensor is [buffer, offset in bytes, dtype, shape, strides].
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.errors import FormatError
+from lamina.plan.record import Buffer, Recording, Ref, Step, TorchCall
+from lamina.serialization import load_tensors, save_tensors
+
+# Raised whenever a step's function takes other arguments, or a packed weight is laid out in another way.
+VERSION = 1
+
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+def write(
+    path: Path, recording: Recording, inputs: Sequence[Any], order: Sequence[int], form: Mapping[str, Any]
+) -> None:
+    """inputs: the plan's PlanInputs; order: which of them each input of the recording is; form: of the result."""
+    writer = _Writer()
+    steps = [writer.step(step) for step in recording.steps]
+    outputs = [None if ref is None else writer.ref(ref) for ref in recording.outputs]
+    given = [None if b is None or b.state != "live" else writer.number(b) for b in recording.inputs]
+    values = {
+        "plan": VERSION,
+        "inputs": [[i.name, _name(i.dtype), list(i.shape), list(i.strides)] for i in inputs],
+        "order": list(order),
+        "form": dict(form),
+        "given": given,
+        "steps": steps,
+        "outputs": outputs,
+        "plain": recording.plain,
+        "buffers": [writer.described(buffer) for buffer in writer.buffers],
+    }
+    save_tensors(writer.tensors, path, values)
+
+
+def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any]]:
+    tensors, values = load_tensors(path)
+    if "plan" not in values:
+        raise FormatError(f"{path.name} is no plan; lamina.load_ reads models that lamina.save wrote")
+    if values["plan"] != VERSION:
+        raise FormatError(f"{path.name} is a plan of version {values['plan']}, but this lamina reads {VERSION}")
+    try:
+        buffers = [_buffer(described, tensors) for described in values["buffers"]]
+        steps = [_step(step, buffers) for step in values["steps"]]
+        outputs = [None if ref is None else _ref(ref, buffers) for ref in values["outputs"]]
+        given = [None if number is None else buffers[number] for number in values["given"]]
+        inputs = [
+            (name, _DTYPES[dtype], tuple(shape), tuple(strides)) for name, dtype, shape, strides in values["inputs"]
+        ]
+        recording = Recording(steps, outputs, values["plain"], None, given)
+        return recording, inputs, values["order"], values["form"]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as failure:
+        raise FormatError(f"{path.name} is a damaged plan: {failure}") from failure
+
+
+class _Writer:
+    """Numbers buffers as they come."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self.tensors: dict[str, Tensor] = {}
+        self._numbers: dict[Buffer, int] = {}
+
+    def number(self, buffer: Buffer) -> int:
+        if buffer not in self._numbers:
+            self._numbers[buffer] = len(self.buffers)
+            self.buffers.append(buffer)
+        return self._numbers[buffer]
+
+    def ref(self, ref: Ref) -> list[Any]:
+        return [self.number(ref.buffer), ref.offset, _name(ref.dtype), list(ref.shape), list(ref.strides)]
+
+    def step(self, step: Step | TorchCall) -> dict[str, Any]:
+        if isinstance(step, Step):
+            return {"op": step.op, "module": step.module, "arguments": self.value(step.arguments)}
+        return {
+            "torch": str(step.op),
+            "module": step.module,
+            "args": self.value(list(step.args)),
+            "kwargs": {name: self.value(value) for name, value in step.kwargs.items()},
+            "outputs": [None if ref is None else self.ref(ref) for ref in step.outputs],
+        }
+
+    def value(self, value: Any) -> Any:
+        """Plain values as they are; what JSON has no word for as a dict with one key."""
+        if isinstance(value, Ref):
+            return {"ref": self.ref(value)}
+        if isinstance(value, list | tuple):
+            return [self.value(item) for item in value]
+        if isinstance(value, torch.dtype):
+            return {"dtype": _name(value)}
+        if isinstance(value, torch.layout | torch.memory_format | torch.device):
+            return {type(value).__name__: str(value).removeprefix("torch.")}
+        return value
+
+    def described(self, buffer: Buffer) -> dict[str, Any]:
+        if buffer.state != "live":
+            # Its bytes, whatever they are seen as.
+            return {"constant": self.tensor(buffer.whole())}
+        made = buffer.tensor
+        described = {
+            "size": buffer.size,
+            "like": [_name(made.dtype), list(made.shape), list(made.stride())],
+            "made": buffer.made,
+            "source": buffer.source,
+        }
+        if buffer.initial is not None:
+            described["initial"] = self.tensor(buffer.initial)
+        return described
+
+    def tensor(self, tensor: Tensor) -> str:
+        name = f"constant.{len(self.tensors)}"
+        self.tensors[name] = tensor
+        return name
+
+
+def _buffer(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Buffer:
+    if "constant" in described:
+        tensor = tensors[described["constant"]].clone()  # a file aligns less than kernels like
+        return Buffer(tensor, tensor.data_ptr(), tensor.nbytes, "constant")
+    dtype, shape, strides = described["like"]
+    tensor = torch.empty_strided(shape, strides, dtype=_DTYPES[dtype], device="meta")
+    initial = tensors[described["initial"]] if "initial" in described else None
+    return Buffer(tensor, 0, described["size"], "live", True, described["source"], described["made"], initial)
+
+
+def _ref(values: Sequence[Any], buffers: Sequence[Buffer]) -> Ref:
+    number, offset, dtype, shape, strides = values
+    return Ref(buffers[number], offset, _DTYPES[dtype], tuple(shape), tuple(strides))
+
+
+def _step(values: Mapping[str, Any], buffers: Sequence[Buffer]) -> Step | TorchCall:
+    if "op" in values:
+        return Step(values["op"], [_value(item, buffers) for item in values["arguments"]], values["module"])
+    namespace, name, overload = values["torch"].split(".")
+    if namespace != "aten":
+        raise ValueError(f"it calls {values['torch']}, which is no op of torch's own")
+    return TorchCall(
+        getattr(getattr(torch.ops.aten, name), overload),
+        tuple(_value(item, buffers) for item in values["args"]),
+        {name: _value(item, buffers) for name, item in values["kwargs"].items()},
+        [None if ref is None else _ref(ref, buffers) for ref in values["outputs"]],
+        values["module"],
+    )
+
+
+def _value(value: Any, buffers: Sequence[Buffer]) -> Any:
+    if isinstance(value, list):
+        return [_value(item, buffers) for item in value]
+    if isinstance(value, dict):
+        ((what, inner),) = value.items()
+        if what == "ref":
+            return _ref(inner, buffers)
+        if what == "device":
+            return torch.device(inner)
+        return _DTYPES[inner] if what == "dtype" else getattr(torch, inner)
+    return value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,214 @@
+"""A whole model as a plan: called without its code, saved, loaded, looked at.
+
+plan = lamina.make_plan(model, (x,))
+y = plan(x)
+plan.save("model.plan.safetensors")
+y = lamina.load_plan("model.plan.safetensors")(x)
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamina import _C
+from lamina.compile import compile_
+from lamina.compile.lower import Lowered, recorded
+from lamina.errors import PlanError
+from lamina.plan.describe import Profile, coverage, profile, table
+from lamina.plan.file import read, write
+from lamina.plan.program import Program
+from lamina.plan.structure import build, form_of, named_tensors
+from lamina.running import ExampleInputs, copied
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """A tensor that a plan takes: its name in the model's call, and what it must be."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_text(self.dtype, self.shape)}"
+
+
+class Plan:
+    """A model as one list of calls of compiled functions, with all memory planned; made by `make_plan` or `load_plan`.
+
+    Called as the model was, with tensors of the sizes it was made for; values that are no tensors are what they were
+    then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and output classes. Safe to
+    call from several threads at once. No gradients.
+
+    Weights are those of the model, not copies: training the model on changes the plan, or ends it where a weight is kept
+    in another form. A saved plan has weights of its own.
+
+    inputs: what it takes.
+    """
+
+    def __init__(
+        self, program: Program, inputs: Sequence[PlanInput], order: Sequence[int], form: Mapping[str, Any]
+    ) -> None:
+        self._program = program
+        self._form = dict(form)
+        # For each input of the program, which of `inputs` it is, or -1 for a weight, which needs none.
+        self._order = list(order)
+        self.inputs = tuple(inputs)
+        self._parameters = list(dict.fromkeys(i.name.split(".")[0] for i in self.inputs))
+        self._guard = _C.Guard([torch.empty_strided(i.shape, i.strides, dtype=i.dtype) for i in self.inputs])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plan. Raises PlanError for inputs that it was not made for."""
+        given = self._given(args, kwargs)
+        tensors = self._program.run([given[i] if i >= 0 else None for i in self._order])
+        return build(self._form, [*tensors, *given])
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to one safetensors file, weights and all; `load_plan` reads it. The file appears whole or not at
+        all.
+
+        >>> plan.save("model.plan.safetensors")
+        """
+        write(Path(path), self._program.recording, self.inputs, self._order, self._form)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """What each step takes: medians of several runs on these inputs, and how near that is to the machine's limits.
+
+        >>> print(plan.profile(x))
+        """
+        given = self._given(args, kwargs)
+        return profile(self._program, [given[i] if i >= 0 else None for i in self._order])
+
+    @property
+    def coverage(self) -> float:
+        """The share of the calls that are lamina's own; the others are torch's, between two segments."""
+        return coverage(self._program.recording)
+
+    def __str__(self) -> str:
+        return table(self._program, [str(i) for i in self.inputs])
+
+    def _given(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+        if len(args) > len(self._parameters):
+            raise PlanError(f"plan: {len(args)} arguments were given, but it takes {', '.join(self._parameters)}")
+        named = named_tensors({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        try:
+            given = [named.pop(i.name) for i in self.inputs]
+        except KeyError as missing:
+            raise PlanError(f"plan: the input '{missing.args[0]}' is not given") from None
+        if named:
+            raise PlanError(
+                f"plan: there is no input '{next(iter(named))}'; it takes {', '.join(map(str, self.inputs))}"
+            )
+        if not self._guard.fits(given):
+            for i, tensor in zip(self.inputs, given, strict=True):
+                if (tensor.dtype, tuple(tensor.shape)) != (i.dtype, i.shape):
+                    raise PlanError(
+                        f"plan: {i.name} is {_text(tensor.dtype, tensor.shape)}, but this plan was made for "
+                        f"{_text(i.dtype, i.shape)}; make one for it with lamina.make_plan"
+                    )
+            given = [_as_strided_as(i, tensor) for i, tensor in zip(self.inputs, given, strict=True)]
+        return given
+
+
+def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mapping[str, Any] | None = None) -> Plan:
+    """A plan of `model` for inputs of the sizes of `example_inputs`.
+
+    The model is captured and fused as by `torch.compile(model, backend="lamina")`, runs once, and what it called is the
+    plan. Layers that were swapped or accelerated before stay as they are; the model itself is not changed.
+
+    Args:
+        model: in eval mode, on the CPU.
+        example_inputs: tuple of positional or dict of keyword arguments.
+        options: as of the compile backend: {"config": lamina.Int8Dynamic()} makes linear layers int8.
+
+    Raises CaptureError if Dynamo cannot capture the model, PlanError if it is in training mode, is not one graph (its
+    control flow hangs on data), writes to its inputs or buffers, or gives what a plan cannot.
+
+    >>> plan = lamina.make_plan(model, (x,)); print(plan)
+    """
+    if any(module.training for module in model.modules()):
+        raise PlanError("plan: the model is in training mode, where it changes with each call; call model.eval() first")
+    arguments = _by_parameter(model, example_inputs)
+    before = model._compiled_call_impl
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            compile_(model, copied(example_inputs), options=options)
+            inputs = copied(arguments)
+            with recorded() as calls:
+                result = model(**inputs) if isinstance(example_inputs, Mapping) else model(*inputs.values())
+        finally:
+            model._compiled_call_impl = before
+        return _plan_of(model, calls, inputs, result)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """A plan that `Plan.save` wrote: it runs without the model's code and without torch.compile, and gives the same bits.
+
+    Raises FileNotFoundError, and FormatError for a file that is truncated, damaged, no plan, or from a newer lamina.
+
+    >>> plan = lamina.load_plan("model.plan.safetensors"); y = plan(x)
+    """
+    recording, inputs, order, form = read(Path(path))
+    return Plan(Program(recording, _C.ArenaPool()), [PlanInput(*i) for i in inputs], order, form)
+
+
+def _plan_of(
+    model: nn.Module, calls: list[tuple[Lowered, tuple, Any]], arguments: Mapping[str, Any], result: Any
+) -> Plan:
+    name = type(model).__name__
+    if len(calls) != 1 or not calls[0][0].whole:
+        raise PlanError(
+            f"plan: {name} is not one graph: its forward calls what Dynamo does not read, or branches on data; "
+            "torch.compile and accelerate take it all the same"
+        )
+    lowered, given, outputs = calls[0]
+    if any(isinstance(value, int) for value in given):
+        raise PlanError(f"plan: {name} takes plain numbers that vary; give them as tensors")
+    named = named_tensors(arguments)
+    number_of = {id(tensor): i for i, tensor in enumerate(named.values())}
+    order = [number_of.get(id(value), -1) for value in given]
+    static = lowered.static
+    unknown = [i for i, number in enumerate(order) if number < 0 and i not in static]
+    if unknown:
+        raise PlanError(f"plan: {name} reads a tensor that is neither an argument nor one of its parameters or buffers")
+    entry = lowered.specialize(given)
+    if entry.program is None:
+        raise PlanError(f"plan: {name}: {entry.reason}")
+    order += [-1] * (len(entry.program.recording.inputs) - len(order))
+    leaves = [output for output in outputs]
+    tensors = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    tensors |= {id(tensor): len(leaves) + i for i, tensor in enumerate(named.values()) if id(tensor) not in tensors}
+    form = form_of(result, lambda tensor: tensors.get(id(tensor)))
+    used = [PlanInput(n, t.dtype, tuple(t.shape), tuple(t.stride())) for n, t in named.items()]
+    return Plan(entry.program, used, order, form)
+
+
+def _by_parameter(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    if not isinstance(example_inputs, tuple):
+        raise TypeError(
+            "make_plan: example_inputs must be a tuple of positional or a dict of keyword arguments, got "
+            f"{type(example_inputs).__name__}; wrap a single tensor as (x,)"
+        )
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
+    names += [f"argument{i}" for i in range(len(names), len(example_inputs))]
+    return dict(zip(names, example_inputs, strict=False))
+
+
+def _text(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def _as_strided_as(like: PlanInput, tensor: Tensor) -> Tensor:
+    """The same values, lying as the plan expects them."""
+    if tuple(tensor.stride()) == like.strides:
+        return tensor
+    return torch.empty_strided(like.shape, like.strides, dtype=like.dtype).copy_(tensor)

@@ -1,0 +1,104 @@
+"""The plans of one graph: one for each form of its inputs, made when it first comes."""
+
+import logging
+import operator
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_unflatten
+
+from lamina import _C
+from lamina.plan.program import Program
+from lamina.plan.record import Refused, record
+
+_log = logging.getLogger(__name__)
+
+# Forms of inputs whose plans are kept; the one not used for longest goes first.
+_MOST = 8
+# A plan is timed against the graph's own calls for this long, but for at least so many rounds.
+_SECONDS = 0.03
+_MIN_ROUNDS = 3
+
+
+@dataclass
+class Specialized:
+    """What became of one form of inputs: a program, or the reason why there is none."""
+
+    guard: Any
+    program: Program | None
+    reason: str
+
+
+class Plans:
+    """Runs a graph by the plan for its inputs' form; `run` gives None where there is none.
+
+    graph: over the functions that implement lamina's ops; static: positions of the inputs that are the model's own and
+    stay, until `clear`; measure: whether a plan must be faster than `graph` to be used. Safe to call from several
+    threads at once.
+    """
+
+    def __init__(self, graph: fx.GraphModule, static: Sequence[int], count: int, measure: bool) -> None:
+        self._graph, self._static, self._measure = graph, frozenset(static), measure
+        varying = [i for i in range(count) if i not in self._static]
+        self._varying = operator.itemgetter(*varying, varying[0]) if varying else lambda inputs: ()
+        self._pool = _C.ArenaPool()
+        self._lock = threading.Lock()
+        self.entries: list[Specialized] = []
+
+    def run(self, inputs: tuple) -> Any:
+        given = self._varying(inputs)
+        entries = self.entries
+        for i, entry in enumerate(entries):
+            if entry.guard.fits(given):
+                if i:
+                    self.entries = [entry, *entries[:i], *entries[i + 1 :]]
+                return None if entry.program is None else _result(entry.program, inputs)
+        with self._lock:
+            entry = self.specialize(inputs, self._measure)
+            self.entries = [entry, *self.entries][:_MOST]
+        return None if entry.program is None else _result(entry.program, inputs)
+
+    def clear(self) -> None:
+        self.entries = []
+
+    def specialize(self, inputs: tuple, measure: bool) -> Specialized:
+        """A plan for inputs of this form, whether or not it is kept."""
+        guard = _C.Guard(self._varying(inputs))
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                program = Program(record(self._graph, inputs, self._static), self._pool)
+                if measure and not _is_faster(program, self._graph.forward, inputs):
+                    return Specialized(guard, None, "the calls one by one are as fast")
+        except Refused as refusal:
+            _log.info("no plan: %s", refusal)
+            return Specialized(guard, None, str(refusal))
+        return Specialized(guard, program, "")
+
+
+def _result(program: Program, inputs: tuple) -> Any:
+    leaves = program.run(inputs)
+    recording = program.recording
+    if recording.flat:
+        return leaves
+    for i, plain in enumerate(recording.plain):
+        if recording.outputs[i] is None:
+            leaves[i] = plain
+    return tree_unflatten(leaves, recording.structure)
+
+
+def _is_faster(program: Program, direct: Callable[..., Any], inputs: tuple) -> bool:
+    best = [float("inf"), float("inf")]
+    program.run(inputs), direct(*inputs)
+    end, rounds = time.perf_counter() + _SECONDS, 0
+    while rounds < _MIN_ROUNDS or time.perf_counter() < end:
+        for i, run in enumerate((lambda: program.run(inputs), lambda: direct(*inputs))):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
+    return best[0] <= best[1]

@@ -1,0 +1,80 @@
+"""What goes into a model and what comes out, as plain data: names for the tensors inside, and how to put them together.
+
+A form is a dict with one key: {"tensor": i}, {"value": plain}, {"list": [...]}, {"tuple": [...]} or {"dict": {name:
+form}}, so that JSON can hold it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lamina.errors import PlanError
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments of a call by name: "x", "past.0.1".
+
+    >>> named_tensors({"x": x, "past": (k, v)})
+    {"x": x, "past.0": k, "past.1": v}
+    """
+    found: dict[str, Tensor] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(f"{name}.{key}", item)
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                walk(f"{name}.{i}", item)
+        elif not isinstance(value, _PLAIN):
+            leaves = tree_leaves(value)
+            if any(leaf is value for leaf in leaves):
+                return
+            for i, leaf in enumerate(leaves):
+                walk(f"{name}.{i}", leaf)
+
+    for name, value in arguments.items():
+        walk(name, value)
+    return found
+
+
+def form_of(result: Any, number: Callable[[Tensor], int | None]) -> dict[str, Any]:
+    """The form of a model's result. number: which of the known tensors one is, None for an unknown one.
+
+    Mappings, dataclass-like outputs of transformers among them, become dicts, and what torch can flatten otherwise (a
+    cache of keys and values) a list of its tensors. Raises PlanError for anything else.
+    """
+    if isinstance(result, Tensor):
+        found = number(result)
+        if found is None:
+            raise PlanError("plan: a tensor of the model's result is none that its graph computes")
+        return {"tensor": found}
+    if isinstance(result, _PLAIN):
+        return {"value": result}
+    if isinstance(result, Mapping):
+        return {"dict": {str(name): form_of(value, number) for name, value in result.items()}}
+    if isinstance(result, list | tuple):
+        return {"list" if isinstance(result, list) else "tuple": [form_of(item, number) for item in result]}
+    leaves = tree_leaves(result)
+    if any(leaf is result for leaf in leaves):
+        raise PlanError(f"plan: the model's result holds a {type(result).__name__}, which a plan cannot give")
+    return {"list": [form_of(leaf, number) for leaf in leaves]}
+
+
+def build(form: Mapping[str, Any], tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `form_of`, over other tensors."""
+    ((what, value),) = form.items()
+    if what == "tensor":
+        return tensors[value]
+    if what == "value":
+        return value
+    if what == "dict":
+        return {name: build(item, tensors) for name, item in value.items()}
+    items = [build(item, tensors) for item in value]
+    return tuple(items) if what == "tuple" else items
