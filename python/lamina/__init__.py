@@ -23,7 +23,8 @@ from lamina.configs import (
     Sparse,
     SparseInt8,
 )
-from lamina.errors import FormatError
+from lamina.errors import FormatError, PlanError
+from lamina.plan.model import Plan, load_plan, make_plan
 from lamina.serialization import load_, save
 from lamina.swap import LayerDecision, SwapReport, swap_
 
@@ -41,6 +42,8 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "LayerDecision",
+    "Plan",
+    "PlanError",
     "Sparse",
     "SparseInt8",
     "SwapReport",
@@ -51,6 +54,8 @@ __all__ = [
     "info",
     "integrations",
     "load_",
+    "load_plan",
+    "make_plan",
     "nn",
     "ops",
     "prune",

@@ -116,8 +116,8 @@ def table(program: Program, inputs: Sequence[str]) -> str:
     segments = sum(isinstance(part, Segment) for part in program.parts)
     calls = ", ".join(f"{count} x {name}" for name, count in left(recording).items()) or "none"
     head = (
-        f"plan of {', '.join(inputs)}: {number} steps in {segments} {'segment' if segments == 1 else 'segments'}, arena "
-        f"{_count(program.arena_bytes())}B, calls of torch: {calls}\n"
+        f"plan of {', '.join(inputs)}: {number} steps, segments: {segments}, arena: {_count(program.arena_bytes())}B, "
+        f"calls of torch: {calls}\n"
     )
     return head + _printed(rows)
 

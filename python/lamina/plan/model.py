@@ -46,8 +46,8 @@ class Plan:
     then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and output classes. Safe to
     call from several threads at once. No gradients.
 
-    Weights are those of the model, not copies: training the model on changes the plan, or ends it where a weight is kept
-    in another form. A saved plan has weights of its own.
+    Weights are those of the model, not copies, where they are used as they are; of those that are packed the plan has a
+    copy. Do not train the model on beside it. A saved plan has weights of its own.
 
     inputs: what it takes.
     """
@@ -70,8 +70,9 @@ class Plan:
         return build(self._form, [*tensors, *given])
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to one safetensors file, weights and all; `load_plan` reads it. The file appears whole or not at
-        all.
+        """Write the plan, weights and all, to one safetensors file that `load_plan` reads.
+
+        The file appears whole or not at all.
 
         >>> plan.save("model.plan.safetensors")
         """
@@ -148,7 +149,7 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
 
 
 def load_plan(path: str | Path) -> Plan:
-    """A plan that `Plan.save` wrote: it runs without the model's code and without torch.compile, and gives the same bits.
+    """A plan that `Plan.save` wrote. It needs neither the model's code nor torch.compile, and gives the same bits.
 
     Raises FileNotFoundError, and FormatError for a file that is truncated, damaged, no plan, or from a newer lamina.
 
@@ -181,7 +182,7 @@ def _plan_of(
     if entry.program is None:
         raise PlanError(f"plan: {name}: {entry.reason}")
     order += [-1] * (len(entry.program.recording.inputs) - len(order))
-    leaves = [output for output in outputs]
+    leaves = list(outputs)
     tensors = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     tensors |= {id(tensor): len(leaves) + i for i, tensor in enumerate(named.values()) if id(tensor) not in tensors}
     form = form_of(result, lambda tensor: tensors.get(id(tensor)))

@@ -49,9 +49,8 @@ class Buffer:
     """A piece of memory, one storage of torch's.
 
     tensor: what it was made as, which keeps it alive; state: "blank" until something is written to it, "constant" if
-    that hangs on no input, else "live"; own: whether this run made it; source: the position of the input it is, if it is
-    one; made: whether a call of torch gave it; initial: what it holds before the first step, of a constant that is
-    written to later.
+    that hangs on no input, else "live"; own: whether this run made it; source: which of the inputs it is, if any; made:
+    whether a call of torch gave it; initial: what it holds before the first step, of a constant that is written to later.
     """
 
     tensor: Tensor
@@ -114,8 +113,11 @@ class TorchCall:
 
 @dataclass
 class Recording:
-    """steps: in order; outputs: the tensors among the leaves of the graph's result, None for what is none; plain: what is
-    no tensor; structure: how the leaves make the result; inputs: what the graph's inputs lie in, None for plain ones."""
+    """What a run called.
+
+    steps: in order; outputs: the tensors among the leaves of the graph's result, None for what is none; plain: what is no
+    tensor; structure: how the leaves make the result; inputs: what the graph's inputs lie in, None for plain ones.
+    """
 
     steps: list[Step | TorchCall]
     outputs: list[Ref | None]
