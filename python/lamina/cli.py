@@ -1,4 +1,4 @@
-"""The `lamina` command: info, train, compress, bench, report, compare.
+"""The `lamina` command: info, train, compress, run, bench, report, compare.
 
 A user's mistake ends in one sentence on stderr and exit code 2; a traceback means a bug in lamina.
 """
@@ -137,6 +137,36 @@ def compress(
     except KeyboardInterrupt:
         Console(stderr=True).print("lamina: stopped; the same command goes on from here", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+@_user_errors
+def run(
+    plan: Annotated[Path, typer.Argument(help="What Plan.save wrote.")],
+    input: Annotated[
+        list[str], typer.Option(help="FILE.npy, or NAME=FILE.npy; once for each input, in order or by name.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="FILE.npz for the outputs.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show what each step takes.")] = False,
+) -> None:
+    """Run a saved plan on arrays."""
+    import lamina
+    from lamina.plan import arrays
+
+    loaded = lamina.load_plan(plan)
+    given = arrays.read(input, loaded.inputs)
+    outputs = arrays.named(loaded(**given))
+    console = _console()
+    table = Table("output", "dtype", "shape", "first values")
+    for name, array in outputs.items():
+        first = ", ".join(f"{value:.6g}" for value in array.ravel()[:6])
+        table.add_row(name, str(array.dtype), str(list(array.shape)), first)
+    console.print(table, markup=False)
+    if out is not None:
+        arrays.write(out, outputs)
+        console.print(f"saved {out}", highlight=False)
+    if profile:
+        console.print(str(loaded.profile(**given)), markup=False, highlight=False)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_unflatten
 
 from lamina import _C
+from lamina.plan.fusion import fuse_chains
 from lamina.plan.program import Program
 from lamina.plan.record import Refused, record
 
@@ -71,7 +72,9 @@ class Plans:
         guard = _C.Guard(self._varying(inputs))
         try:
             with torch.inference_mode(False), torch.no_grad():
-                program = Program(record(self._graph, inputs, self._static), self._pool)
+                recording = record(self._graph, inputs, self._static)
+                fuse_chains(recording)
+                program = Program(recording, self._pool)
                 if measure and not _is_faster(program, self._graph.forward, inputs):
                     return Specialized(guard, None, "the calls one by one are as fast")
         except Refused as refusal:

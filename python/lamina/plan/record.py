@@ -50,7 +50,7 @@ class Buffer:
 
     tensor: what it was made as, which keeps it alive; state: "blank" until something is written to it, "constant" if
     that hangs on no input, else "live"; own: whether this run made it; source: which of the inputs it is, if any; made:
-    whether a call of torch gave it; initial: what it holds before the first step, of a constant that is written to later.
+    whether a call of torch gave it; initial: what it holds at first, of a constant that is written to later.
     """
 
     tensor: Tensor
@@ -115,7 +115,7 @@ class TorchCall:
 class Recording:
     """What a run called.
 
-    steps: in order; outputs: the tensors among the leaves of the graph's result, None for what is none; plain: what is no
+    steps: in order; outputs: the tensors among the leaves of the result, None for what is none; plain: what is no
     tensor; structure: how the leaves make the result; inputs: what the graph's inputs lie in, None for plain ones.
     """
 
@@ -241,6 +241,10 @@ class _Recorder(TorchDispatchMode):
         offset = tensor.storage_offset() * tensor.element_size()
         return Ref(self.buffer(tensor), offset, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
+    def _is_live(self, tensor: Tensor) -> bool:
+        self.take_calls()
+        return self.buffer(tensor).state == "live"
+
     def forget_values(self) -> None:
         """Frees the memory of what each run computes anew; its form stays."""
         for buffer in self._buffers:
@@ -286,7 +290,7 @@ class _Recorder(TorchDispatchMode):
             raise Refused(f"{func} gives what hangs on the values of its input, not only on its shape")
         if not written and func in LOWERINGS:
             with self:
-                result = LOWERINGS[func](*args, **kwargs)
+                result = LOWERINGS[func](self._is_live, *args, **kwargs)
                 self.take_calls()
             if result is not NotImplemented:
                 return result
