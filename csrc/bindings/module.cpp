@@ -7,6 +7,7 @@
 #include "bindings/plan.h"
 #include "bindings/recorder.h"
 #include "bindings/tensor_view.h"
+#include "bindings/watch.h"
 #include "cpu/dispatch.h"
 #include "ops/attention.h"
 #include "ops/attention_backward.h"
@@ -174,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_fingerprint", &weight_fingerprint, no_gil);
 
   define_plan(m);
+  define_watch(m);
 
 #ifdef LAMINA_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -325,3 +325,44 @@ def int8_lstm(
     h_n: Tensor,
     c_n: Tensor,
 ) -> None: ...
+
+# -- plans
+
+class Operand:
+    """A tensor of a step: where it lies in one of the plan's buffers (offset in bytes, strides in elements)."""
+
+    def __init__(
+        self, buffer: int, offset: int, dtype: str, shape: Sequence[int], strides: Sequence[int]
+    ) -> None: ...
+
+class ArenaPool: ...
+
+class Guard:
+    """Whether arguments are numbers and tensors like those of an example."""
+
+    def __init__(self, examples: Sequence[Tensor | int]) -> None: ...
+    def fits(self, arguments: Sequence[Tensor | int]) -> bool: ...
+
+class Plan:
+    """Steps (op, arguments) over buffers: the arena, the constants, and the tensors that each run is given."""
+
+    def __init__(
+        self,
+        pool: ArenaPool,
+        sizes: Sequence[int],
+        constants: list[Tensor],
+        steps: Sequence[tuple[str, Sequence]],
+    ) -> None: ...
+    def run(self, tensors: Sequence[Tensor]) -> None: ...
+    def profile(self, tensors: Sequence[Tensor]) -> list[tuple[float, str]]: ...
+
+class Recorder:
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def drain(self) -> list[tuple[str, list]]: ...
+
+class Watch:
+    """Whether dicts were changed, or tensors written to or moved, since it was made."""
+
+    def __init__(self, dicts: list[dict], tensors: list[Tensor]) -> None: ...
+    def changed(self) -> bool: ...

@@ -94,7 +94,7 @@ def backend(
     """The function behind `torch.compile(model, backend="lamina")`.
 
     Options: "config", a config or a sequence of them (default: nothing lossy; Int8Dynamic makes linear layers int8);
-    "fallback", "eager" (default) or "inductor", for what is left; "measure", False to take every fusion, and every plan,
+    "fallback", "eager" (default) or "inductor", for what is left; "measure", False to take every fusion and every plan
     without timing it against what it replaces; "plan", False to call the graph's functions one by one, never as a plan
     (`lamina.plan`). Raises ValueError for another option or value.
     """

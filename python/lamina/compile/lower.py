@@ -1,9 +1,8 @@
 """A fused graph to a callable: generated Python over direct calls, with the folded constants as further arguments.
 
-Mostly the graph runs as a plan (`lamina.plan`), one call for all of its steps, where that is faster. Where it is not,
-lamina's ops are called past the dispatcher, which costs more than some of them do: the graph is for the CPU, and nothing
-in it needs a gradient. Only while something looks on (a profiler, a dispatch mode) are they called as ops that it can
-see.
+Where that is faster, the graph runs as a plan (`lamina.plan`), one call for all of its steps. Elsewhere lamina's ops
+are called past the dispatcher, which costs more than some of them do: the graph is for the CPU, and nothing in it needs
+a gradient. Only while something looks on (a profiler, a dispatch mode) are they called as ops that it can see.
 
 A call of the result first checks that the parameters are the ones that constants and plans were made from: same tensor,
 same memory, same version. One that was replaced or written to makes them again.
@@ -65,8 +64,8 @@ class Lowered:
     """Callable on the inputs Dynamo passes; safe to call from several threads at once.
 
     run: takes the graph's inputs and the folded constants; watched: the same over registered ops; static: positions of
-    the inputs that are parameters or buffers; plans: of `run`, if it may run as a plan. `whole`: whether the graph is all
-    there is to its frame, as far as the caller knows.
+    the inputs that are parameters or buffers; plans: of `run`, if it may run as a plan. `whole`: whether the graph is
+    all there is to its frame, as far as the caller knows.
     """
 
     def __init__(
@@ -118,8 +117,11 @@ class Lowered:
 
 
 def lower(captured: Captured, fallback: str, plan: bool = True) -> Callable[..., Any]:
-    """`fallback`: "eager" runs what is left as it is, "inductor" compiles the fused graph with Inductor. `plan`: whether
-    the graph may run as a plan; Inductor's never does."""
+    """A callable for the inputs of a captured graph.
+
+    fallback: "eager" runs what is left as it is, "inductor" compiles the fused graph with Inductor; plan: whether the
+    graph may run as a plan, which Inductor's never does.
+    """
     captured.drop_unused()
     captured.graph.lint()
     captured.module.recompile()
