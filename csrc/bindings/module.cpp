@@ -20,6 +20,7 @@
 #include "ops/int8_lstm.h"
 #include "ops/int8_pool2d.h"
 #include "ops/layer_norm.h"
+#include "ops/linear.h"
 #include "ops/lstm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
@@ -147,6 +148,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_linear_packed_size", &int8_linear_packed_size);
 
   m.def("layer_norm", &layer_norm, no_gil);
+  m.def("linear", &linear, no_gil);
+  m.def("linear_pack", &linear_pack, no_gil);
+  m.def("linear_unpack", &linear_unpack, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("quantize_rows", &quantize_rows, no_gil);
   m.def("sparse_int8_linear", &sparse_int8_linear, no_gil);
