@@ -67,11 +67,16 @@ void copy_rows(const TensorView& x, int64_t first, int64_t rows, float* to) {
   });
 }
 
+// What `rows` rows of a call cost, in rows: reading the weights takes the time of a few.
+int64_t cost_of(int64_t rows) { return std::max(rows, tuning::kLinearLeastRows); }
+
 // Into how many shares the rows are split, the rest of the threads going to panels. Panels first: so each weight is
 // read once, and by the thread that read it at the last call.
-int64_t row_shares(int64_t rows, int64_t panels, int64_t threads) {
+int64_t row_shares(int64_t rows, int64_t channels, int64_t threads) {
+  const int64_t panels = divide_up(channels, kPanel);
   const auto load = [&](int64_t shares) {
-    return divide_up(rows, shares) * divide_up(panels, std::min(panels, threads / shares));
+    const int64_t most = divide_up(panels, std::min(panels, threads / shares));
+    return cost_of(divide_up(rows, shares)) * std::min(channels, most * kPanel);
   };
   int64_t best = 1;
   for (int64_t shares = 2; shares <= std::min(rows, threads); ++shares) {
@@ -83,13 +88,12 @@ int64_t row_shares(int64_t rows, int64_t panels, int64_t threads) {
 // All rows of `all`, which is a call of the kernel, by as many threads as they are worth.
 void multiply(const LinearGemmArgs& all) {
   const auto gemm = linear_gemm_table.get();
-  const int64_t work =
-      std::max(all.rows, tuning::kLinearLeastRows) * all.channels * all.k / tuning::kLinearWorkPerThread;
+  const int64_t work = cost_of(all.rows) * all.channels * all.k / tuning::kLinearWorkPerThread;
   const int64_t threads = work < 2 ? 1 : std::min<int64_t>(work, max_threads());
   if (threads == 1) return gemm(all);
 
   const int64_t panels = divide_up(all.channels, kPanel);
-  const int64_t by_rows = row_shares(all.rows, panels, threads), by_panels = std::min(panels, threads / by_rows);
+  const int64_t by_rows = row_shares(all.rows, all.channels, threads), by_panels = std::min(panels, threads / by_rows);
   parallel_tasks(by_rows * by_panels, [&](int64_t task) {
     const int64_t r = task / by_panels, p = task % by_panels;
     const int64_t row = all.rows * r / by_rows, first = panels * p / by_panels * kPanel;

@@ -14,10 +14,7 @@ constexpr int kWidth = tuning::kLinearPanelChannels;
 constexpr int kMostGroups = kWidth / kPanelLanes;
 
 // Rows of the tallest tile on a panel of so many groups: narrow panels have registers left for more of them.
-constexpr int rows_of(int groups) {
-  if (kWide) return groups == 4 ? 6 : 8;
-  return groups == 4 ? 3 : groups == 3 ? 4 : 6;
-}
+constexpr int rows_of(int groups) { return kWide && groups < 4 ? 8 : 6; }
 
 // Few rows are bound by reading the weights and take two panels at once, two streams for the prefetcher.
 constexpr int kPairRows = kWide ? 3 : 0;
@@ -69,6 +66,15 @@ void finish(const LinearGemmArgs& a, const float* sums, const Block& b) {
   }
 }
 
+// Asks for the lines of a block of a matrix: by the end of the product they are in the second-level cache.
+LAMINA_INLINE void fetch(const EpilogueMatrix& m, const Block& b) {
+  if (!m.data) return;
+  for (int r = 0; r < b.rows; ++r) {
+    const char* row = static_cast<const char*>(m.data) + ((b.row + r) * m.ld + b.first) * m.format;
+    for (int byte = 0; byte < b.channels * m.format; byte += 64) __builtin_prefetch(row + byte);
+  }
+}
+
 // The panels of one block (one, or two whole ones) times all rows.
 LAMINA_INLINE void block(const LinearGemmArgs& a, PanelGemmArgs<float>& product, const TileFunction<float>* tiles,
                          int tallest, int64_t first, int channels, int width) {
@@ -77,11 +83,13 @@ LAMINA_INLINE void block(const LinearGemmArgs& a, PanelGemmArgs<float>& product,
   product.out_row = straight ? a.out.ld : width;
   alignas(64) float sums[kMaxSums];
   for_balanced_tiles(a.rows, tallest, [&](int64_t row, int rows) {
+    const Block b{row, first, rows, channels, width};
+    fetch(a.residual, b);
+    fetch(a.out, b);
     if (straight) {
       return tiles[rows - 1](product, 0, row, static_cast<float*>(a.out.data) + row * a.out.ld + first);
     }
     tiles[rows - 1](product, 0, row, sums);
-    const Block b{row, first, rows, channels, width};
     with_activation(a.activation, [&]<Activation A>() { finish<A>(a, sums, b); });
   });
 }
