@@ -149,6 +149,26 @@ def test_packed_weights_follow_their_parameters():
         assert_exact(fast(x), packed())
 
 
+def test_graphs_share_a_packed_weight(monkeypatch):
+    module, packed = Of(lambda m, x: F.relu(m.fc(x)), **new_weights()).eval(), []
+
+    def pack(weight):
+        packed.append(weight)
+        return lamina.ops.pack_linear_weight(weight)
+
+    monkeypatch.setattr("lamina.compile.fuse.linear.pack_linear_weight", pack)
+    fast = torch.compile(module, backend="lamina", options=EVERY, dynamic=False)
+    with torch.no_grad():
+        for rows in (5, 9):
+            fast(torch.randn(rows, 40))
+        assert len(packed) == 1
+        module.fc.weight.mul_(2.0)
+        for rows in (5, 9):
+            x = torch.randn(rows, 40)
+            torch.testing.assert_close(fast(x), module(x))
+        assert len(packed) == 2
+
+
 def test_gradients_are_eagers():
     module, x = Of(lambda m, x: F.relu(m.fc(x)), **new_weights()), torch.randn(5, 40)
     expected = copy.deepcopy(module)

@@ -54,25 +54,30 @@ def _cpu(
     activation: str,
     residual: Tensor | None = None,
 ) -> Tensor:
+    if x.ndim == 2:  # in as few calls of torch as can be: small layers take less time than one
+        out = x.new_empty(x.size(0), out_features)
+        if residual is not None:
+            residual = _residual_like(out, residual)
+        _C.linear(x, data, bias, activation, residual, out)
+        return out
     if x.ndim == 0:
         raise ValueError("linear: x is a scalar, but must have at least one dimension, [..., K]")
     out = x.new_empty(*x.shape[:-1], out_features)
-    if residual is not None:
-        if residual.shape != out.shape:
-            raise ValueError(
-                f"linear: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
-            )
-        if residual.stride(-1) != 1:
-            residual = residual.contiguous()
-    if x.ndim == 2:
-        _C.linear(x, data, bias, activation, residual, out)
-        return out
     # No reshape(-1, K): torch cannot tell what -1 means when K is 0.
     rows = x.shape[:-1].numel()
     if residual is not None:
-        residual = residual.reshape(rows, out_features)
+        residual = _residual_like(out, residual).reshape(rows, out_features)
     _C.linear(x.reshape(rows, x.shape[-1]), data, bias, activation, residual, out.view(rows, out_features))
     return out
+
+
+def _residual_like(out: Tensor, residual: Tensor) -> Tensor:
+    """The residual with contiguous rows."""
+    if residual.shape != out.shape:
+        raise ValueError(
+            f"linear: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
+        )
+    return residual if residual.stride(-1) == 1 else residual.contiguous()
 
 
 def _fake(
@@ -130,24 +135,6 @@ class _WithGradient(torch.autograd.Function):
         return x_grad, None, bias_grad, None, None, residual_grad
 
 
-def call_linear(
-    x: Tensor,
-    data: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The op on loose tensors, with a gradient where one is asked for; why not by torch.library: see int8_linear."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return _WithGradient.apply(x, data, bias, out_features, activation, residual)
-    return _op(x, data, bias, out_features, activation, residual)
-
-
 def linear(
     x: Tensor,
     packed_weight: PackedLinearWeight,
@@ -176,4 +163,11 @@ def linear(
     >>> y = lamina.ops.linear(x, lamina.ops.pack_linear_weight(linear.weight), linear.bias, activation="relu")
     """
     data, out_features = packed_weight
-    return call_linear(x, data, bias, out_features, activation or "none", residual)
+    # No torch.library autograd, for the reason in int8_linear.
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _WithGradient.apply(x, data, bias, out_features, activation or "none", residual)
+    return _op(x, data, bias, out_features, activation or "none", residual)

@@ -8,6 +8,7 @@ it replaces. Its weight is packed, which is a second copy of it: weights that so
 embedding, a layer that is called twice) stay torch's.
 """
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from lamina.compile.capture import Captured, activation_of, fake, is_tensor, kin
 from lamina.ops.int8_linear import ACTIVATIONS, pack_int8_weight
 from lamina.ops.library import CPU_IMPLEMENTATIONS
 from lamina.ops.linear import pack_linear_weight
+from lamina.ops.packed_cache import PackedCache
 from lamina.reference.int8_linear import ACTIVATIONS as PLAIN_ACTIVATIONS
 
 _FLOAT = torch.ops.lamina.linear.default
@@ -29,6 +31,9 @@ _ARGUMENTS = tuple(argument.name for argument in _op._schema.arguments)
 _DTYPES = (torch.float32, torch.bfloat16)
 # The int8 linear layers: one signature, so that what is said of one holds for the other.
 INT8_LINEARS = ("int8_linear", "sparse_int8_linear")
+
+# The packed weights that graphs hold: a graph for other shapes takes the same.
+_packed: PackedCache[weakref.ref[Tensor]] = PackedCache()
 
 
 def call_int8_linear(captured: Captured, values: dict[str, Any], *, at: fx.Node, op: Any = _op) -> fx.Node:
@@ -163,6 +168,17 @@ class _Layer:
     def pack(self, weight: Tensor) -> tuple[Tensor]:
         return (pack_linear_weight(weight.t() if self.transposed else weight).data,)
 
+    def pack_once(self, weight: Tensor) -> tuple[Tensor]:
+        """The same, or what another graph has of this parameter."""
+        made: list[Tensor] = []
+
+        def pack() -> weakref.ref[Tensor]:
+            made.extend(self.pack(weight))
+            return weakref.ref(made[0])
+
+        known = _packed.get([weight], (tuple(weight.shape), weight.stride(), self.transposed), pack)()
+        return self.pack(weight) if known is None else (known,)
+
 
 def float_linears(captured: Captured) -> None:
     for node in captured.nodes("linear", "addmm"):
@@ -177,7 +193,9 @@ def float_linears(captured: Captured) -> None:
         if not _is_faster(captured, layer):
             captured.left[node] = "torch's own is as fast at this shape"
             continue
-        (data,) = captured.fold([layer.weight], layer.pack)
+        # Not of merged weights: writing to one of the parts does not count as writing to the whole.
+        pack = layer.pack if captured.constant(layer.weight) is None else layer.pack_once
+        (data,) = captured.fold([layer.weight], pack)
         arguments = (layer.x, data, layer.bias, layer.out_features, layer.activation, layer.residual)
         pattern = f"{' + '.join(layer.names)} on a packed copy of its weight"
         captured.replace(layer.root, captured.call(_FLOAT, arguments, at=layer.root), pattern)
