@@ -28,6 +28,7 @@ from lamina.reference.int8_linear import requantize
 from lamina.reference.int8_lstm import int8_lstm as int8_lstm_reference
 from lamina.reference.int8_pool2d import int8_pool2d as int8_pool2d_reference
 from lamina.reference.layer_norm import layer_norm as layer_norm_reference
+from lamina.reference.linear import linear as linear_reference
 from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
@@ -2093,6 +2094,148 @@ def weight_only_linear_backward_suite() -> Suite:
         weight_only_linear_backward_check,
         own_kernel=False,
     )
+
+
+# -- linear
+
+
+def _linear_case(*lead: int, k: int, n: int, residual: torch.dtype | None = None, layout="contiguous", **rest) -> Case:
+    like = _int8_linear_case(*lead, k=k, n=n, layout=layout, residual=residual, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        x, _, _, _, b, activation, *more = like.make(generator)
+        weight = torch.randn(n, k, generator=generator) / max(k, 1) ** 0.25
+        arguments = x, lamina.ops.pack_linear_weight(weight).data, b, n, activation
+        return (*arguments, more[0]) if residual else arguments
+
+    return Case(like.id, make, like.tags)
+
+
+def _linear_cases() -> list[Case]:
+    case = _linear_case
+    f32, bf16 = torch.float32, torch.bfloat16
+    activations = [name for name in tolerances.ACTIVATION_SLOPE if name != "none"]
+    return [
+        case(0, k=8, n=8),
+        case(3, k=0, n=5),
+        case(3, k=0, n=5, residual=f32, activation="relu"),
+        case(3, k=8, n=0),
+        case(2, 0, 3, k=4, n=4),
+        case(1, k=1, n=1, tags="one"),
+        case(1, k=300, n=1, tags="one"),
+        case(7, k=1, n=1, bias=None, tags="one"),
+        case(k=17, n=19, tags="odd"),
+        case(k=17, n=19, residual=f32),
+        case(2, 3, 5, k=24, n=10, dtype=bf16),
+        case(2, 5, k=20, n=9, layout="transposed"),
+        case(2, 3, 4, k=6, n=33, layout="heads_inside"),
+        # Rows: two panels at once up to 3 (AVX-512), tiles of 6 and 8, 3, 4 and 6 (AVX2), and one more or less.
+        *(case(m, k=20, n=150, tags="odd") for m in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13)),
+        *(case(m, k=20, n=n, tags="odd") for m in (6, 7, 8, 9, 17) for n in (10, 20, 40)),
+        # Channels: registers of 4, 8 and 16, panels of 64 and pairs of them.
+        *(
+            case(m, k=20, n=n, tags="odd")
+            for m in (1, 5)
+            for n in (3, 15, 16, 17, 31, 49, 63, 64, 65, 127, 128, 129, 193)
+        ),
+        *(case(m, k=20, n=128, bias=None, tags="odd") for m in (1, 5)),
+        # Inputs: sums of any length, squares of 16 of a copy.
+        *(case(5, k=k, n=21, tags="odd") for k in (2, 3, 15, 16, 17, 31, 33, 129)),
+        *(case(5, k=k, n=21, dtype=bf16, tags="odd") for k in (1, 15, 17, 65)),
+        *(case(m, k=37, n=80, layout=name) for m in (1, 35) for name in ("misaligned", "sliced", "every_third")),
+        *(case(35, k=37, n=41, layout=name) for name in ("transposed", "rows_repeated", "columns_repeated")),
+        *(case(7, k=37, n=41, dtype=bf16, layout=name) for name in ("transposed", "sliced", "every_second")),
+        *(case(5, k=33, n=70, activation=a) for a in activations),
+        *(case(1, k=33, n=130, activation=a, dtype=bf16, bias=bf16) for a in activations),
+        case(5, k=33, n=70, bias=bf16, bias_step=3),
+        *(case(m, k=33, n=n, residual=f32) for m in (1, 7) for n in (70, 128)),
+        case(7, k=33, n=70, residual=bf16, activation="relu"),
+        case(7, k=33, n=70, residual=f32, dtype=bf16, activation="gelu"),
+        case(2, 3, k=24, n=10, residual=f32, bias=None),
+        *(case(7, k=33, n=70, residual=f32, layout=name) for name in ("transposed", "misaligned", "sliced")),
+        # Large enough for several threads, by panels, by rows and by both.
+        case(1, k=1025, n=900, tags="threads odd"),
+        case(600, k=130, n=63, tags="threads odd"),
+        case(131, k=257, n=197, residual=f32, activation="silu", tags="threads"),
+        case(128, k=260, n=64, activation="gelu", dtype=bf16, tags="threads"),
+    ]
+
+
+def _linear_weight(data: Tensor, out_features: int) -> Tensor:
+    return lamina.ops.unpack_linear_weight(lamina.ops.PackedLinearWeight(data, out_features))
+
+
+def linear_truth(x, data, bias, out_features, activation, residual=None) -> Tensor:
+    return linear_reference(x, _linear_weight(data, out_features), bias, activation, residual)
+
+
+def linear_check(actual: Tensor, inputs: tuple) -> None:
+    x, data, bias, out_features, activation, *rest = inputs
+    assert actual.dtype == x.dtype
+    weight = _linear_weight(data, out_features).double()
+    linear = linear_reference(x, weight, bias, "none", *rest)
+    magnitude = x.double().abs() @ weight.abs().T
+    for added in (bias, *rest):
+        if added is not None:
+            magnitude = magnitude + added.double().abs()
+    slope = tolerances.ACTIVATION_SLOPE[activation]
+    tolerances.assert_sum(
+        actual,
+        linear_truth(*inputs),
+        # The products, bias and residual.
+        terms=x.shape[-1] + 2,
+        magnitude=slope * magnitude,
+        extra=tolerances.activation_error(activation, linear),
+        what=activation,
+    )
+
+
+def linear_suite() -> Suite:
+    return Suite("linear", tuple(_linear_cases()), linear_truth, linear_check)
+
+
+# -- linear_backward
+
+
+def _linear_backward_case(*lead: int, k: int, n: int, **rest) -> Case:
+    like = _int8_linear_backward_case(*lead, k=k, n=n, **rest)
+
+    def make(generator: torch.Generator) -> tuple:
+        grad, *_ = like.make(generator)
+        weight = torch.randn(n, k, generator=generator) / max(n, 1) ** 0.5
+        return grad, lamina.ops.pack_linear_weight(weight).data
+
+    return Case(like.id, make, like.tags)
+
+
+def linear_backward_truth(grad, data) -> Tensor:
+    return grad.double() @ _linear_weight(data, grad.shape[-1]).double()
+
+
+def linear_backward_check(actual: Tensor, inputs: tuple) -> None:
+    grad, data = inputs
+    magnitude = grad.double().abs() @ _linear_weight(data, grad.shape[-1]).double().abs()
+    # The weight is rounded to the dtype of grad before the product.
+    rounding = tolerances.eps(grad.dtype) * magnitude
+    tolerances.assert_sum(
+        actual, linear_backward_truth(*inputs), terms=grad.shape[-1], magnitude=magnitude, extra=rounding
+    )
+
+
+def linear_backward_suite() -> Suite:
+    case = _linear_backward_case
+    cases = (
+        case(0, k=8, n=8),
+        case(2, 3, k=0, n=4),
+        case(1, k=1, n=1, tags="one"),
+        case(k=17, n=19, tags="odd"),
+        case(5, k=77, n=67, tags="odd"),
+        case(2, 3, k=24, n=10),
+        case(7, k=37, n=41, dtype=torch.bfloat16),
+        case(7, k=37, n=41, layout="sliced"),
+        case(131, k=197, n=257, tags="threads odd"),
+    )
+    return Suite("linear_backward", cases, linear_backward_truth, linear_backward_check, own_kernel=False)
 
 
 # -- sparse_int8_linear

@@ -78,6 +78,8 @@ LAST_TABLE = {
     ("int8_gru", torch.bfloat16): "rnn_step_int8_table",
     ("int8_lstm", torch.float32): "rnn_step_int8_table",
     ("int8_lstm", torch.bfloat16): "rnn_step_int8_table",
+    ("linear", torch.float32): "linear_gemm_table",
+    ("linear", torch.bfloat16): "linear_gemm_table",
     ("lstm", torch.float32): "rnn_step_f32_table",
     ("lstm", torch.bfloat16): "rnn_step_bf16_table",
     ("rnn_relu", torch.float32): "rnn_step_f32_table",

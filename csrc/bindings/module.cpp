@@ -23,6 +23,7 @@
 #include "ops/int8_lstm.h"
 #include "ops/int8_pool2d.h"
 #include "ops/layer_norm.h"
+#include "ops/linear.h"
 #include "ops/lstm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
@@ -151,6 +152,9 @@ PYBIND11_MODULE(_C, m) {
   define_op(m, "sparse_int8_linear", &sparse_int8_linear);
   define_op(m, "sparse_int8_linear_pack", &sparse_int8_linear_pack);
   define_op(m, "sparse_int8_linear_unpack", &sparse_int8_linear_unpack);
+  define_op(m, "linear", &linear);
+  define_op(m, "linear_pack", &linear_pack);
+  define_op(m, "linear_unpack", &linear_unpack);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
   define_op(m, "sparse_conv2d", &sparse_conv2d);
   define_op(m, "sparse_linear", &sparse_linear);

@@ -36,4 +36,18 @@ const float* float_bias(const char* op, const TensorView& bias, int64_t n, Works
   return copy;
 }
 
+EpilogueMatrix epilogue_matrix(const char* op, const char* what, const TensorView& t, int64_t rows, int64_t n) {
+  check_shape(op, what, t, {rows, n});
+  check(n <= 1 || t.stride(1) == 1, op, "the rows of ", what, " must be contiguous");
+  const auto format = t.dtype == DType::float32    ? EpilogueMatrix::f32
+                      : t.dtype == DType::bfloat16 ? EpilogueMatrix::b16
+                                                   : EpilogueMatrix::int8;
+  return {t.data, t.stride(0), format};
+}
+
+EpilogueMatrix part_of(const EpilogueMatrix& m, int64_t row, int64_t column) {
+  if (!m.data) return m;
+  return {static_cast<char*>(m.data) + (row * m.ld + column) * m.format, m.ld, m.format};
+}
+
 }  // namespace lamina

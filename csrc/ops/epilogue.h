@@ -14,4 +14,10 @@ Activation parse_activation(const char* op, const std::string& name);
 // bias [n] float32 or bfloat16 as contiguous float32; a copy lives in `frame`.
 const float* float_bias(const char* op, const TensorView& bias, int64_t n, WorkspaceFrame& frame);
 
+// A residual or an output [rows, n] whose rows are contiguous; its dtype has been checked.
+EpilogueMatrix epilogue_matrix(const char* op, const char* what, const TensorView& t, int64_t rows, int64_t n);
+
+// The block of a matrix from (row, column) on; nothing stays nothing.
+EpilogueMatrix part_of(const EpilogueMatrix& matrix, int64_t row, int64_t column);
+
 }  // namespace lamina

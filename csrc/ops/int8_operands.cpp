@@ -35,20 +35,6 @@ void add_offset(const TensorView& x, const OffsetCodes& to) {
   });
 }
 
-EpilogueMatrix epilogue_matrix(const char* op, const char* what, const TensorView& t, int64_t rows, int64_t n) {
-  check_shape(op, what, t, {rows, n});
-  check(n <= 1 || t.stride(1) == 1, op, "the rows of ", what, " must be contiguous");
-  const auto format = t.dtype == DType::float32    ? EpilogueMatrix::f32
-                      : t.dtype == DType::bfloat16 ? EpilogueMatrix::b16
-                                                   : EpilogueMatrix::int8;
-  return {t.data, t.stride(0), format};
-}
-
-EpilogueMatrix part_of(const EpilogueMatrix& m, int64_t row, int64_t column) {
-  if (!m.data) return m;
-  return {static_cast<char*>(m.data) + (row * m.ld + column) * m.format, m.ld, m.format};
-}
-
 }  // namespace
 
 void Int8Rows::prepare(int64_t begin, int64_t end, const OffsetCodes& to) const {

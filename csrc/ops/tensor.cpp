@@ -66,8 +66,9 @@ void check_shape(const char* op, const char* what, const TensorView& t, std::ini
     same = same && (size < 0 || t.shape[i] == size);
     ++i;
   }
-  check(same, op, what, " has shape ", shape_text(t.shape, t.ndim), ", but must be ",
-        shape_text(shape.begin(), static_cast<int>(shape.size())));
+  if (same) return;  // the texts below cost more than a small op
+  fail(op, what, " has shape ", shape_text(t.shape, t.ndim), ", but must be ",
+       shape_text(shape.begin(), static_cast<int>(shape.size())));
 }
 
 void check_contiguous(const char* op, const char* what, const TensorView& t) {

@@ -2,8 +2,9 @@
 //
 // With 32 registers of 16 lanes a tile of many rows has up to 24 accumulators: 6 rows x 4 groups, 7 x 3, or 6 x four
 // panels of one group. Up to three rows are bound by reading the weights, not by arithmetic: they take two panels at
-// once, two streams for the processor's prefetcher. Narrower registers cut the 16 lanes of a group into slices: two
-// slices at once for one row (each weight line is read once), one slice for a tile of rows.
+// once, two streams for the processor's prefetcher. Narrower registers cut the 16 lanes of a group into slices. As far
+// as registers allow, a tile has all slices of some groups rather than one slice of all, so that each line of weights
+// is read once: two slices of every group for one row, of two groups for up to three, of one for more.
 #pragma once
 
 #include "cpu/kernels/panel_gemm.h"
@@ -26,16 +27,27 @@ constexpr int tile_panels(int rows, int groups) {
   return kWide && rows <= 3 ? 2 : 1;
 }
 
-// MR rows x NP panels x (S of kSlices slices of each of NG groups), from slice `first` on.
-template <int MR, int NG, int NP, int S, class Weight>
+// Groups of a tile of floats, and slices of each.
+constexpr int tile_groups(int rows, int groups, int panels) {
+  if (kSlices == 1 || rows == 1 || panels > 1 || (groups == 3 && rows <= 4)) return groups;
+  return kSlices == 2 && rows <= 3 && groups % 2 == 0 ? 2 : 1;
+}
+constexpr int tile_slices(int rows, int groups, int panels) {
+  if (kSlices == 1) return 1;
+  if (rows == 1) return 2;
+  if (panels > 1 || (groups == 3 && rows <= 4)) return 1;
+  return rows <= 3 ? 4 / (kSlices == 2 ? 2 : 1) : 2;
+}
+
+// MR rows x NP panels x (S of kSlices slices of each of G of NG groups), from place `first` of a panel's row on.
+template <int MR, int NG, int NP, int G, int S, class Weight>
 LAMINA_INLINE void float_tile(const PanelGemmArgs<Weight>& a, int64_t panel, int64_t row, int first, float* out) {
-  constexpr int kColumns = NP * NG * S, kWidth = NG * kPanelLanes;
-  const auto place = [](int j) { return j / S % NG * kPanelLanes + j % S * F32::lanes; };
-  first *= F32::lanes;
+  constexpr int kColumns = NP * G * S, kWidth = NG * kPanelLanes;
+  const auto place = [](int j) { return j / S % G * kPanelLanes + j % S * F32::lanes; };
   F32 acc[MR][kColumns];
   LAMINA_UNROLL
   for (int j = 0; j < kColumns; ++j) {
-    const F32 start = a.bias ? load(a.bias + (panel + j / (NG * S)) * kWidth + place(j) + first) : zero();
+    const F32 start = a.bias ? load(a.bias + (panel + j / (G * S)) * kWidth + place(j) + first) : zero();
     LAMINA_UNROLL
     for (int r = 0; r < MR; ++r) acc[r][j] = start;
   }
@@ -45,7 +57,7 @@ LAMINA_INLINE void float_tile(const PanelGemmArgs<Weight>& a, int64_t panel, int
   for (int64_t k = 0; k < a.k; ++k, w += kWidth) {
     F32 column[kColumns];
     LAMINA_UNROLL
-    for (int j = 0; j < kColumns; ++j) column[j] = load(w + j / (NG * S) * panel_size + place(j));
+    for (int j = 0; j < kColumns; ++j) column[j] = load(w + j / (G * S) * panel_size + place(j));
     LAMINA_UNROLL
     for (int r = 0; r < MR; ++r) {
       const F32 value = set1(x[r * a.ldx + k]);
@@ -57,7 +69,7 @@ LAMINA_INLINE void float_tile(const PanelGemmArgs<Weight>& a, int64_t panel, int
   for (int r = 0; r < MR; ++r) {
     LAMINA_UNROLL
     for (int j = 0; j < kColumns; ++j) {
-      store(out + j / (NG * S) * a.out_panel + r * a.out_row + place(j) + first, acc[r][j]);
+      store(out + j / (G * S) * a.out_panel + r * a.out_row + place(j) + first, acc[r][j]);
     }
   }
 }
@@ -109,12 +121,18 @@ LAMINA_INLINE void int8_tile(const PanelGemmArgs<int8_t>& a, int64_t panel, int6
 
 template <class Weight, int MR, int NG, int NP>
 __attribute__((noinline)) void tile(const PanelGemmArgs<Weight>& a, int64_t panel, int64_t row, float* out) {
-  constexpr int together = MR == 1 && kSlices > 1 ? 2 : 1;
-  for (int first = 0; first < kSlices; first += together) {
-    if constexpr (PanelGemmArgs<Weight>::is_int8) {
+  if constexpr (PanelGemmArgs<Weight>::is_int8) {
+    constexpr int together = MR == 1 && kSlices > 1 ? 2 : 1;
+    for (int first = 0; first < kSlices; first += together) {
       int8_tile<MR, NG, NP, together>(a, panel, row, first, out);
-    } else {
-      float_tile<MR, NG, NP, together>(a, panel, row, first, out);
+    }
+  } else {
+    constexpr int groups = tile_groups(MR, NG, NP), slices = tile_slices(MR, NG, NP);
+    for (int group = 0; group < NG; group += groups) {
+      for (int slice = 0; slice < kSlices; slice += slices) {
+        const int first = group * kPanelLanes + slice * F32::lanes;
+        float_tile<MR, NG, NP, groups, slices>(a, panel, row, first, out);
+      }
     }
   }
 }

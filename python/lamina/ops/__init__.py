@@ -22,6 +22,7 @@ from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weig
 from lamina.ops.int8_lstm import int8_lstm
 from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, int8_max_pool2d, int8_pool2d
 from lamina.ops.layer_norm import layer_norm
+from lamina.ops.linear import PackedLinearWeight, linear, pack_linear_weight, unpack_linear_weight
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
@@ -55,6 +56,7 @@ __all__ = [
     "PackedInt8ConvTransposeWeight",
     "PackedInt8ConvWeight",
     "PackedInt8Weight",
+    "PackedLinearWeight",
     "PackedSparseInt8Weight",
     "PackedSparseWeight",
     "SparseInfo",
@@ -76,11 +78,13 @@ __all__ = [
     "int8_max_pool2d",
     "int8_pool2d",
     "layer_norm",
+    "linear",
     "lstm",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
     "pack_int8_weight",
+    "pack_linear_weight",
     "pack_sparse_conv_weight",
     "pack_sparse_int8_weight",
     "pack_sparse_weight",
@@ -96,6 +100,7 @@ __all__ = [
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",
     "unpack_int8_weight",
+    "unpack_linear_weight",
     "unpack_sparse_conv_weight",
     "unpack_sparse_int8_weight",
     "unpack_sparse_weight",

@@ -6,7 +6,7 @@ from lamina.compile.fuse.attention import attention
 from lamina.compile.fuse.clean import clean, contiguous
 from lamina.compile.fuse.codes import codes
 from lamina.compile.fuse.conv import convolutions, fold_batch_norms, restore_outputs
-from lamina.compile.fuse.linear import epilogues, join_views, quantize_linears
+from lamina.compile.fuse.linear import epilogues, float_linears, join_views, quantize_linears
 from lamina.compile.fuse.merge import merge, share_quantization
 from lamina.compile.fuse.norm import norms, rms_norms
 from lamina.compile.fuse.precision import bfloat16_attention
@@ -27,6 +27,7 @@ def fuse(captured: Captured, int8: bool = False) -> None:
     codes(captured)
     merge(captured)
     share_quantization(captured)
+    float_linears(captured)
     attention(captured)
     bfloat16_attention(captured)
     norms(captured)
