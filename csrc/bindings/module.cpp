@@ -11,7 +11,10 @@
 #include "ops/attention_decode.h"
 #include "ops/attention_varlen.h"
 #include "ops/checks.h"
+#include "ops/concatenate.h"
 #include "ops/conv2d.h"
+#include "ops/copy.h"
+#include "ops/elementwise.h"
 #include "ops/fingerprint.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
@@ -23,6 +26,7 @@
 #include "ops/lstm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
+#include "ops/pool2d.h"
 #include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
 #include "ops/rnn.h"
@@ -130,6 +134,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d", &conv2d, no_gil);
   m.def("conv2d_packed_size", &conv2d_packed_size);
   m.def("conv2d_pack", &conv2d_pack, no_gil);
+
+  m.def("concatenate", &concatenate, no_gil);
+  m.def("copy", &lamina::copy, no_gil);
+  m.def("elementwise", &elementwise, no_gil);
+  m.def("pool2d", &pool2d, no_gil);
 
   m.def("gru", &gru, no_gil);
 
