@@ -43,8 +43,7 @@ void broadcast_strides(int index, const TensorView& t, const TensorView& out, in
   const int missing = out.ndim - t.ndim;
   bool fits = missing >= 0;
   for (int d = 0; fits && d < t.ndim; ++d) fits = t.shape[d] == 1 || t.shape[d] == out.shape[d + missing];
-  check(fits, kOp, "inputs[", index, "] is ", describe(t), ", but must broadcast to the shape of out, ",
-        describe(out));
+  check(fits, kOp, "inputs[", index, "] is ", describe(t), ", but must broadcast to the shape of out, ", describe(out));
   for (int d = 0; d < out.ndim; ++d) strides[d] = d < missing || t.shape[d - missing] == 1 ? 0 : t.strides[d - missing];
 }
 
@@ -189,8 +188,7 @@ void elementwise(const std::vector<TensorView>& inputs, const std::vector<int64_
     ElementwiseArgs share = args;
     share.begin = begin;
     share.end = end;
-    share.scratch =
-        own.take<float>(size_t(elementwise_scratch(input_count, args.constant_count, args.slots, tile)));
+    share.scratch = own.take<float>(size_t(elementwise_scratch(input_count, args.constant_count, args.slots, tile)));
     kernel(share);
   });
 }

@@ -42,7 +42,8 @@ void pool2d(const TensorView& x, const std::string& kind, const std::vector<int6
     for (int i = 0; i < 2; ++i) {
       check(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0, kOp,
             "kernel, stride and dilation must be positive, but are ", kernel[i], ", ", stride[i], " and ", dilation[i]);
-      check(kind == "max" || dilation[i] == 1, kOp, "dilation is ", dilation[i], ", but goes with the largest values only");
+      check(kind == "max" || dilation[i] == 1, kOp, "dilation is ", dilation[i],
+            ", but goes with the largest values only");
       check(padding[i] >= 0 && padding[i] * 2 <= kernel[i], kOp, "padding is ", padding[i],
             ", but must be at most half of the kernel, ", kernel[i]);
       check(out.size(2 + i) == 0 || (out.size(2 + i) - 1) * stride[i] < x.size(2 + i) + padding[i], kOp, "out has ",

@@ -133,7 +133,9 @@ LAMINA_INLINE void transpose_block(To* to, int64_t to_row, const From* x, int64_
 
 // How wide the squares of a transposition are: a register where there is one, a cache line of the others.
 template <class To, class From>
-constexpr int kSquare = kInRegisters<To>&& kInRegisters<From> ? kLanes : sizeof(From) == 2 ? 8 : 64 / int(sizeof(From));
+constexpr int kSquare = kInRegisters<To> && kInRegisters<From> ? kLanes
+                        : sizeof(From) == 2                    ? 8
+                                                               : 64 / int(sizeof(From));
 
 LAMINA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

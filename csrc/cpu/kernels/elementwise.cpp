@@ -38,8 +38,7 @@ LAMINA_INLINE void map(float* to, const Operand& a, const Operand& b, int64_t n,
   }
 }
 
-#define LAMINA_UNARY(expression) \
-  return map(to, a, n, [](F32 x) __attribute__((always_inline)) { return expression; })
+#define LAMINA_UNARY(expression) return map(to, a, n, [](F32 x) __attribute__((always_inline)) { return expression; })
 #define LAMINA_BINARY(expression) \
   return map(to, a, b, n, [](F32 x, F32 y) __attribute__((always_inline)) { return expression; })
 

@@ -51,9 +51,14 @@ LAMINA_INLINE F32 minimum(F32 a, F32 b) { return select(is_nan(a), a, min(a, b))
 
 // Half to even, for any x; a zero keeps the sign of x.
 LAMINA_INLINE F32 rounded(F32 x) {
-  const F32 a = absolute(x);
-  const F32 r = select(less(a, set1(0x1p22f)), round_even(a), a);
+#if defined(__AVX2__)
+  return round_even(x);
+#else
+  // From 2^23 on, numbers are integers; below, adding it leaves no bits for the fraction.
+  const F32 a = absolute(x), whole = set1(0x1p23f);
+  const F32 r = select(less(a, whole), (a + whole) - whole, a);
   return floats_of(bits_of(r) ^ bits_of(and_bits(x, 0x80000000u)));
+#endif
 }
 
 LAMINA_INLINE F32 floored(F32 x) {
