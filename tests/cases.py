@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lamina
+from lamina.ops.elementwise import elementwise_program, instructions
 from lamina.reference.attention import attention as attention_reference
 from lamina.reference.attention_backward import attention_backward as attention_backward_reference
 from lamina.reference.attention_decode import attention_decode as attention_decode_reference
 from lamina.reference.attention_varlen import attention_varlen as attention_varlen_reference
+from lamina.reference.concatenate import concatenate as concatenate_reference
 from lamina.reference.conv2d import conv2d as conv2d_reference
+from lamina.reference.copy import copy as copy_reference
+from lamina.reference.elementwise import elementwise as elementwise_reference
 from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
 from lamina.reference.int8_conv2d import quantize_images
@@ -30,6 +34,7 @@ from lamina.reference.int8_pool2d import int8_pool2d as int8_pool2d_reference
 from lamina.reference.layer_norm import layer_norm as layer_norm_reference
 from lamina.reference.linear import linear as linear_reference
 from lamina.reference.lstm import lstm as lstm_reference
+from lamina.reference.pool2d import pool2d as pool2d_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 from lamina.reference.rnn_relu import rnn_relu as rnn_relu_reference
@@ -735,6 +740,91 @@ def int8_pool2d_suite() -> Suite:
     return Suite("int8_pool2d", cases, int8_pool2d_truth, int8_pool2d_check)
 
 
+# -- pool2d
+
+
+def _pool2d_case(
+    *shape: int,
+    kind: str,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "first",
+    tags: str = "",
+) -> Case:
+    windows = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    modes = {"ceil_mode": ceil_mode, "count_include_pad": count_include_pad, "divisor": divisor}
+    like = _int8_pool2d_case(*shape, kind=kind, **windows, **modes, layout=layout, tags=tags)
+
+    def make(generator: torch.Generator) -> tuple:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        return IMAGE_LAYOUTS[layout](x), kind, *map(list, windows.values()), *modes.values()
+
+    is_bf16 = dtype is torch.bfloat16
+    return Case(like.id + "-bf16" * is_bf16, make, like.tags | ({"bf16"} if is_bf16 else set()))
+
+
+def pool2d_truth(x: Tensor, *arguments) -> Tensor:
+    return pool2d_reference(x.double(), *arguments)
+
+
+def pool2d_check(actual: Tensor, inputs: tuple) -> None:
+    x, kind, kernel, *rest = inputs
+    truth = pool2d_truth(*inputs)
+    if kind == "max":
+        return tolerances.assert_exact(actual, truth.to(x.dtype))
+    # An adaptive window is two pixels longer than its share at most.
+    shares = [size // max(k, 1) + 2 for size, k in zip(x.shape[-2:], kernel, strict=True)]
+    terms = math.prod(shares if kind == "adaptive_avg" else kernel)
+    tolerances.assert_sum(actual, truth, terms=terms + 1, magnitude=pool2d_truth(x.abs(), kind, kernel, *rest))
+
+
+def pool2d_suite() -> Suite:
+    case, bf16 = _pool2d_case, torch.bfloat16
+    ceil = {"kernel": (3, 2), "stride": (2, 3), "ceil_mode": True}
+    three = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
+    cases = (
+        case(0, 8, 5, 5, kind="max", kernel=(2, 2)),
+        case(1, 1, 1, 1, kind="avg", kernel=(1, 1), tags="one"),
+        case(7, 6, 5, kind="max", **three),
+        case(7, 6, 5, kind="avg", **three, layout="last"),
+        *(
+            case(2, 37, 9, 38, kind=kind, **three, layout=layout, tags="odd")
+            for kind in ("max", "avg")
+            for layout in ("first", "last")
+        ),
+        *(
+            case(2, 131, 9, 8, kind="max", kernel=(2, 3), dilation=(2, 2), padding=(1, 1), layout=layout)
+            for layout in ("first", "last", "turned", "every_second")
+        ),
+        *(
+            case(2, 16, 10, 49, kind=kind, **ceil, padding=(1, 1), layout=layout, dtype=dtype)
+            for kind in ("max", "avg")
+            for layout in ("first", "pixels_apart", "first_sliced")
+            for dtype in (torch.float32, bf16)
+        ),
+        case(2, 5, 9, 8, kind="avg", kernel=(3, 2), padding=(1, 1), count_include_pad=False),
+        case(2, 5, 9, 8, kind="avg", kernel=(3, 2), padding=(1, 1), count_include_pad=False, layout="last"),
+        case(2, 16, 10, 9, kind="avg", **ceil, count_include_pad=False, divisor=5, layout="rows_repeated"),
+        *(
+            case(2, 21, 7, 9, kind="adaptive_avg", kernel=size, layout=layout, tags="odd")
+            for size in ((1, 1), (3, 12))
+            for layout in ("first", "last", "last_sliced")
+        ),
+        case(2, 21, 7, 9, kind="adaptive_avg", kernel=(2, 2), dtype=bf16),
+        case(3, 1, 40, 33, kind="max", kernel=(1, 5), stride=(1, 1), padding=(0, 2), layout="last"),
+        case(3, 200, 23, 21, kind="avg", kernel=(3, 3), stride=(2, 1), tags="threads odd"),
+        case(3, 200, 23, 21, kind="avg", kernel=(3, 3), stride=(2, 1), layout="last", tags="threads odd"),
+        case(3, 64, 43, 41, kind="max", **three, tags="threads odd"),
+    )
+    return Suite("pool2d", cases, pool2d_truth, pool2d_check)
+
+
 # -- quantize_rows
 
 
@@ -1385,6 +1475,302 @@ def attention_backward_suite() -> Suite:
     return Suite(
         "attention_backward", tuple(_attention_backward_cases()), attention_backward_truth, attention_backward_check
     )
+
+
+# -- concatenate
+
+
+def _concatenate_case(
+    *shapes: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    layouts: tuple[str, ...] = (),
+    tags: str = "",
+) -> Case:
+    """layouts: of each tensor; contiguous where there are fewer."""
+
+    def make(generator: torch.Generator) -> tuple:
+        tensors = [_values(shape, dtype, generator) for shape in shapes]
+        return [_laid_out(t, layout) for t, layout in zip(tensors, _all_layouts(shapes, layouts), strict=True)], dim
+
+    names = [
+        "x".join(map(str, shape)) + ("" if layout == "contiguous" else f"_{layout}")
+        for shape, layout in zip(shapes, _all_layouts(shapes, layouts), strict=True)
+    ]
+    words = set(tags.split()) | ({"empty"} if all(0 in shape for shape in shapes) else set())
+    words |= {"strided"} if set(layouts) - {"contiguous", "last"} else set()
+    words |= {"bf16"} if dtype is torch.bfloat16 else set()
+    words |= {"nd"} if len(shapes[0]) != 2 else set()
+    return Case(f"{'-'.join(names)}-dim{dim}-{_dtype_name(dtype)}", make, frozenset(words))
+
+
+def _all_layouts(shapes, layouts: tuple[str, ...]) -> list[str]:
+    return [*layouts, *["contiguous"] * (len(shapes) - len(layouts))]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Numbers that each dtype has a few of, among them halves and zeros."""
+    if dtype is torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (x if dtype.is_floating_point else (40 * x).abs() if dtype is torch.uint8 else 40 * x).to(dtype)
+
+
+def _laid_out(t: Tensor, layout: str) -> Tensor:
+    return IMAGE_LAYOUTS[layout](t) if layout in IMAGE_LAYOUTS and t.ndim >= 3 else LAYOUTS[layout](t)
+
+
+def concatenate_truth(tensors: list[Tensor], dim: int) -> Tensor:
+    return concatenate_reference([t.double() for t in tensors], dim)
+
+
+def concatenate_check(actual: Tensor, inputs: tuple) -> None:
+    tolerances.assert_exact(actual, concatenate_reference(*inputs))
+
+
+def concatenate_suite() -> Suite:
+    case = _concatenate_case
+    images = (2, 5, 7, 6), (2, 3, 7, 6)
+    cases = (
+        case((0, 4), (0, 4), dim=0),
+        case((3, 0), (3, 4), dim=1),
+        case((1,), dim=0, tags="one"),
+        case((3,), (5,), (1,), dim=-1, tags="odd"),
+        case((3, 17), (3, 5), dim=1, tags="odd"),
+        case((3, 17), (2, 17), dim=0, dtype=torch.bfloat16, tags="odd"),
+        *(case(*images, dim=dim, layouts=("last", "last")) for dim in (1, -3)),
+        case((2, 5, 7, 6), (2, 5, 3, 6), dim=2, layouts=("last", "contiguous"), tags="odd"),
+        case(*images, dim=1, layouts=("last_sliced", "turned")),
+        case((2, 5, 4), (2, 5, 7), dim=2, layouts=("every_third", "rows_repeated")),
+        *(
+            case((4, 33), (4, 31), dim=1, dtype=dtype, layouts=("transposed", "sliced"))
+            for dtype in (torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float64)
+        ),
+        case((8, 64, 28, 28), (8, 32, 28, 28), dim=1, tags="threads"),
+        case((8, 64, 28, 28), (8, 32, 28, 28), dim=1, layouts=("last", "last"), tags="threads"),
+    )
+    return Suite("concatenate", cases, concatenate_truth, concatenate_check)
+
+
+# -- copy
+
+
+def _copy_case(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    to: torch.dtype | None = None,
+    layout: str = "contiguous",
+    order: tuple[int, ...] | None = None,
+    out: str = "contiguous",
+    tags: str = "",
+) -> Case:
+    """order: a permutation of what lies in `layout`."""
+
+    def make(generator: torch.Generator) -> tuple:
+        x = _laid_out(_values(shape, dtype, generator), layout)
+        return x if order is None else x.permute(order), to, out
+
+    name = f"{'x'.join(map(str, shape)) or 'scalar'}-{_dtype_name(dtype)}" + (f"-to_{_dtype_name(to)}" if to else "")
+    name += f"-{layout}" if layout != "contiguous" else ""
+    name += f"-order{''.join(map(str, order))}" if order else ""
+    name += f"-{out}" if out != "contiguous" else ""
+    words = set(tags.split()) | ({"empty"} if 0 in shape else set()) | ({"nd"} if len(shape) != 2 else set())
+    words |= {"strided"} if layout not in ("contiguous", "last") or order else set()
+    words |= {"bf16"} if torch.bfloat16 in (dtype, to) else set()
+    return Case(name, make, frozenset(words))
+
+
+def copy_truth(x: Tensor, dtype: torch.dtype | None, layout: str) -> Tensor:
+    return copy_reference(x, torch.float64)
+
+
+def copy_check(actual: Tensor, inputs: tuple) -> None:
+    x, dtype, layout = inputs
+    tolerances.assert_exact(actual, copy_reference(x, dtype))
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert actual.is_contiguous(memory_format=form)
+
+
+def copy_suite() -> Suite:
+    case, bf16 = _copy_case, torch.bfloat16
+    floats = (torch.float32, bf16, torch.float16)
+    sized = (torch.int8, torch.float16, torch.float32, torch.int64)
+    cases = (
+        case(0, 5),
+        case(),
+        case(1, 1, tags="one"),
+        case(3, 17, tags="odd"),
+        case(3, 17, layout="transposed", tags="odd"),
+        case(37, 131, dtype=bf16, layout="transposed", tags="odd"),
+        case(2, 3, 5, layout="every_third", tags="odd"),
+        *(case(67, 83, dtype=dtype, layout="transposed") for dtype in sized),
+        *(case(16, 64, dtype=dtype, order=(1, 0)) for dtype in sized),
+        *(case(5, 7, 9, 11, dtype=dtype, order=order) for dtype in sized for order in ((3, 1, 0, 2), (0, 2, 1, 3))),
+        *(
+            case(7, 40, dtype=dtype, layout=layout)
+            for dtype in (torch.float32, torch.int16)
+            for layout in (
+                "misaligned",
+                "sliced",
+                "every_second",
+                "rows_repeated",
+                "columns_repeated",
+                "batch_repeated",
+            )
+        ),
+        # Heads that are split off and merged.
+        case(2, 9, 3, 20, order=(0, 2, 1, 3)),
+        case(2, 9, 3, 20, order=(0, 2, 3, 1), dtype=bf16),
+        case(2, 9, 3, 320, order=(0, 2, 1, 3)),
+        # Images from one layout to the other.
+        case(2, 19, 7, 9, out="channels_last", tags="odd"),
+        case(2, 3, 20, 33, out="channels_last", dtype=bf16),
+        case(2, 19, 7, 9, layout="last", tags="odd"),
+        case(2, 19, 7, 9, layout="last", out="channels_last"),
+        case(2, 19, 7, 9, layout="last_sliced", to=bf16),
+        case(1, 70, 17, 19, layout="first_sliced", out="channels_last", dtype=bf16, to=torch.float32),
+        *(
+            case(9, 37, dtype=dtype, to=to, layout=layout)
+            for dtype in (*floats, torch.bool)
+            for to in (*floats, torch.bool)
+            for layout in ("contiguous", "transposed")
+            if dtype is not to
+        ),
+        *(case(9, 37, dtype=torch.int8, to=to, layout=layout) for to in floats for layout in ("sliced", "transposed")),
+        *(
+            case(9, 37, dtype=dtype, to=torch.float32, layout=layout)
+            for dtype in (torch.int32, torch.int64)
+            for layout in ("contiguous", "transposed", "every_third")
+        ),
+        case(131, 1777, tags="threads odd"),
+        case(131, 1777, layout="transposed", tags="threads odd"),
+        case(4, 64, 40, 41, out="channels_last", tags="threads"),
+        case(4, 64, 40, 41, layout="last", tags="threads"),
+    )
+    return Suite("copy", cases, copy_truth, copy_check)
+
+
+# -- elementwise
+
+
+def _elementwise_case(
+    what: str,
+    program: list[tuple],
+    *shapes: tuple[int, ...],
+    constants: tuple[float, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    dtypes: tuple[torch.dtype, ...] = (),
+    layouts: tuple[str, ...] = (),
+    tags: str = "",
+) -> Case:
+    """dtype: of the result. dtypes and layouts: of each input; float32 and contiguous where there are fewer."""
+    given = [*dtypes, *[torch.float32] * (len(shapes) - len(dtypes))]
+    forms = _all_layouts(shapes, layouts)
+
+    def make(generator: torch.Generator) -> tuple:
+        tensors = [_values(shape, d, generator) for shape, d in zip(shapes, given, strict=True)]
+        tensors = [_laid_out(t, form) for t, form in zip(tensors, forms, strict=True)]
+        return tensors, list(elementwise_program(program)), list(constants), dtype
+
+    names = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
+    names = [f"{n}_{_dtype_name(d)}" if d is not torch.float32 else n for n, d in zip(names, given, strict=True)]
+    names = [f"{n}_{form}" if form != "contiguous" else n for n, form in zip(names, forms, strict=True)]
+    words = set(tags.split()) | ({"empty"} if any(0 in shape for shape in shapes) else set())
+    words |= {"strided"} if set(layouts) - {"contiguous", "last"} else set()
+    words |= {"bf16"} if torch.bfloat16 in (dtype, *given) else set()
+    words |= {"nd"} if max(map(len, shapes)) != 2 else set()
+    to = f"-to_{_dtype_name(dtype)}" if dtype is not torch.float32 else ""
+    return Case("-".join([what, *names]) + to, make, frozenset(words))
+
+
+def elementwise_truth(inputs: list[Tensor], program: list[int], constants: list[float], dtype: torch.dtype) -> Tensor:
+    return elementwise_reference([t.double() for t in inputs], instructions(program), constants)
+
+
+def elementwise_check(actual: Tensor, inputs: tuple) -> None:
+    tensors, program, constants, dtype = inputs
+    truth = elementwise_truth(*inputs)
+    if dtype is torch.bool:
+        return tolerances.assert_exact(actual, truth != 0)
+    eager = elementwise_reference([t.float() for t in tensors], instructions(program), constants).to(dtype)
+    finite = truth[truth.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    # The programs of the cases do not enlarge what an instruction is off by more than fourfold.
+    floor = tolerances.eps(dtype) * largest
+    floor += 4 * sum(tolerances.instruction_error(name, largest) for name, *_ in instructions(program))
+    tolerances.assert_composite(actual, eager, truth, floor=floor)
+
+
+# Programs that models have between their layers: operands are inputs, then constants, then results.
+_ADD_RELU = [("add", 0, 1), ("relu", 2)]
+_SCALE_SHIFT = [("mul", 0, 1), ("add", 3, 2)]
+_BIAS_GELU_ADD = [("add", 0, 1), ("gelu", 3), ("add", 4, 2)]
+_ROTATE = [("mul", 0, 1), ("mul", 2, 3), ("add", 4, 5)]
+_CENTRE = [("sub", 0, 1), ("mul", 3, 2)]
+_HARDSWISH = [("add", 0, 1), ("maximum", 4, 2), ("minimum", 5, 3), ("mul", 0, 6), ("div", 7, 3)]
+_MASKED = [("where", 0, 1, 2)]
+_BETWEEN = [("ge", 0, 1), ("lt", 0, 2), ("logical_and", 3, 4)]
+_GATED = [("silu", 0), ("mul", 2, 1)]
+_LONG = [
+    *(("mul", 0, 1), ("tanh", 2), ("sigmoid", 0), ("mul", 3, 4)),
+    *(("exp", 2), ("sigmoid", 6), ("add", 5, 7), ("erf", 8)),
+]
+
+
+def elementwise_suite() -> Suite:
+    case, bf16, truth = _elementwise_case, torch.bfloat16, torch.bool
+    bf16s = (bf16,) * 4
+    images, channels = (2, 19, 7, 9), (19, 1, 1)
+    limits = (3.0, 0.0, 6.0)
+    cases = (
+        case("add_relu", _ADD_RELU, (0, 5), (5,)),
+        case("add_relu", _ADD_RELU, (2, 0, 3), (1, 3)),
+        case("add_relu", _ADD_RELU, (), ()),
+        case("add_relu", _ADD_RELU, (1, 1), (1,), tags="one"),
+        case("add_relu", _ADD_RELU, (3, 17), (3, 17), tags="odd"),
+        case("scale_shift", _SCALE_SHIFT, (5, 37), (37,), (5, 1), tags="odd"),
+        case("bias_gelu_add", _BIAS_GELU_ADD, (3, 131), (131,), (3, 131), dtypes=bf16s[:3], dtype=bf16, tags="odd"),
+        case("centre", _CENTRE, (7, 61), (7, 1), (7, 1), tags="odd"),
+        case("hardswish", _HARDSWISH, (5, 67), constants=limits, tags="odd"),
+        case("between", _BETWEEN, (5, 67), (67,), (), dtype=truth, tags="odd"),
+        # Tiles: one and several, whole and not, of rows that are shorter and longer.
+        *(case("add_relu", _ADD_RELU, (n,), (n,)) for n in (15, 16, 17, 1023, 1024, 1025, 5000)),
+        *(case("scale_shift", _SCALE_SHIFT, (m, n), (n,), (n,)) for m, n in ((1030, 1), (517, 3), (40, 64), (3, 1500))),
+        *(case("scale_shift", _SCALE_SHIFT, (m, n), (m, 1), (1, 1)) for m, n in ((517, 3), (40, 64), (3, 1500))),
+        case("scale_shift", _SCALE_SHIFT, (3, 1, 5, 1, 7), (2, 1, 6, 1), (1, 1, 1, 1)),
+        case("scale_shift", _SCALE_SHIFT, (2, 3, 4, 5, 6, 2), (3, 1, 5, 1, 2), (2, 1, 4, 1, 6, 1)),
+        # Images: a bias of each channel in both layouts, layouts that differ.
+        *(
+            case("scale_shift", _SCALE_SHIFT, images, channels, channels, layouts=(form,))
+            for form in ("contiguous", "last")
+        ),
+        case("add_relu", _ADD_RELU, images, images, layouts=("last", "last")),
+        case("add_relu", _ADD_RELU, images, images, layouts=("last", "contiguous")),
+        case("add_relu", _ADD_RELU, images, images, layouts=("contiguous", "last"), dtypes=bf16s[:2], dtype=bf16),
+        case("add_relu", _ADD_RELU, channels, images, layouts=("contiguous", "last_sliced")),
+        *(
+            case("rotate", _ROTATE, *[(2, 9, 40)] * 4, layouts=(form, "contiguous", form), dtypes=d)
+            for form in ("transposed", "misaligned", "sliced", "every_third", "rows_repeated", "columns_repeated")
+            for d in ((), bf16s)
+        ),
+        case("masked", _MASKED, (4, 1, 33), (2, 4, 5, 33), (), dtypes=(truth,)),
+        case("masked", _MASKED, (5, 33), (), (5, 33), dtypes=(truth, bf16, bf16), dtype=bf16, layouts=("transposed",)),
+        case("masked", _MASKED, (5, 33), (33,), (5, 1), dtypes=(truth, truth, truth), dtype=truth),
+        case("between", _BETWEEN, (2, 5, 33), (33,), (5, 1), dtype=truth, dtypes=(bf16,), layouts=("every_second",)),
+        case("not", [("logical_not", 0)], (3, 40), dtype=truth, layouts=("sliced",)),
+        case("gated", _GATED, (6, 200), (6, 200), dtypes=bf16s[:2], dtype=bf16, layouts=("sliced", "sliced")),
+        case("gated", _GATED, (6, 200), (6, 200), dtypes=(bf16,), dtype=torch.float32),
+        case("long", _LONG, (5, 333), (333,)),
+        case("scale_shift", _SCALE_SHIFT, (131, 1777), (1777,), (1777,), tags="threads odd"),
+        case("bias_gelu_add", _BIAS_GELU_ADD, (128, 768), (768,), (128, 768), tags="threads"),
+        case("scale_shift", _SCALE_SHIFT, (4, 70, 33, 31), (70, 1, 1), (70, 1, 1), layouts=("last",), tags="threads"),
+        case("add_relu", _ADD_RELU, (4, 70, 33, 31), (4, 70, 33, 31), layouts=("last",), tags="threads"),
+    )
+    return Suite("elementwise", cases, elementwise_truth, elementwise_check)
 
 
 # -- conv2d

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import PAIRS, SUITES
-from test_every_op import assert_same
+from test_every_op import assert_same, first_tensor
 from tolerances import assert_exact
 
 import lamina
@@ -45,6 +45,12 @@ def expected_isa(table: str, active: str) -> str:
 
 OWN = [pair for pair in PAIRS if pair[0].own_kernel]
 OWN_SUITES = {op: suite for op, suite in SUITES.items() if suite.own_kernel}
+
+# What is copied as bytes.
+ANY_DTYPE = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool),
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+)
 
 # The table whose kernel each op looks up last, by the dtype of its first input.
 LAST_TABLE = {
@@ -99,6 +105,12 @@ LAST_TABLE = {
     ("layer_norm", torch.bfloat16): "norm_rows_bf16_table",
     ("rms_norm", torch.float32): "norm_rows_f32_table",
     ("rms_norm", torch.bfloat16): "norm_rows_bf16_table",
+    ("elementwise", torch.float32): "elementwise_table",
+    ("elementwise", torch.bfloat16): "elementwise_table",
+    ("elementwise", torch.bool): "elementwise_table",
+    ("pool2d", torch.float32): "pool_table",
+    ("pool2d", torch.bfloat16): "pool_table",
+    **{(op, dtype): "copy_table" for op in ("copy", "concatenate") for dtype in ANY_DTYPE},
 }
 
 
@@ -137,7 +149,7 @@ def test_matches_float64(suite, case, isa, seed):
         ran = _C.last_isa()
     suite.check(actual, inputs)
     if not case.tags & {"empty"}:
-        assert ran == expected_isa(LAST_TABLE[suite.op, inputs[0].dtype], isa)
+        assert ran == expected_isa(LAST_TABLE[suite.op, first_tensor(inputs).dtype], isa)
 
 
 @pytest.mark.parametrize("suite", OWN_SUITES.values(), ids=OWN_SUITES)

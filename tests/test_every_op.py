@@ -36,6 +36,11 @@ def op_of(suite) -> torch._ops.OpOverload:
     return getattr(torch.ops.lamina, suite.op).default
 
 
+def first_tensor(inputs: tuple) -> torch.Tensor:
+    """An op's first argument is a tensor or a list of them."""
+    return tree_leaves(inputs)[0]
+
+
 def outputs(result) -> tuple[torch.Tensor, ...]:
     """An op gives one tensor or several."""
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
@@ -68,7 +73,7 @@ def test_cases_repeat():
         case = suite.cases[-1]
         for first, second in zip(tree_leaves(case.inputs(5)), tree_leaves(case.inputs(5)), strict=True):
             assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
-        assert not torch.equal(case.inputs(5)[0], case.inputs(6)[0])
+        assert not torch.equal(first_tensor(case.inputs(5)), first_tensor(case.inputs(6)))
 
 
 @every_case
@@ -221,8 +226,8 @@ def test_a_function_transform_does_not_need_autograd(suite):
     plain = op_of(suite)(*inputs)
     with torch.inference_mode():
         assert_same(op_of(suite)(*inputs), plain)
-    if inputs[0].is_floating_point():
-        inputs[0].requires_grad_()
+    if first_tensor(inputs).is_floating_point():
+        first_tensor(inputs).requires_grad_()
     with torch.no_grad():
         quiet = op_of(suite)(*inputs)
     assert not any(output.requires_grad for output in outputs(quiet))

@@ -62,6 +62,29 @@ ACTIVATION_SLOPE = {
     "tanh": 1.0,
 }
 
+# |actual - truth| <= absolute + relative * |truth| of the instructions of elementwise in float32, csrc/cpu/vec/
+# functions.h; what is not here is torch's arithmetic, rounded once. The activations that kernels fuse stand above.
+INSTRUCTION_ERROR = {
+    "exp": (2.0**-126, 2.5e-7),
+    "log": (0.0, 3e-7),
+    "sin": (2e-7, 0.0),
+    "cos": (2e-7, 0.0),
+    "erf": (0.0, 4e-7),
+    "pow": (0.0, 5e-7),
+    "sigmoid": (2.0**-126, 3e-7),
+    "tanh": (0.0, 2.5e-7),
+    "rsqrt": (0.0, 1.5 * EPS_ACC),
+    "cube": (0.0, EPS_ACC),
+    **{name: ACTIVATION_ERROR[name] for name in ("gelu", "gelu_tanh", "silu", "hardswish")},
+}
+
+
+def instruction_error(name: str, largest: float) -> float:
+    """The most that an instruction whose result (of an activation: argument) is up to `largest` is off by."""
+    absolute, relative = INSTRUCTION_ERROR.get(name, (0.0, 0.0))
+    return absolute + relative * largest
+
+
 # Signal-to-quantization-noise ratios that int8 must reach. A uniform quantizer of b bits over [-a, a] has noise
 # (2a / 2^b)^2 / 12. For normal data and a = max of a row of 64 to 4096 values, a is 2.5 to 3.9 standard deviations: 39
 # to 43 dB for one operand, 3 dB less for a product of two. One Linear keeps 35 dB; a model of a dozen layers in a row
@@ -226,6 +249,18 @@ def assert_activation(actual: Tensor, x64: Tensor, truth64: Tensor, name: str) -
     """`actual` = activation `name` of exactly `x64`, within the documented bound and one rounding."""
     tolerance = activation_error(name, x64) + eps(actual.dtype) * truth64.abs().nan_to_num(0.0, 0.0, 0.0)
     _assert_within(actual, truth64, tolerance, name)
+
+
+def assert_instruction(actual: Tensor, name: str, x64: Tensor, truth64: Tensor) -> None:
+    """`actual` = instruction `name` of elementwise, in float32, of exactly `x64`: within its bound and one rounding."""
+    rounded = truth64.float().double()  # beyond the range of float32 the truth is infinite
+    if name in ACTIVATION_ERROR:
+        # As the kernels that fuse them have it, an activation of -inf is 0.
+        assert_activation(actual, x64, rounded.where(x64 != -math.inf, actual.double()), name)
+        return
+    absolute, relative = INSTRUCTION_ERROR[name]
+    size = truth64.abs().where(rounded.isfinite(), torch.zeros_like(truth64))
+    _assert_within(actual, rounded, absolute + (relative + EPS_ACC) * size + 2.0**-126, name)
 
 
 def activation_error(name: str, x64: Tensor) -> Tensor:

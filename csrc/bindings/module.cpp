@@ -14,7 +14,10 @@
 #include "ops/attention_decode.h"
 #include "ops/attention_varlen.h"
 #include "ops/checks.h"
+#include "ops/concatenate.h"
 #include "ops/conv2d.h"
+#include "ops/copy.h"
+#include "ops/elementwise.h"
 #include "ops/fingerprint.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
@@ -27,6 +30,7 @@
 #include "ops/lstm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
+#include "ops/pool2d.h"
 #include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
 #include "ops/rnn.h"
@@ -132,6 +136,10 @@ PYBIND11_MODULE(_C, m) {
   define_op(m, "conv2d_pack", &conv2d_pack);
 
   define_op(m, "gru", &gru);
+  define_op(m, "concatenate", &concatenate);
+  m.def("copy", &lamina::copy, no_gil);
+  define_op(m, "elementwise", &elementwise);
+  define_op(m, "pool2d", &pool2d);
 
   define_op(m, "int8_conv2d", &int8_conv2d);
   define_op(m, "int8_conv2d_pack", &int8_conv2d_pack);

@@ -32,6 +32,23 @@ const char* dtype_name(DType dtype) {
   return "an unsupported dtype";
 }
 
+int dtype_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::int8:
+    case DType::uint8:
+    case DType::boolean: return 1;
+    case DType::float16:
+    case DType::bfloat16:
+    case DType::int16: return 2;
+    case DType::float32:
+    case DType::int32: return 4;
+    case DType::float64:
+    case DType::int64: return 8;
+    case DType::other: break;
+  }
+  return 0;
+}
+
 int64_t TensorView::numel() const {
   int64_t n = 1;
   for (int i = 0; i < ndim; ++i) n *= shape[i];

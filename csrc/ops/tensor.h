@@ -11,6 +11,8 @@ namespace lamina {
 enum class DType : uint8_t { float32, float64, float16, bfloat16, int8, uint8, int16, int32, int64, boolean, other };
 
 const char* dtype_name(DType dtype);
+// Bytes of an element; 0 for DType::other.
+int dtype_bytes(DType dtype);
 
 struct TensorView {
   void* data = nullptr;

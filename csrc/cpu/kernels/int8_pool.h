@@ -2,16 +2,9 @@
 #pragma once
 
 #include "cpu/kernels/int8_conv.h"
+#include "cpu/kernels/pool_window.h"
 
 namespace lamina {
-
-// The window of one output coordinate, outside of which nothing is read: input coordinates first, first + step, ...,
-// and over how many the mean is taken.
-struct PoolWindow {
-  int64_t first;
-  int count;
-  int divisor;
-};
 
 struct Int8PoolArgs {
   ConvImages x;  // int8

@@ -4,7 +4,10 @@ from lamina.ops.attention import attention
 from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
+from lamina.ops.concatenate import concatenate
 from lamina.ops.conv2d import conv2d
+from lamina.ops.copy import copy
+from lamina.ops.elementwise import elementwise, elementwise_program
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -24,6 +27,15 @@ from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, in
 from lamina.ops.layer_norm import layer_norm
 from lamina.ops.linear import PackedLinearWeight, linear, pack_linear_weight, unpack_linear_weight
 from lamina.ops.lstm import lstm
+from lamina.ops.pool2d import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    max_pool1d,
+    max_pool2d,
+    pool2d,
+)
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
 from lamina.ops.rnn_relu import rnn_relu
@@ -60,12 +72,20 @@ __all__ = [
     "PackedSparseInt8Weight",
     "PackedSparseWeight",
     "SparseInfo",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
     "append_to_cache_",
     "attention",
     "attention_backward",
     "attention_decode",
     "attention_varlen",
+    "avg_pool1d",
+    "avg_pool2d",
+    "concatenate",
     "conv2d",
+    "copy",
+    "elementwise",
+    "elementwise_program",
     "gru",
     "int8_adaptive_avg_pool2d",
     "int8_avg_pool2d",
@@ -80,6 +100,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "lstm",
+    "max_pool1d",
+    "max_pool2d",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
@@ -88,6 +110,7 @@ __all__ = [
     "pack_sparse_conv_weight",
     "pack_sparse_int8_weight",
     "pack_sparse_weight",
+    "pool2d",
     "quantize_rows",
     "rms_norm",
     "rnn_relu",
