@@ -137,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
 
   define_op(m, "gru", &gru);
   define_op(m, "concatenate", &concatenate);
-  m.def("copy", &lamina::copy, no_gil);
+  define_op(m, "copy", &lamina::copy);
   define_op(m, "elementwise", &elementwise);
   define_op(m, "pool2d", &pool2d);
 

@@ -1,5 +1,7 @@
 #include "bindings/recorder.h"
 
+#include <pybind11/stl.h>
+
 namespace py = pybind11;
 
 namespace lamina {

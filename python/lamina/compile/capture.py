@@ -543,6 +543,7 @@ def where(node: fx.Node) -> str:
     for old, new in (
         ("L['self']", ""),
         ("L['fn']", ""),
+        ("L['call'].__self__", ""),
         ("._modules['", "."),
         ("['", "."),
         ("']", ""),

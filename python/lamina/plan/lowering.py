@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lamina import ops
-from lamina.ops.linear import PackedLinearWeight, call_linear, pack_linear_weight
+from lamina.ops.attention import MAX_HEAD_SIZE
+from lamina.ops.linear import PackedLinearWeight, pack_linear_weight
 from lamina.ops.packed_cache import PackedCache
 
 _aten = torch.ops.aten
@@ -65,7 +66,7 @@ def _linear(live: Live, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         return NotImplemented
     form = (tuple(weight.shape), weight.stride(), weight.dtype)
     packed = _linear_weights.get([weight], form, lambda: pack_linear_weight(weight))
-    return call_linear(x, packed.data, bias, packed.out_features, "none")
+    return ops.linear(x, packed, bias)
 
 
 @_lowers(_aten.convolution.default)
@@ -90,6 +91,23 @@ def _convolution(
     stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     y = ops.conv2d(input.unsqueeze(2), weight.unsqueeze(2), bias, stride, padding, dilation, groups)
     return y.squeeze(2)
+
+
+@_lowers(_aten._scaled_dot_product_flash_attention_for_cpu.default)
+def _attention(
+    live: Live,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    if dropout_p or not _is_float(query, key, value) or query.shape[-1] > MAX_HEAD_SIZE:
+        return NotImplemented
+    return _with_unused(ops.attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale), 1)
 
 
 # -- norms, softmax, sums
