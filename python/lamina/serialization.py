@@ -95,7 +95,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     header, tensors = _open(path)
     if not isinstance(header.get("values"), dict):
-        raise FormatError(f"{path.name} was not written by lamina.serialization.save_tensors")
+        raise FormatError(f"{path.name} is a model that lamina.save wrote; lamina.load_ reads it")
     return tensors, header["values"]
 
 

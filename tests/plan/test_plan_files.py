@@ -100,7 +100,7 @@ def test_loading_needs_neither_the_model_nor_a_compiler(saved, x, tmp_path):
 
 def test_a_model_file_is_no_plan(model, tmp_path):
     lamina.save(model, tmp_path / "m")
-    with pytest.raises(lamina.FormatError, match=r"is no plan; lamina\.load_ reads models"):
+    with pytest.raises(lamina.FormatError, match=r"is a model that lamina\.save wrote; lamina\.load_ reads it"):
         lamina.load_plan(tmp_path / "m")
 
 

@@ -45,7 +45,7 @@ def write(
 def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any]]:
     tensors, values = load_tensors(path)
     if "plan" not in values:
-        raise FormatError(f"{path.name} is no plan; lamina.load_ reads models that lamina.save wrote")
+        raise FormatError(f"{path.name} is no plan that Plan.save wrote")
     if values["plan"] != VERSION:
         raise FormatError(f"{path.name} is a plan of version {values['plan']}, but this lamina reads {VERSION}")
     try:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from lamina import _C
 from lamina.compile import compile_
 from lamina.compile.lower import Lowered, recorded
-from lamina.errors import PlanError
+from lamina.errors import FormatError, PlanError
 from lamina.plan.describe import Profile, coverage, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program
+from lamina.plan.record import Refused
 from lamina.plan.structure import build, form_of, named_tensors
 from lamina.running import ExampleInputs, copied
 
@@ -139,7 +140,7 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
     before = model._compiled_call_impl
     with torch.inference_mode(False), torch.no_grad():
         try:
-            compile_(model, copied(example_inputs), options=options)
+            compile_(model, copied(example_inputs), options=options, dynamic=False)
             inputs = copied(arguments)
             with recorded() as calls:
                 result = model(**inputs) if isinstance(example_inputs, Mapping) else model(*inputs.values())
@@ -156,7 +157,11 @@ def load_plan(path: str | Path) -> Plan:
     >>> plan = lamina.load_plan("model.plan.safetensors"); y = plan(x)
     """
     recording, inputs, order, form = read(Path(path))
-    return Plan(Program(recording, _C.ArenaPool()), [PlanInput(*i) for i in inputs], order, form)
+    try:
+        program = Program(recording, _C.ArenaPool())
+    except Refused as refusal:
+        raise FormatError(f"{Path(path).name} is a damaged plan: {refusal}") from refusal
+    return Plan(program, [PlanInput(*i) for i in inputs], order, form)
 
 
 def _plan_of(

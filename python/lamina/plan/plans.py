@@ -4,6 +4,7 @@ import logging
 import operator
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,11 @@ class Plans:
         except Refused as refusal:
             _log.info("no plan: %s", refusal)
             return Specialized(guard, None, str(refusal))
+        except Exception as failure:  # a graph that is misread is no reason to stop somebody's model
+            reason = f"recording it failed: {type(failure).__name__}: {failure}"
+            warnings.warn(f"lamina: {reason}; the graph runs without a plan", stacklevel=2)
+            _log.info("recording failed", exc_info=True)
+            return Specialized(guard, None, reason)
         return Specialized(guard, program, "")
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from lamina import _C
 from lamina.plan.memory import Need, layout
-from lamina.plan.record import Buffer, Recording, Ref, Step, TorchCall
+from lamina.plan.record import Buffer, Recording, Ref, Refused, Step, TorchCall
 
 _DTYPE_NAMES = {
     dtype: str(dtype).removeprefix("torch.")
@@ -168,6 +168,8 @@ class Program:
 
         def operand(ref: Ref) -> Any:
             number, offset = place[ref.buffer]
+            if ref.dtype not in _DTYPE_NAMES:
+                raise Refused(f"a tensor is {ref.dtype}, which no op of lamina takes")
             return _C.Operand(number, offset + ref.offset, _DTYPE_NAMES[ref.dtype], ref.shape, ref.strides)
 
         plan = _C.Plan(
