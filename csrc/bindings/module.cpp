@@ -12,7 +12,9 @@
 #include "ops/attention_varlen.h"
 #include "ops/checks.h"
 #include "ops/conv2d.h"
+#include "ops/embedding.h"
 #include "ops/fingerprint.h"
+#include "ops/group_norm.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
@@ -24,10 +26,12 @@
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
 #include "ops/quantize_rows.h"
+#include "ops/reduce.h"
 #include "ops/rms_norm.h"
 #include "ops/rnn.h"
 #include "ops/rnn_relu.h"
 #include "ops/rnn_tanh.h"
+#include "ops/softmax.h"
 #include "ops/sparse_conv2d.h"
 #include "ops/sparse_int8_linear.h"
 #include "ops/sparse_linear.h"
@@ -131,6 +135,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_packed_size", &conv2d_packed_size);
   m.def("conv2d_pack", &conv2d_pack, no_gil);
 
+  m.def("embedding", &embedding, no_gil);
+
+  m.def("group_norm", &group_norm, no_gil);
+
   m.def("gru", &gru, no_gil);
 
   m.def("int8_conv2d", &int8_conv2d, no_gil);
@@ -149,6 +157,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm", &layer_norm, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("quantize_rows", &quantize_rows, no_gil);
+  m.def("reduce", &reduce, no_gil);
+  m.def("softmax", &softmax, no_gil);
   m.def("sparse_int8_linear", &sparse_int8_linear, no_gil);
   m.def("sparse_int8_linear_pack", &sparse_int8_linear_pack, no_gil);
   m.def("sparse_int8_linear_unpack", &sparse_int8_linear_unpack, no_gil);

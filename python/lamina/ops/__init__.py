@@ -5,6 +5,8 @@ from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
 from lamina.ops.conv2d import conv2d
+from lamina.ops.embedding import embedding
+from lamina.ops.group_norm import group_norm
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -24,9 +26,11 @@ from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, in
 from lamina.ops.layer_norm import layer_norm
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
+from lamina.ops.reduce import reduce
 from lamina.ops.rms_norm import rms_norm
 from lamina.ops.rnn_relu import rnn_relu
 from lamina.ops.rnn_tanh import rnn_tanh
+from lamina.ops.softmax import softmax
 from lamina.ops.sparse_conv2d import pack_sparse_conv_weight, sparse_conv2d, unpack_sparse_conv_weight
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
@@ -64,6 +68,8 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "conv2d",
+    "embedding",
+    "group_norm",
     "gru",
     "int8_adaptive_avg_pool2d",
     "int8_avg_pool2d",
@@ -85,9 +91,11 @@ __all__ = [
     "pack_sparse_int8_weight",
     "pack_sparse_weight",
     "quantize_rows",
+    "reduce",
     "rms_norm",
     "rnn_relu",
     "rnn_tanh",
+    "softmax",
     "sparse_conv2d",
     "sparse_info",
     "sparse_int8_linear",
