@@ -23,6 +23,8 @@ from lamina.reference.concatenate import concatenate as concatenate_reference
 from lamina.reference.conv2d import conv2d as conv2d_reference
 from lamina.reference.copy import copy as copy_reference
 from lamina.reference.elementwise import elementwise as elementwise_reference
+from lamina.reference.embedding import embedding as embedding_reference
+from lamina.reference.group_norm import group_norm as group_norm_reference
 from lamina.reference.gru import gru as gru_reference
 from lamina.reference.int8_conv2d import int8_conv2d as int8_conv2d_reference
 from lamina.reference.int8_conv2d import quantize_images
@@ -36,9 +38,12 @@ from lamina.reference.linear import linear as linear_reference
 from lamina.reference.lstm import lstm as lstm_reference
 from lamina.reference.pool2d import pool2d as pool2d_reference
 from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
+from lamina.reference.reduce import REDUCTIONS
+from lamina.reference.reduce import reduce as reduce_reference
 from lamina.reference.rms_norm import rms_norm as rms_norm_reference
 from lamina.reference.rnn_relu import rnn_relu as rnn_relu_reference
 from lamina.reference.rnn_tanh import rnn_tanh as rnn_tanh_reference
+from lamina.reference.softmax import softmax as softmax_reference
 from lamina.reference.sparse_conv2d import sparse_conv2d as sparse_conv2d_reference
 from lamina.reference.sparse_linear import sparse_linear as sparse_linear_reference
 from lamina.reference.weight_only_linear import dequantize
@@ -2979,6 +2984,306 @@ def sparse_conv2d_suite() -> Suite:
         _sparse_conv2d_image(),
     )
     return Suite("sparse_conv2d", cases, sparse_conv2d_truth, sparse_conv2d_check)
+
+
+# -- softmax, reduce, group_norm, embedding
+
+
+def _plain_tags(shape: tuple[int, ...], dtype: torch.dtype, layout: str, tags: str) -> frozenset[str]:
+    words = set(tags.split())
+    words |= {"empty"} if 0 in shape else set()
+    words |= {"strided"} if layout not in ("contiguous", "first", "last") else set()
+    words |= {"bf16"} if dtype is torch.bfloat16 else set()
+    return frozenset(words | ({"nd"} if len(shape) != 2 else set()))
+
+
+def _softmax_case(
+    *shape: int,
+    dim: int = -1,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    to: torch.dtype | None = None,
+    scale: float = 3.0,
+    tags: str = "",
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        return LAYOUTS[layout]((scale * torch.randn(shape, generator=generator)).to(dtype)), dim, to
+
+    name = f"{'x'.join(map(str, shape))}-dim{dim}-{_short(dtype)}"
+    name += f"-{layout}" if layout != "contiguous" else ""
+    name += (f"-to_{_short(to)}" if to else "") + (f"-scale{scale:g}" if scale != 3.0 else "")
+    return Case(name, make, _plain_tags(shape, dtype, layout, tags))
+
+
+def softmax_truth(x, dim, dtype) -> Tensor:
+    return torch.softmax(x.double(), dim) if x.numel() == 0 else softmax_reference(x.double(), dim)
+
+
+def softmax_check(actual: Tensor, inputs: tuple) -> None:
+    x, dim, dtype = inputs
+    assert actual.dtype == dtype or (dtype is None and actual.dtype == x.dtype)
+    assert actual.is_contiguous()
+    eager = torch.softmax(x.float(), dim).to(actual.dtype)
+    tolerances.assert_composite(actual, eager, softmax_truth(*inputs))
+
+
+def softmax_suite() -> Suite:
+    case, bf16 = _softmax_case, torch.bfloat16
+    cases = (
+        case(0, 5),
+        case(5, 0),
+        case(2, 0, 3, dim=0),
+        case(1, 1, tags="one"),
+        case(dim=0),
+        case(7, 1, dim=1, tags="one"),
+        # Registers of 4, 8 and 16, two chains of them, blocks of 2048.
+        *(case(3, n, tags="odd") for n in (2, 3, 7, 15, 16, 17, 31, 33, 64, 67, 128, 2047, 2049, 9001)),
+        *(case(4, n, dtype=bf16, tags="odd") for n in (3, 17, 67, 2049)),
+        case(3, 67, scale=30.0),
+        case(3, 67, scale=1e30),
+        case(300, 40, scale=1e-3),
+        case(3, 67, to=bf16),
+        case(3, 67, dtype=bf16, to=torch.float32),
+        # Columns: of images, of tokens, fewer and more than a register has lanes, and of 16 more.
+        *(case(3, 5, n, dim=1, tags="odd") for n in (1, 2, 7, 15, 17, 33)),
+        *(case(n, 19, dim=0) for n in (2, 15, 16, 17, 65)),
+        case(2, 21, 5, 7, dim=-3),
+        case(2, 21, 5, 7, dim=-3, dtype=bf16),
+        case(2, 21, 5, 7, dim=1, layout="transposed", to=bf16),
+        case(2, 3, 17, 12, dim=-1, layout="heads_inside"),
+        *(case(9, 23, layout=name) for name in ("transposed", "misaligned", "sliced", "every_second")),
+        *(case(9, 23, dim=0, layout=name) for name in ("transposed", "sliced", "every_third", "rows_repeated")),
+        *(case(9, 23, layout=name, dtype=bf16) for name in ("transposed", "columns_repeated")),
+        case(2, 4, 33, 129, tags="threads odd"),
+        case(400, 130, dim=0, tags="threads"),
+        case(400, 130, layout="every_second", dtype=bf16, tags="threads"),
+    )
+    return Suite("softmax", cases, softmax_truth, softmax_check)
+
+
+def _reduce_case(
+    *shape: int,
+    dims: tuple[int, ...] = (-1,),
+    how: str = "mean",
+    keepdim: bool = False,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    tags: str = "",
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        # Beside zero, so that the signal of a mean does not vanish.
+        x = (0.5 + torch.randn(shape, generator=generator)).to(dtype)
+        return (LAYOUTS | IMAGE_LAYOUTS)[layout](x), list(dims), keepdim, how
+
+    name = f"{how}-{'x'.join(map(str, shape))}-dims{'_'.join(map(str, dims))}-{_short(dtype)}"
+    name += "-keepdim" * keepdim + (f"-{layout}" if layout != "contiguous" else "")
+    return Case(name, make, _plain_tags(shape, dtype, layout, tags))
+
+
+def reduce_truth(x, dims, keepdim, how) -> Tensor:
+    return reduce_reference(x.double(), dims, keepdim, how)
+
+
+def reduce_check(actual: Tensor, inputs: tuple) -> None:
+    x, dims, keepdim, how = inputs
+    assert actual.dtype == x.dtype
+    assert actual.is_contiguous()
+    truth = reduce_truth(*inputs)
+    if how in ("max", "min"):
+        return tolerances.assert_exact(actual, truth.to(x.dtype))
+    tolerances.assert_composite(actual, REDUCTIONS[how](x, dims, keepdim), truth, what=how)
+
+
+def reduce_suite() -> Suite:
+    case, bf16 = _reduce_case, torch.bfloat16
+    images = {"dims": (2, 3)}
+    cases = (
+        case(0, 5),
+        case(5, 0, how="sum"),
+        case(3, 0, 4, dims=(0, 2), how="sum", keepdim=True),
+        case(0, 5, how="max"),
+        case(dims=()),
+        case(1, 1, tags="one"),
+        case(7, 1, how="max", tags="one"),
+        case(1, 5, 1, dims=(0, 2), tags="one"),
+        # Registers, four rows together, pieces of 512, 256 and 128 elements, four of them together.
+        *(case(5, n, tags="odd") for n in (2, 7, 16, 17, 49, 127, 129, 513, 2049, 9001)),
+        *(case(n, 67, how="sum", tags="odd") for n in (1, 3, 4, 15, 17, 33)),
+        *(case(3, n, how="sum") for n in (2500, 4096)),
+        *(case(5, 67, how=how, keepdim=True, dtype=dtype) for how in ("max", "min") for dtype in (torch.float32, bf16)),
+        *(case(5, n, dtype=bf16, tags="odd") for n in (3, 67, 600)),
+        case(3, 4, 5, 6, dims=(), tags="odd"),
+        case(3, 4, 5, 6, dims=(1, 2)),
+        case(3, 4, 5, 6, dims=(0, -1), how="sum"),
+        case(3, 4, 5, 6, dims=(0, 2), how="min"),
+        case(3, 4, 5, 6, dims=(3, 1, 0), keepdim=True),
+        # Tokens: columns fewer and more than a register has lanes; rows as many as chains, and one more or less.
+        *(case(3, n, 37, dims=(1,), tags="odd") for n in (2, 15, 16, 17, 129, 600)),
+        *(case(3, 19, n, dims=(1,)) for n in (1, 5, 16, 64, 65, 130)),
+        *(case(3, 19, 37, dims=(1,), how=how) for how in ("sum", "max", "min")),
+        case(3, 19, 37, dims=(1,), dtype=bf16),
+        case(19, 37, dims=(0,), how="max", dtype=bf16),
+        # Images in all formats.
+        *(case(2, 21, 7, 7, **images, layout=name) for name in IMAGE_LAYOUTS),
+        *(case(2, 21, 7, 7, **images, layout=name, how="max", keepdim=True) for name in ("last", "first_sliced")),
+        *(case(2, 21, 9, 8, **images, layout=name, dtype=bf16) for name in ("last", "pixels_apart")),
+        *(case(2, 5, 9, 8, dims=(0, 2, 3), layout=name) for name in ("last", "first", "turned")),
+        case(2, 5, 9, 8, dims=(1, 2, 3), layout="last"),
+        *(case(9, 23, layout=name) for name in ("transposed", "misaligned", "sliced", "every_second", "rows_repeated")),
+        *(case(9, 23, dims=(0,), layout=name, how="sum") for name in ("transposed", "sliced", "every_third")),
+        case(9, 23, dims=(0, 1), layout="transposed", dtype=bf16),
+        case(4, 100, 7, 37, **images, tags="threads odd"),
+        case(4, 130, 12, 13, **images, layout="last", tags="threads"),
+        case(3, 300, 100, dims=(1,), how="sum", dtype=bf16, tags="threads"),
+        case(300, 301, dims=(), tags="threads"),
+    )
+    return Suite("reduce", cases, reduce_truth, reduce_check)
+
+
+def _group_norm_case(
+    *shape: int,
+    groups: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "first",
+    weight: torch.dtype | None = torch.float32,
+    bias: torch.dtype | None = torch.float32,
+    activation: str = "none",
+    offset: float = 0.0,
+    tags: str = "",
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        def parameter(of: torch.dtype | None) -> Tensor | None:
+            # The last stride is two.
+            return None if of is None else torch.randn(shape[1], 2, generator=generator).to(of)[:, 0]
+
+        x = (offset + torch.randn(shape, generator=generator)).to(dtype)
+        return IMAGE_LAYOUTS[layout](x), groups, parameter(weight), parameter(bias), 1e-5, activation
+
+    name = f"{'x'.join(map(str, shape))}-groups{groups}-{_short(dtype)}"
+    name += f"-{layout}" if layout != "first" else ""
+    name += f"-weight_{weight and _short(weight)}" if weight is not torch.float32 else ""
+    name += f"-bias_{bias and _short(bias)}" if bias is not torch.float32 else ""
+    name += (f"-{activation}" if activation != "none" else "") + (f"-offset{offset:g}" if offset else "")
+    tags = _plain_tags(shape, dtype, layout, tags) - {"nd"}
+    return Case(name, make, tags | ({"nd"} if len(shape) != 4 else set()))
+
+
+def group_norm_truth(x, groups, weight, bias, eps, activation) -> Tensor:
+    if x.numel() == 0:
+        return x.double()
+    double = [t if t is None else t.double() for t in (weight, bias)]
+    return group_norm_reference(x.double(), groups, *double, eps, activation)
+
+
+def group_norm_check(actual: Tensor, inputs: tuple) -> None:
+    x, groups, weight, bias, eps, activation = inputs
+    assert actual.dtype == x.dtype
+    truth = group_norm_truth(*inputs)
+    if x.numel() == 0:
+        return tolerances.assert_exact(actual, truth.to(x.dtype))
+    # torch refuses bfloat16 parameters beside a float32 input.
+    floats = [t if t is None else t.float() for t in (weight, bias)]
+    eager = lamina.reference.int8_linear.ACTIVATIONS[activation](
+        torch.native_group_norm(x.float().contiguous(), *floats, *x.shape[:2], x[0, 0].numel(), groups, eps)[0]
+    )
+    floor = (
+        tolerances.eps(x.dtype) * truth.abs().max().item() + tolerances.activation_error(activation, truth).max().item()
+    )
+    tolerances.assert_composite(actual, eager.to(x.dtype), truth, floor=floor)
+
+
+def group_norm_suite() -> Suite:
+    case, bf16 = _group_norm_case, torch.bfloat16
+    cases = (
+        case(0, 4, 3, 3, groups=2),
+        case(2, 4, 0, 3, groups=2, layout="last"),
+        case(1, 1, 1, 1, groups=1, tags="one"),
+        case(3, 8, 1, 1, groups=2, layout="last", tags="one"),
+        case(5, 12, 1, groups=3, tags="one"),
+        case(2, 6, 37, groups=3, tags="odd"),
+        case(2, 6, 3, 4, 5, groups=2, tags="odd"),
+        # Channels of a group within a register, across registers, and all of them.
+        *(case(2, 24, 5, 7, groups=g, tags="odd") for g in (1, 2, 3, 8, 24)),
+        *(case(2, 24, 5, 7, groups=g, layout="last", tags="odd") for g in (1, 2, 3, 8, 24)),
+        case(2, 37, 9, 8, groups=37, layout="last", dtype=bf16),
+        case(2, 37, 9, 8, groups=1, dtype=bf16),
+        # Pieces of 512, 256 and 128 pixels, four rows together.
+        *(case(1, 10, 23, 29, groups=2, layout=name, tags="odd") for name in ("first", "last")),
+        case(1, 3, 61, 67, groups=3, activation="silu"),
+        *(case(2, 12, 5, 6, groups=4, layout=name) for name in IMAGE_LAYOUTS if name not in ("first", "last")),
+        case(2, 12, 5, 6, groups=4, layout="turned", dtype=bf16),
+        *(case(2, 12, 5, 6, groups=4, layout=n, activation=a) for n in ("first", "last") for a in ("relu", "gelu")),
+        case(2, 12, 5, 6, groups=4, weight=None),
+        case(2, 12, 5, 6, groups=4, bias=None, layout="last"),
+        case(2, 12, 5, 6, groups=4, weight=None, bias=None),
+        case(2, 12, 5, 6, groups=4, weight=bf16, bias=bf16, dtype=bf16),
+        *(case(2, 12, 15, 16, groups=4, offset=1e3, layout=name) for name in ("first", "last")),
+        case(3, 32, 19, 17, groups=8, tags="threads odd"),
+        case(3, 36, 19, 17, groups=9, layout="last", dtype=bf16, activation="silu", tags="threads"),
+        case(2, 32, 24, 25, groups=4, layout="every_second", tags="threads"),
+    )
+    return Suite("group_norm", cases, group_norm_truth, group_norm_check)
+
+
+def _embedding_case(
+    *shape: int,
+    v: int = 50,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    index: torch.dtype = torch.int64,
+    layout: str = "contiguous",
+    table: str = "contiguous",
+    tags: str = "",
+) -> Case:
+    def make(generator: torch.Generator) -> tuple:
+        indices = torch.randint(0, v, shape, generator=generator, dtype=index)
+        weight = 20 * torch.randn(v, d, generator=generator)
+        rows = {"transposed": lambda t: t.T.contiguous().T, "every_second": lambda t: t.repeat(1, 2)[:, ::2]}
+        weight = rows.get(table, LAYOUTS.get(table))(weight.to(dtype))
+        apart = {
+            "transposed": lambda t: t.mT.contiguous().mT,
+            "every_second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        }
+        return apart.get(layout, lambda t: t)(indices), weight
+
+    name = f"{'x'.join(map(str, shape))}-of-{v}x{d}-{str(dtype).removeprefix('torch.')}"
+    name += "-int32" * (index is torch.int32)
+    name += (f"-{layout}" if layout != "contiguous" else "") + (f"-table_{table}" if table != "contiguous" else "")
+    words = _plain_tags((*shape, d), dtype, "sliced" if (layout, table) != ("contiguous",) * 2 else layout, tags)
+    return Case(name, make, words)
+
+
+def embedding_truth(indices, weight) -> Tensor:
+    return embedding_reference(indices, weight).double()
+
+
+def embedding_check(actual: Tensor, inputs: tuple) -> None:
+    assert actual.is_contiguous()
+    tolerances.assert_exact(actual, embedding_reference(*inputs))
+
+
+def embedding_suite() -> Suite:
+    case, bf16 = _embedding_case, torch.bfloat16
+    cases = (
+        case(0, d=8),
+        case(3, d=0),
+        case(2, 0, d=5, index=torch.int32),
+        case(1, v=1, d=1, tags="one"),
+        case(d=7, tags="one"),
+        # Registers of 16, 32 and 64 bytes, four of them, and what is left.
+        *(case(5, d=d, tags="odd") for d in (1, 3, 4, 15, 16, 17, 33, 64, 65, 100, 384)),
+        *(case(5, d=d, dtype=bf16, tags="odd") for d in (1, 7, 31, 65, 129)),
+        *(case(2, 7, d=19, dtype=t) for t in (torch.int8, torch.float64, torch.int64, torch.float16, torch.bool)),
+        case(3, 4, 5, d=33, index=torch.int32, tags="odd"),
+        *(case(3, 4, 6, d=33, layout=name) for name in ("transposed", "every_second")),
+        case(4, 6, d=33, layout="transposed", index=torch.int32, dtype=bf16),
+        *(case(2, 9, d=33, table=name) for name in ("transposed", "every_second", "sliced", "misaligned")),
+        case(2, 9, d=33, table="transposed", dtype=bf16, index=torch.int32),
+        case(16, 33, v=700, d=129, tags="threads odd"),
+        case(16, 64, v=700, d=384, dtype=bf16, index=torch.int32, layout="transposed", tags="threads"),
+        case(16, 64, v=300, d=96, table="transposed", tags="threads"),
+    )
+    return Suite("embedding", cases, embedding_truth, embedding_check)
 
 
 SUITES = {name.removesuffix("_suite"): make() for name, make in list(globals().items()) if name.endswith("_suite")}

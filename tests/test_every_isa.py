@@ -78,6 +78,10 @@ LAST_TABLE = {
     ("attention_backward", torch.float64): "attention_backward_f64_table",
     ("conv2d", torch.float32): "conv_direct_table",
     ("conv2d", torch.bfloat16): "conv_direct_table",
+    ("embedding", torch.int32): "embedding_int32_table",
+    ("embedding", torch.int64): "embedding_int64_table",
+    ("group_norm", torch.float32): "group_norm_f32_table",
+    ("group_norm", torch.bfloat16): "group_norm_bf16_table",
     ("gru", torch.float32): "rnn_step_f32_table",
     ("gru", torch.bfloat16): "rnn_step_bf16_table",
     ("int8_gru", torch.float32): "rnn_step_int8_table",
@@ -104,6 +108,8 @@ LAST_TABLE = {
     ("layer_norm", torch.float32): "norm_rows_f32_table",
     ("layer_norm", torch.bfloat16): "norm_rows_bf16_table",
     ("rms_norm", torch.float32): "norm_rows_f32_table",
+    ("reduce", torch.float32): "reduce_f32_table",
+    ("reduce", torch.bfloat16): "reduce_bf16_table",
     ("rms_norm", torch.bfloat16): "norm_rows_bf16_table",
     ("elementwise", torch.float32): "elementwise_table",
     ("elementwise", torch.bfloat16): "elementwise_table",
@@ -111,6 +117,8 @@ LAST_TABLE = {
     ("pool2d", torch.float32): "pool_table",
     ("pool2d", torch.bfloat16): "pool_table",
     **{(op, dtype): "copy_table" for op in ("copy", "concatenate") for dtype in ANY_DTYPE},
+    ("softmax", torch.float32): "softmax_f32_table",
+    ("softmax", torch.bfloat16): "softmax_bf16_table",
 }
 
 

@@ -18,7 +18,9 @@
 #include "ops/conv2d.h"
 #include "ops/copy.h"
 #include "ops/elementwise.h"
+#include "ops/embedding.h"
 #include "ops/fingerprint.h"
+#include "ops/group_norm.h"
 #include "ops/gru.h"
 #include "ops/int8_conv2d.h"
 #include "ops/int8_gru.h"
@@ -32,10 +34,12 @@
 #include "ops/peak_probe.h"
 #include "ops/pool2d.h"
 #include "ops/quantize_rows.h"
+#include "ops/reduce.h"
 #include "ops/rms_norm.h"
 #include "ops/rnn.h"
 #include "ops/rnn_relu.h"
 #include "ops/rnn_tanh.h"
+#include "ops/softmax.h"
 #include "ops/sparse_conv2d.h"
 #include "ops/sparse_int8_linear.h"
 #include "ops/sparse_linear.h"
@@ -140,6 +144,8 @@ PYBIND11_MODULE(_C, m) {
   define_op(m, "copy", &lamina::copy);
   define_op(m, "elementwise", &elementwise);
   define_op(m, "pool2d", &pool2d);
+  define_op(m, "embedding", &embedding);
+  define_op(m, "group_norm", &group_norm);
 
   define_op(m, "int8_conv2d", &int8_conv2d);
   define_op(m, "int8_conv2d_pack", &int8_conv2d_pack);
@@ -163,6 +169,8 @@ PYBIND11_MODULE(_C, m) {
   define_op(m, "linear", &linear);
   define_op(m, "linear_pack", &linear_pack);
   define_op(m, "linear_unpack", &linear_unpack);
+  define_op(m, "reduce", &reduce);
+  define_op(m, "softmax", &softmax);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
   define_op(m, "sparse_conv2d", &sparse_conv2d);
   define_op(m, "sparse_linear", &sparse_linear);

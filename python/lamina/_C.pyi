@@ -141,6 +141,16 @@ def pool2d(
     divisor: int,
     out: Tensor,
 ) -> None: ...
+def embedding(indices: Tensor, weight: Tensor, out: Tensor) -> None: ...
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    out: Tensor,
+) -> None: ...
 def gru(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -245,6 +255,8 @@ def rms_norm(
     sum: Tensor | None,
 ) -> None: ...
 def quantize_rows(x: Tensor, scale: Tensor | None, codes: Tensor, scales: Tensor) -> None: ...
+def reduce(x: Tensor, dims: Sequence[int], keepdim: bool, how: str, out: Tensor) -> None: ...
+def softmax(x: Tensor, dim: int, out: Tensor) -> None: ...
 def lstm(
     input: Tensor,
     batch_sizes: Tensor | None,

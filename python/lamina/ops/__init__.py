@@ -8,6 +8,8 @@ from lamina.ops.concatenate import concatenate
 from lamina.ops.conv2d import conv2d
 from lamina.ops.copy import copy
 from lamina.ops.elementwise import elementwise, elementwise_program
+from lamina.ops.embedding import embedding
+from lamina.ops.group_norm import group_norm
 from lamina.ops.gru import gru
 from lamina.ops.int8_conv2d import (
     PackedInt8ConvTransposeWeight,
@@ -37,9 +39,11 @@ from lamina.ops.pool2d import (
     pool2d,
 )
 from lamina.ops.quantize_rows import quantize_rows
+from lamina.ops.reduce import reduce
 from lamina.ops.rms_norm import rms_norm
 from lamina.ops.rnn_relu import rnn_relu
 from lamina.ops.rnn_tanh import rnn_tanh
+from lamina.ops.softmax import softmax
 from lamina.ops.sparse_conv2d import pack_sparse_conv_weight, sparse_conv2d, unpack_sparse_conv_weight
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
@@ -86,6 +90,8 @@ __all__ = [
     "copy",
     "elementwise",
     "elementwise_program",
+    "embedding",
+    "group_norm",
     "gru",
     "int8_adaptive_avg_pool2d",
     "int8_avg_pool2d",
@@ -112,9 +118,11 @@ __all__ = [
     "pack_sparse_weight",
     "pool2d",
     "quantize_rows",
+    "reduce",
     "rms_norm",
     "rnn_relu",
     "rnn_tanh",
+    "softmax",
     "sparse_conv2d",
     "sparse_info",
     "sparse_int8_linear",
