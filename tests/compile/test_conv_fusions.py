@@ -82,7 +82,7 @@ FLOAT = {
     ),
     "view of what is channels_last now": (
         lambda m, x: m.head(F.relu(m.conv(x)).view(x.shape[0], -1)),
-        {"conv": nn.Conv2d(5, 16, 3), "head": nn.Linear(16 * 11 * 9, 3)},
+        {"conv": nn.Conv2d(5, 4, 3), "head": nn.Linear(4 * 11 * 9, 30)},
         {"conv + relu": 1, "linear on a packed copy of its weight": 1},
     ),
 }

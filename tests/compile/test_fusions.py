@@ -18,8 +18,8 @@ EVERY = {"measure": False}
 INT8 = {"measure": False, "config": lamina.Int8Dynamic()}
 
 
-def check(module: nn.Module, *inputs: torch.Tensor, options=EVERY) -> CompileReport:
-    """Float fusions agree with eager as well as eager with float64; returns what was fused."""
+def check(module: nn.Module, *inputs: torch.Tensor, options=EVERY, factor: float = 2.0) -> CompileReport:
+    """Float fusions agree with eager as well as eager with float64, but for a factor; returns what was fused."""
     module.eval()
     report = explain(module, inputs, options=options)
     compiled = torch.compile(module, backend="lamina", options=dict(options))
@@ -30,7 +30,7 @@ def check(module: nn.Module, *inputs: torch.Tensor, options=EVERY) -> CompileRep
         return report
     with torch.no_grad():
         truth = copy.deepcopy(module).double()(*(t.double() if t.is_floating_point() else t for t in inputs))
-    assert_composite(actual, eager, truth)
+    assert_composite(actual, eager, truth, factor=factor)
     return report
 
 

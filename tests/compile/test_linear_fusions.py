@@ -1,6 +1,7 @@
 """Float linear layers in a compiled graph: what they take in, and which weights are left alone."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ CHAINS = {
 @pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40), (40,)], ids=str)
 def test_float_chain(name, shape):
     function, pattern = CHAINS[name]
-    report = check(Of(function, **new_weights()), torch.randn(shape))
+    # Sums in the order of k have more rounding errors than several partial ones.
+    report = check(Of(function, **new_weights()), torch.randn(shape), factor=4.0)
     assert report.fused == {f"{pattern} {PACKED}": 1}
 
 
@@ -156,7 +158,7 @@ def test_graphs_share_a_packed_weight(monkeypatch):
         packed.append(weight)
         return lamina.ops.pack_linear_weight(weight)
 
-    monkeypatch.setattr("lamina.compile.fuse.linear.pack_linear_weight", pack)
+    monkeypatch.setattr(importlib.import_module("lamina.compile.fuse.linear"), "pack_linear_weight", pack)
     fast = torch.compile(module, backend="lamina", options=EVERY, dynamic=False)
     with torch.no_grad():
         for rows in (5, 9):
