@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina import ops
+from lamina import _C, ops
 from lamina.ops.attention import MAX_HEAD_SIZE
 from lamina.ops.linear import PackedLinearWeight, pack_linear_weight
 from lamina.ops.packed_cache import PackedCache
@@ -331,7 +331,7 @@ _INSTRUCTIONS: dict[torch._ops.OpOverload, str] = {
         getattr(_aten, name).default: name
         for name in ("neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "log", "sin", "cos", "erf", "sigmoid", "tanh")
     },
-    **{getattr(_aten, name).default: name for name in ("relu", "silu", "hardswish", "floor", "round")},
+    **{getattr(_aten, name).default: name for name in ("relu", "hardswish", "floor", "round")},
     **{getattr(_aten, name).Tensor: name for name in ("mul", "div", "eq", "ne", "lt", "le", "gt", "ge")},
     **{getattr(_aten, name).Scalar: name for name in ("mul", "div", "eq", "ne", "lt", "le", "gt", "ge")},
     **{getattr(_aten, name).default: name for name in ("maximum", "minimum")},
@@ -461,8 +461,29 @@ def _hardtanh(program: _Program, a: Tensor, low: float = -1.0, high: float = 1.0
     _clamp(program, a, low, high)
 
 
+# The instructions gelu and silu are made for bfloat16 and for layers in int8: float32 is spelled out, and right to the
+# last digits.
+
+
 def _gelu(program: _Program, a: Tensor, *, approximate: str = "none") -> None:
-    program.do("gelu" if approximate == "none" else "gelu_tanh", a)
+    if a.dtype is not torch.float32:
+        program.do("gelu" if approximate == "none" else "gelu_tanh", a)
+    elif approximate == "none":
+        twice = program.do("add", program.do("erf", program.do("mul", a, 0.5**0.5)), 1.0)
+        program.do("mul", program.do("mul", a, 0.5), twice)
+    else:
+        # x sigmoid(2 u) is x / 2 (1 + tanh(u)).
+        slope = program.do(
+            "add", program.do("mul", program.do("square", a), 2 * 0.7978845608 * 0.044715), 2 * 0.7978845608
+        )
+        program.do("mul", a, program.do("sigmoid", program.do("mul", a, slope)))
+
+
+def _silu(program: _Program, a: Tensor) -> None:
+    if a.dtype is torch.float32:
+        program.do("mul", a, program.do("sigmoid", a))
+    else:
+        program.do("silu", a)
 
 
 def _masked_fill(program: _Program, a: Tensor, mask: Tensor, value: Any) -> None:
@@ -487,11 +508,36 @@ _WRITERS: dict[torch._ops.OpOverload, Callable[..., bool | None]] = {
     _aten.clamp_max.default: lambda program, a, high: _clamp(program, a, None, high),
     _aten.hardtanh.default: _hardtanh,
     _aten.gelu.default: _gelu,
+    _aten.silu.default: _silu,
     _aten.masked_fill.Scalar: _masked_fill,
     _aten.masked_fill.Tensor: _masked_fill,
     _aten.addcmul.default: _addcmul,
 }
 _register_elementwise()
+
+
+# -- in place
+
+
+def in_place(live: Live, func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """An op that writes to its first argument, as the op that does not and a copy; NotImplemented where neither is here."""
+    target = args[0]
+    if func is _aten.copy_.default:
+        source = args[1]
+        if source.dtype is not target.dtype and not {source.dtype, target.dtype} <= set(_CONVERTIBLE):
+            return NotImplemented
+        if source.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
+            return NotImplemented
+        _C.copy(source.expand(target.shape), target)
+        return target
+    name = func.overloadpacket._qualified_op_name.removeprefix("aten::").removesuffix("_")
+    plain = getattr(getattr(_aten, name, None), func._overloadname, None)
+    lowering = LOWERINGS.get(plain)
+    result = NotImplemented if lowering is None else lowering(live, *args, **kwargs)
+    if result is NotImplemented or result.dtype is not target.dtype or result.shape != target.shape:
+        return NotImplemented
+    _C.copy(result, target)
+    return target
 
 
 def _with_unused(result: Tensor, others: int) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 from lamina import _C
 from lamina.compile.capture import where
 from lamina.ops.library import CPU_IMPLEMENTATIONS
-from lamina.plan.lowering import LOWERINGS, MUTATING
+from lamina.plan.lowering import LOWERINGS, MUTATING, in_place
 
 # Views that torch does not call so.
 _VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default, torch.ops.aten.lift_fresh.default}
@@ -288,13 +288,29 @@ class _Recorder(TorchDispatchMode):
             return self._constant(func, args, kwargs, written)
         if any(tag in func.tags for tag in _DATA_DEPENDENT):
             raise Refused(f"{func} gives what hangs on the values of its input, not only on its shape")
-        if not written and func in LOWERINGS:
+        result = self._lowered(func, args, kwargs, written)
+        return self._torch_call(func, args, kwargs, written) if result is NotImplemented else result
+
+    def _lowered(self, func: Any, args: tuple, kwargs: dict[str, Any], written: list[Buffer]) -> Any:
+        if written:
+            if func._schema.name[-1] != "_" or len(written) != 1 or self.known(args[0]) is not written[0]:
+                return NotImplemented
+            self._make_live(written)
+            with self:
+                result = in_place(self._is_live, func, *args, **kwargs)
+        elif func in LOWERINGS:
             with self:
                 result = LOWERINGS[func](self._is_live, *args, **kwargs)
-                self.take_calls()
-            if result is not NotImplemented:
-                return result
-        return self._torch_call(func, args, kwargs, written)
+        else:
+            return NotImplemented
+        self.take_calls()
+        return result
+
+    def _make_live(self, written: list[Buffer]) -> None:
+        for buffer in written:
+            if buffer.state == "constant":
+                buffer.initial = buffer.tensor.clone()
+            buffer.state = "live"
 
     def _written(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Buffer]:
         if not func._schema.is_mutable:
@@ -316,10 +332,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _torch_call(self, func: Any, args: tuple, kwargs: dict[str, Any], written: list[Buffer]) -> Any:
-        for buffer in written:
-            if buffer.state == "constant":
-                buffer.initial = buffer.tensor.clone()
-            buffer.state = "live"
+        self._make_live(written)
         replaced = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs))
         out = func(*args, **kwargs)
         outputs: list[Ref | None] = []
