@@ -5,6 +5,7 @@ take: they go on as a call of torch. live(tensor): whether a tensor hangs on an 
 asked only where one does. Weights that do not are packed here, once for all forms of inputs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -473,10 +474,9 @@ def _gelu(program: _Program, a: Tensor, *, approximate: str = "none") -> None:
         program.do("mul", program.do("mul", a, 0.5), twice)
     else:
         # x sigmoid(2 u) is x / 2 (1 + tanh(u)).
-        slope = program.do(
-            "add", program.do("mul", program.do("square", a), 2 * 0.7978845608 * 0.044715), 2 * 0.7978845608
-        )
-        program.do("mul", a, program.do("sigmoid", program.do("mul", a, slope)))
+        slope = 2 * (2 / math.pi) ** 0.5
+        grown = program.do("add", program.do("mul", program.do("square", a), 0.044715 * slope), slope)
+        program.do("mul", a, program.do("sigmoid", program.do("mul", a, grown)))
 
 
 def _silu(program: _Program, a: Tensor) -> None:
@@ -520,7 +520,7 @@ _register_elementwise()
 
 
 def in_place(live: Live, func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """An op that writes to its first argument, as the op that does not and a copy; NotImplemented where neither is here."""
+    """What an op that writes to its first argument does, as the op that does not write and a copy, or NotImplemented."""
     target = args[0]
     if func is _aten.copy_.default:
         source = args[1]

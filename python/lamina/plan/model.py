@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from lamina import _C
 from lamina.compile import compile_
@@ -22,7 +24,7 @@ from lamina.errors import FormatError, PlanError
 from lamina.plan.describe import Profile, coverage, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program
-from lamina.plan.record import Refused
+from lamina.plan.record import Refused, TorchCall
 from lamina.plan.structure import build, form_of, named_tensors
 from lamina.running import ExampleInputs, copied
 
@@ -134,7 +136,7 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
 
     >>> plan = lamina.make_plan(model, (x,)); print(plan)
     """
-    if any(module.training for module in model.modules()):
+    if any(module.training for module in model.modules() if isinstance(module, _BatchNorm | _DropoutNd)):
         raise PlanError("plan: the model is in training mode, where it changes with each call; call model.eval() first")
     arguments = _by_parameter(model, example_inputs)
     before = model._compiled_call_impl
@@ -186,6 +188,9 @@ def _plan_of(
     entry = lowered.specialize(given)
     if entry.program is None:
         raise PlanError(f"plan: {name}: {entry.reason}")
+    for call in entry.program.recording.steps:
+        if isinstance(call, TorchCall) and torch.Tag.nondeterministic_seeded in call.op.tags:
+            raise PlanError(f"plan: {name} draws random numbers ({call.op}); call model.eval() first")
     order += [-1] * (len(entry.program.recording.inputs) - len(order))
     leaves = list(outputs)
     tensors = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
