@@ -520,7 +520,7 @@ _register_elementwise()
 
 
 def in_place(live: Live, func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """What an op that writes to its first argument does, as the op that does not write and a copy, or NotImplemented."""
+    """What an op that writes to its first argument does: the op that does not write, and a copy; or NotImplemented."""
     target = args[0]
     if func is _aten.copy_.default:
         source = args[1]

@@ -36,6 +36,11 @@ _BLANK = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+# What hangs on the shape of an input alone, and so on no input of a plan.
+_BY_SHAPE = {
+    getattr(torch.ops.aten, name).default
+    for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+}
 # What an op must not be: its result would be another one at each run, or have another shape, or be a plain number.
 _DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -283,7 +288,7 @@ class _Recorder(TorchDispatchMode):
         written = self._written(func, args, kwargs)
         if any(not buffer.own for buffer in written):
             raise Refused(f"{func} writes to memory of the model or its caller")
-        live = any(self.buffer(t).state == "live" for t in tensors)
+        live = func not in _BY_SHAPE and any(self.buffer(t).state == "live" for t in tensors)
         if not live and torch.Tag.nondeterministic_seeded not in func.tags:
             return self._constant(func, args, kwargs, written)
         if any(tag in func.tags for tag in _DATA_DEPENDENT):
