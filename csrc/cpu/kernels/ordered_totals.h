@@ -116,7 +116,9 @@ LAMINA_INLINE void pieces_of_rows(int64_t begin, int64_t end, const Load& load, 
 template <class Op, class Load>
 LAMINA_INLINE F32 totals_of_rows(int rows, int64_t runs, int64_t n, const Load& load) {
   Op op;
-  alignas(64) float found[kPiecesOfRow][kLanes] = {};
+  alignas(64) float found[kPiecesOfRow][kLanes];
+  // Lanes without a row are zeros; a short row needs one register of them.
+  for (int64_t piece = 0; piece < kPiecesOfRow && piece * kPiece < n; ++piece) store(found[piece], zero());
   for (int64_t run = 0; run < runs; ++run) {
     for (int64_t first = 0; first < n; first += kPiecesOfRow * kPiece) {
       const int64_t last = smaller(first + kPiecesOfRow * kPiece, n);
