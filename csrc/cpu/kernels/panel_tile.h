@@ -52,7 +52,7 @@ LAMINA_INLINE void float_tile(const PanelGemmArgs<Weight>& a, int64_t panel, int
     for (int r = 0; r < MR; ++r) acc[r][j] = start;
   }
   const float* x = a.x + row * a.ldx;
-  const int64_t panel_size = a.k * kWidth;
+  const int64_t panel_size = (a.panel_k ? a.panel_k : a.k) * kWidth;
   const Weight* w = a.panels + panel * panel_size + first;
   for (int64_t k = 0; k < a.k; ++k, w += kWidth) {
     F32 column[kColumns];
@@ -63,6 +63,15 @@ LAMINA_INLINE void float_tile(const PanelGemmArgs<Weight>& a, int64_t panel, int
       const F32 value = set1(x[r * a.ldx + k]);
       LAMINA_UNROLL
       for (int j = 0; j < kColumns; ++j) acc[r][j] = fmadd(value, column[j], acc[r][j]);
+    }
+  }
+  if (a.adds) {
+    LAMINA_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      LAMINA_UNROLL
+      for (int j = 0; j < kColumns; ++j) {
+        acc[r][j] = acc[r][j] + load(out + j / (G * S) * a.out_panel + r * a.out_row + place(j) + first);
+      }
     }
   }
   LAMINA_UNROLL
