@@ -5,9 +5,9 @@
 // The panels are those of panel_gemm.h with four groups: 64 output channels, k outermost, so that the weights of one k
 // are one run of memory that meets one broadcast of x, and all of a panel is one stream.
 //
-// A sum is one of partial sums over at most kLinearPartialSum inputs, the first of which starts with the bias; each runs
-// over k in order, with fused multiply-add, and they are added in order. So an output does not depend on the number of
-// rows or channels, or on how they are shared out.
+// A sum is one of partial sums over at most kLinearPartialSum inputs, the first of which starts with the bias; each
+// runs over k in order, with fused multiply-add, and they are added in order. So an output does not depend on the
+// number of rows or channels, or on how they are shared out.
 #pragma once
 
 #include <stdint.h>
