@@ -17,6 +17,9 @@ constexpr int kSlices = kPanelLanes / F32::lanes;
 constexpr int kMaxRows = 7;
 constexpr bool kWide = F32::registers >= 32;
 constexpr int kMaxSums = 24 * kPanelLanes;  // of a tile: rows x panels x groups x 16
+// A tile of some of a panel's groups skips lines, which the processor does not foresee: they are asked for so many k
+// ahead, some 400 cycles.
+constexpr int kAhead = 64;
 
 // Rows of the tallest tile: accumulators, the weights of one k, and a broadcast of x must fit the registers.
 constexpr int tile_rows(int groups) { return kWide ? (groups == 3 ? 7 : 6) : (groups == 4 ? 3 : 4); }
@@ -58,6 +61,10 @@ LAMINA_INLINE void float_tile(const PanelGemmArgs<Weight>& a, int64_t panel, int
     F32 column[kColumns];
     LAMINA_UNROLL
     for (int j = 0; j < kColumns; ++j) column[j] = load(w + j / (G * S) * panel_size + place(j));
+    if constexpr (G < NG) {
+      LAMINA_UNROLL
+      for (int g = 0; g < G; ++g) __builtin_prefetch(w + kAhead * kWidth + g * kPanelLanes);
+    }
     LAMINA_UNROLL
     for (int r = 0; r < MR; ++r) {
       const F32 value = set1(x[r * a.ldx + k]);
