@@ -46,8 +46,9 @@ class Plan:
     """A model as one list of calls of compiled functions, with all memory planned; made by `make_plan` or `load_plan`.
 
     Called as the model was, with tensors of the sizes it was made for; values that are no tensors are what they were
-    then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and output classes. Safe to
-    call from several threads at once. No gradients.
+    then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and output classes. A cache
+    of keys and values may be given as an object or as tuples, and is given back as tuples, one for each layer; the one
+    that was given stays as it was. Safe to call from several threads at once. No gradients.
 
     Weights are those of the model, not copies, where they are used as they are; of those that are packed the plan has a
     copy. Do not train the model on beside it. A saved plan has weights of its own.
@@ -144,11 +145,12 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
         try:
             compile_(model, copied(example_inputs), options=options, dynamic=False)
             inputs = copied(arguments)
+            named = named_tensors(inputs)
             with recorded() as calls:
                 result = model(**inputs) if isinstance(example_inputs, Mapping) else model(*inputs.values())
         finally:
             model._compiled_call_impl = before
-        return _plan_of(model, calls, inputs, result)
+        return _plan_of(model, calls, named, named_tensors(inputs), result)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -167,10 +169,15 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def _plan_of(
-    model: nn.Module, calls: list[tuple[Lowered, tuple, Any]], arguments: Mapping[str, Any], result: Any
+    model: nn.Module,
+    calls: list[tuple[Lowered, tuple, Any]],
+    named: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    result: Any,
 ) -> Plan:
+    """named, after: the tensors among the arguments before and after the call."""
     name = type(model).__name__
-    if len(calls) != 1 or not calls[0][0].whole:
+    if len(calls) != 1 or not (calls[0][0].whole or calls[0][0].updates):
         raise PlanError(
             f"plan: {name} is not one graph: its forward calls what Dynamo does not read, or branches on data; "
             "torch.compile and accelerate take it all the same"
@@ -178,7 +185,10 @@ def _plan_of(
     lowered, given, outputs = calls[0]
     if any(isinstance(value, int) for value in given):
         raise PlanError(f"plan: {name} takes plain numbers that vary; give them as tensors")
-    named = named_tensors(arguments)
+    given_back = {id(tensor) for tensor in named_tensors({"": result}).values()}
+    for argument, tensor in after.items():
+        if named.get(argument) is not tensor and id(tensor) not in given_back:
+            raise PlanError(f"plan: {name} sets {argument} in its arguments to what is no part of its result")
     number_of = {id(tensor): i for i, tensor in enumerate(named.values())}
     order = [number_of.get(id(value), -1) for value in given]
     static = lowered.static

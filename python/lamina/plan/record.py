@@ -29,6 +29,8 @@ from lamina.plan.lowering import LOWERINGS, MUTATING, in_place
 
 # Views that torch does not call so.
 _VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default, torch.ops.aten.lift_fresh.default}
+# Ops that only change the form of a tensor; those that give it other memory are none of them.
+_NEW_FORM, _NEW_MEMORY = torch.Tag.inplace_view, {"aten::set_", "aten::resize_", "aten::resize_as_"}
 _BLANK = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_strided.default,
@@ -224,7 +226,8 @@ class _Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0:
             return self._nothing
-        buffer = Buffer(tensor, storage.data_ptr(), storage.nbytes(), state, own, source, made)
+        # An alias: the form of the tensor itself may be changed in place.
+        buffer = Buffer(tensor.detach(), storage.data_ptr(), storage.nbytes(), state, own, source, made)
         place = bisect_right(self._starts, buffer.start)
         self._starts.insert(place, buffer.start)
         self._buffers.insert(place, buffer)
@@ -283,7 +286,7 @@ class _Recorder(TorchDispatchMode):
             self.add(out, "blank")
             return out
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func.is_view or func in _VIEWS:
+        if func.is_view or func in _VIEWS or (_NEW_FORM in func.tags and func._schema.name not in _NEW_MEMORY):
             return func(*args, **kwargs)
         written = self._written(func, args, kwargs)
         if any(not buffer.own for buffer in written):
