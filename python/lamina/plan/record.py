@@ -187,12 +187,20 @@ class _Run(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, mode: "_Recorder") -> None:
         super().__init__(graph, garbage_collect_values=False)
+        self.extra_traceback = False  # what is refused is said in one sentence
         self._mode = mode
 
     def run_node(self, n: fx.Node) -> Any:
         self._mode.take_calls()
         self._mode.module = where(n)
         return super().run_node(n)
+
+
+def _picks_places(func: Any, args: tuple) -> bool:
+    """Whether an op that may choose elements by truths (`x[mask]`) is given places."""
+    return func is torch.ops.aten.index.Tensor and all(
+        index is None or index.dtype in (torch.int32, torch.int64) for index in args[1]
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -294,7 +302,7 @@ class _Recorder(TorchDispatchMode):
         live = func not in _BY_SHAPE and any(self.buffer(t).state == "live" for t in tensors)
         if not live and torch.Tag.nondeterministic_seeded not in func.tags:
             return self._constant(func, args, kwargs, written)
-        if any(tag in func.tags for tag in _DATA_DEPENDENT):
+        if any(tag in func.tags for tag in _DATA_DEPENDENT) and not _picks_places(func, args):
             raise Refused(f"{func} gives what hangs on the values of its input, not only on its shape")
         result = self._lowered(func, args, kwargs, written)
         return self._torch_call(func, args, kwargs, written) if result is NotImplemented else result
