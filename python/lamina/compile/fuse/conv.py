@@ -239,7 +239,7 @@ def _take_padding(captured: Captured, chain: _Chain) -> None:
     own = chain.values["padding"]
     around = own if len(own) == 4 else (own[0], own[0], own[1], own[1])
     both = tuple(a + b for a, b in zip(around, (top, bottom, left, right), strict=True))
-    symmetric = both[0] == both[1] and both[2] == both[3]
+    symmetric = len(own) == 2 and both[0] == both[1] and both[2] == both[3]
     chain.values |= {name: values["input"], "padding": both[::2] if symmetric else both}
     chain.nodes.insert(0, pad)
     chain.names.insert(0, "pad")

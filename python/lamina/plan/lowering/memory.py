@@ -57,11 +57,19 @@ def _to_copy(
     return _copy(input, dtype or input.dtype, memory_format)
 
 
-CONVERTIBLE = (*FLOATS, torch.float16, torch.bool)
+# Each of a group into each other.
+_CONVERTIBLE = (
+    {*FLOATS, torch.float16, torch.bool},
+    {torch.float32, torch.bool, torch.int32, torch.int64},
+)
+
+
+def _converts(a: torch.dtype, b: torch.dtype) -> bool:
+    return a is b or any({a, b} <= group for group in _CONVERTIBLE)
 
 
 def _copy(input: Tensor, dtype: torch.dtype, memory_format: torch.memory_format | None) -> Any:
-    if dtype is not input.dtype and not {input.dtype, dtype} <= set(CONVERTIBLE):
+    if not _converts(input.dtype, dtype):
         return NotImplemented
     if memory_format in (None, torch.preserve_format):
         # The dimensions in the order in which they lie, if nothing lies between them.
@@ -144,7 +152,7 @@ def in_place(live: Live, func: torch._ops.OpOverload, *args: Any, **kwargs: Any)
     target = args[0]
     if func is aten.copy_.default:
         source = args[1]
-        if source.dtype is not target.dtype and not {source.dtype, target.dtype} <= set(CONVERTIBLE):
+        if not _converts(source.dtype, target.dtype):
             return NotImplemented
         if source.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
             return NotImplemented
