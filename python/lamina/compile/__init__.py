@@ -224,13 +224,20 @@ def compile_(
                 module(*example_inputs)
     except Exception as failure:
         uncompile_(module)
-        raise CaptureError(f"{type(module).__name__} cannot be compiled: {failure}") from failure
+        raise CaptureError(f"{type(module).__name__} cannot be compiled: {_in_short(failure)}") from failure
     if not report.graphs:
         uncompile_(module)
         raise CaptureError(
             f"{type(module).__name__} cannot be compiled: Dynamo found no graph of tensor operations in it"
         )
     return report
+
+
+def _in_short(failure: BaseException) -> str:
+    """The first line of what went wrong, without Dynamo's advice and traces."""
+    inner = getattr(failure, "inner_exception", None) or failure
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return lines[0] if lines else type(inner).__name__
 
 
 def _without_global_state(guards: Sequence[Any]) -> list[bool]:
@@ -327,5 +334,5 @@ def explain(
             else:
                 compiled(*example_inputs)
     except Exception as failure:
-        raise CaptureError(f"the model cannot be compiled: {failure}") from failure
+        raise CaptureError(f"the model cannot be compiled: {_in_short(failure)}") from failure
     return report

@@ -8,6 +8,7 @@ form}}, so that JSON can hold it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -27,18 +28,33 @@ def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     >>> named_tensors({"x": x, "past": (k, v)})
     {"x": x, "past.0": k, "past.1": v}
     """
-    found: dict[str, Tensor] = {}
+    return {name: value for name, value in _named(arguments).items() if isinstance(value, Tensor)}
+
+
+def named_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values among the arguments of a call by name.
+
+    >>> named_values({"x": x, "use_cache": True})
+    {"use_cache": True}
+    """
+    return {name: value for name, value in _named(arguments).items() if not isinstance(value, Tensor)}
+
+
+def _named(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
 
     def walk(name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, *_PLAIN)):
             found[name] = value
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 walk(f"{name}.{key}", item)
+        elif is_dataclass(value) and not isinstance(value, type):
+            walk(name, _fields(value))
         elif isinstance(value, list | tuple):
             for i, item in enumerate(value):
                 walk(f"{name}.{i}", item)
-        elif not isinstance(value, _PLAIN):
+        else:
             for i, item in enumerate(_items(value)):
                 walk(f"{name}.{i}", item)
 
@@ -50,9 +66,9 @@ def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 def form_of(result: Any, number: Callable[[Tensor], int | None]) -> dict[str, Any]:
     """The form of a model's result. number: which of the known tensors one is, None for an unknown one.
 
-    Mappings, dataclass-like outputs of transformers among them, become dicts, what can be iterated (a cache of keys and
-    values) a tuple of its items, and what torch can flatten otherwise of its tensors. Raises PlanError for anything
-    else.
+    Mappings and dataclasses, the outputs of transformers among them, become dicts, what can be iterated (a cache of
+    keys and values) a tuple of its items, and what torch can flatten otherwise of its tensors. Raises PlanError for
+    anything else.
     """
     if isinstance(result, Tensor):
         found = number(result)
@@ -63,12 +79,18 @@ def form_of(result: Any, number: Callable[[Tensor], int | None]) -> dict[str, An
         return {"value": result}
     if isinstance(result, Mapping):
         return {"dict": {str(name): form_of(value, number) for name, value in result.items()}}
+    if is_dataclass(result) and not isinstance(result, type):
+        return form_of(_fields(result), number)
     if isinstance(result, list | tuple):
         return {"list" if isinstance(result, list) else "tuple": [form_of(item, number) for item in result]}
     items = _items(result)
     if not items:
         raise PlanError(f"plan: the model's result holds a {type(result).__name__}, which a plan cannot give")
     return {"tuple": [form_of(item, number) for item in items]}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _items(value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lamina import ops
 from lamina.plan.lowering.table import FLOATS, LOWERINGS, Live, Lowering, aten
@@ -76,6 +77,7 @@ def _elementwise(function: Callable[..., bool | None], overload: torch._ops.OpOv
     """function(program, *args, **kwargs) writes the program, and says False where it cannot."""
 
     def lowering(live: Live, *args: Any, **kwargs: Any) -> Any:
+        args = _comparable(live, overload, args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         if not all(t.dtype in _ELEMENTS and t.device.type == "cpu" for t in tensors):
             return NotImplemented
@@ -88,6 +90,27 @@ def _elementwise(function: Callable[..., bool | None], overload: torch._ops.OpOv
         return program.run(dtype)
 
     return lowering
+
+
+_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+_INTEGERS = (torch.int8, torch.int32, torch.int64)
+# Integers below are exact in float32, and what is not below does not come near them when it is rounded.
+_EXACT = 2**24
+
+
+def _comparable(live: Live, overload: torch._ops.OpOverload, args: tuple) -> tuple:
+    """Integers that are compared with small ones which hang on no input: as float32, they compare the same."""
+    if overload.overloadpacket.__name__ not in _COMPARISONS or any(
+        isinstance(a, float) or (isinstance(a, Tensor) and a.dtype not in (*_INTEGERS, torch.bool)) for a in args
+    ):
+        return args
+    known = [a for a in args if not isinstance(a, Tensor) or not live(a)]
+    with _disable_current_modes():
+        if not known or not all(bool((torch.as_tensor(a).long().abs() < _EXACT).all()) for a in known):
+            return args
+    return tuple(
+        ops.copy(a, dtype=torch.float32) if isinstance(a, Tensor) and a.dtype is not torch.bool else a for a in args
+    )
 
 
 def _register_elementwise() -> None:
