@@ -23,7 +23,7 @@ from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
 from lamina.plan.describe import Profile, coverage, profile, table
 from lamina.plan.file import read, write
-from lamina.plan.program import Program
+from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, TorchCall
 from lamina.plan.structure import build, form_of, named_tensors, named_values
 from lamina.running import ExampleInputs, copied
@@ -67,17 +67,24 @@ class Plan:
     ) -> None:
         self._program = program
         self._form = dict(form)
-        # For each input of the program, which of `inputs` it is, or -1 for a weight, which needs none.
+        # For each input of the recorded graph, which of `inputs` it is, or -1 for a weight, which needs none.
         self._order = list(order)
+        self._take = picker([order[i] for i in program.live])
         self.inputs = tuple(inputs)
         self._parameters = list(parameters)
         self._values = dict(values)
+        # Which of the program's results the plan's is, where it is just one tensor.
+        only = form.get("tensor")
+        self._only = only if only is not None and only < len(program.recording.outputs) else None
+        self._plain = [i.name for i in self.inputs] == self._parameters[: len(self.inputs)]
         self._guard = _C.Guard([torch.empty_strided(i.shape, i.strides, dtype=i.dtype) for i in self.inputs])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plan. Raises PlanError for inputs that it was not made for."""
-        given = self._given(args, kwargs)
-        tensors = self._program.run([given[i] if i >= 0 else None for i in self._order])
+        given = args if not kwargs and self._as_made_for(args) else self._given(args, kwargs)
+        tensors = self._program.run(self._take(given))
+        if self._only is not None:
+            return tensors[self._only]
         return build(self._form, [*tensors, *given])
 
     def save(self, path: str | Path) -> None:
@@ -96,7 +103,7 @@ class Plan:
         >>> print(plan.profile(x))
         """
         given = self._given(args, kwargs)
-        return profile(self._program, [given[i] if i >= 0 else None for i in self._order])
+        return profile(self._program, self._take(given))
 
     @property
     def coverage(self) -> float:
@@ -105,6 +112,15 @@ class Plan:
 
     def __str__(self) -> str:
         return table(self._program, [str(i) for i in self.inputs])
+
+    def _as_made_for(self, args: tuple) -> bool:
+        """Whether the arguments are the inputs, one tensor for each name."""
+        return (
+            self._plain
+            and len(args) == len(self.inputs)
+            and all(isinstance(argument, Tensor) for argument in args)
+            and self._guard.fits(args)
+        )
 
     def _check(self, values: Mapping[str, Any]) -> None:
         """Raises PlanError for a plain value other than the one that the plan was made with."""
