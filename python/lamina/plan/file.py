@@ -21,28 +21,37 @@ _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).val
 
 
 def write(
-    path: Path, recording: Recording, inputs: Sequence[Any], order: Sequence[int], form: Mapping[str, Any]
+    path: Path,
+    recording: Recording,
+    inputs: Sequence[Any],
+    order: Sequence[int],
+    form: Mapping[str, Any],
+    parameters: Sequence[str],
+    values: Mapping[str, Any],
 ) -> None:
-    """inputs: the plan's PlanInputs; order: which of them each input of the recording is; form: of the result."""
+    """inputs: the plan's PlanInputs; order: which of them each input of the recording is; form: of the result;
+    parameters: the names of the model's arguments; values: those that are no tensors."""
     writer = _Writer()
     steps = [writer.step(step) for step in recording.steps]
     outputs = [None if ref is None else writer.ref(ref) for ref in recording.outputs]
     given = [None if b is None or b.state != "live" else writer.number(b) for b in recording.inputs]
-    values = {
+    content = {
         "plan": VERSION,
         "inputs": [[i.name, _name(i.dtype), list(i.shape), list(i.strides)] for i in inputs],
         "order": list(order),
         "form": dict(form),
+        "parameters": list(parameters),
+        "values": dict(values),
         "given": given,
         "steps": steps,
         "outputs": outputs,
         "plain": recording.plain,
         "buffers": [writer.described(buffer) for buffer in writer.buffers],
     }
-    save_tensors(writer.tensors, path, values)
+    save_tensors(writer.tensors, path, content)
 
 
-def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any]]:
+def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any], list[str], dict[str, Any]]:
     tensors, values = load_tensors(path)
     if "plan" not in values:
         raise FormatError(f"{path.name} is no plan that Plan.save wrote")
@@ -57,7 +66,7 @@ def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any]]
             (name, _DTYPES[dtype], tuple(shape), tuple(strides)) for name, dtype, shape, strides in values["inputs"]
         ]
         recording = Recording(steps, outputs, values["plain"], None, given)
-        return recording, inputs, values["order"], values["form"]
+        return recording, inputs, values["order"], values["form"], values["parameters"], values["values"]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as failure:
         raise FormatError(f"{path.name} is a damaged plan: {failure}") from failure
 

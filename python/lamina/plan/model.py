@@ -25,7 +25,7 @@ from lamina.plan.describe import Profile, coverage, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, TorchCall
-from lamina.plan.structure import build, form_of, named_tensors
+from lamina.plan.structure import build, form_of, named_tensors, named_values
 from lamina.running import ExampleInputs, copied
 
 
@@ -45,9 +45,10 @@ class PlanInput:
 class Plan:
     """A model as one list of calls of compiled functions, with all memory planned; made by `make_plan` or `load_plan`.
 
-    Called as the model was, with tensors of the sizes it was made for; values that are no tensors are what they were
-    then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and output classes. Safe to
-    call from several threads at once. No gradients.
+    Called as the model was, with tensors of the sizes it was made for; values that are no tensors may be left out, and
+    are what they were then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and
+    output classes. A cache of keys and values may be given as an object or as tuples, and is given back as tuples, one
+    for each layer; the one that was given stays as it was. Safe to call from several threads at once. No gradients.
 
     Weights are those of the model, not copies, where they are used as they are; of those that are packed the plan has a
     copy. Do not train the model on beside it. A saved plan has weights of its own.
@@ -56,7 +57,13 @@ class Plan:
     """
 
     def __init__(
-        self, program: Program, inputs: Sequence[PlanInput], order: Sequence[int], form: Mapping[str, Any]
+        self,
+        program: Program,
+        inputs: Sequence[PlanInput],
+        order: Sequence[int],
+        form: Mapping[str, Any],
+        parameters: Sequence[str],
+        values: Mapping[str, Any],
     ) -> None:
         self._program = program
         self._form = dict(form)
@@ -64,11 +71,12 @@ class Plan:
         self._order = list(order)
         self._take = picker([order[i] for i in program.live])
         self.inputs = tuple(inputs)
+        self._parameters = list(parameters)
+        self._values = dict(values)
         # Which of the program's results the plan's is, where it is just one tensor.
         only = form.get("tensor")
         self._only = only if only is not None and only < len(program.recording.outputs) else None
-        self._plain = all("." not in i.name for i in self.inputs)
-        self._parameters = list(dict.fromkeys(i.name.split(".")[0] for i in self.inputs))
+        self._plain = [i.name for i in self.inputs] == self._parameters[: len(self.inputs)]
         self._guard = _C.Guard([torch.empty_strided(i.shape, i.strides, dtype=i.dtype) for i in self.inputs])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +94,8 @@ class Plan:
 
         >>> plan.save("model.plan.safetensors")
         """
-        write(Path(path), self._program.recording, self.inputs, self._order, self._form)
+        recording = self._program.recording
+        write(Path(path), recording, self.inputs, self._order, self._form, self._parameters, self._values)
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
         """What each step takes: medians of several runs on these inputs, and how near that is to the machine's limits.
@@ -113,10 +122,21 @@ class Plan:
             and self._guard.fits(args)
         )
 
+    def _check(self, values: Mapping[str, Any]) -> None:
+        """Raises PlanError for a plain value other than the one that the plan was made with."""
+        for name, value in values.items():
+            made_for = self._values.get(name)
+            if type(value) is not type(made_for) or value != made_for:
+                those = repr(made_for) if name in self._values else "the model's default"
+                raise PlanError(f"plan: {name} is {value!r}, but this plan was made for {those}")
+
     def _given(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
         if len(args) > len(self._parameters):
             raise PlanError(f"plan: {len(args)} arguments were given, but it takes {', '.join(self._parameters)}")
-        named = named_tensors({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        named = named_tensors(arguments)
+        if len(named) < len(arguments):
+            self._check(named_values(arguments))
         try:
             given = [named.pop(i.name) for i in self.inputs]
         except KeyError as missing:
@@ -160,11 +180,12 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
         try:
             compile_(model, copied(example_inputs), options=options, dynamic=False)
             inputs = copied(arguments)
+            named, values = named_tensors(inputs), named_values(inputs)
             with recorded() as calls:
                 result = model(**inputs) if isinstance(example_inputs, Mapping) else model(*inputs.values())
         finally:
             model._compiled_call_impl = before
-        return _plan_of(model, calls, inputs, result)
+        return _plan_of(model, calls, named, named_tensors(inputs), result, list(inputs), values)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -174,19 +195,26 @@ def load_plan(path: str | Path) -> Plan:
 
     >>> plan = lamina.load_plan("model.plan.safetensors"); y = plan(x)
     """
-    recording, inputs, order, form = read(Path(path))
+    recording, inputs, order, form, parameters, values = read(Path(path))
     try:
         program = Program(recording, _C.ArenaPool())
     except Refused as refusal:
         raise FormatError(f"{Path(path).name} is a damaged plan: {refusal}") from refusal
-    return Plan(program, [PlanInput(*i) for i in inputs], order, form)
+    return Plan(program, [PlanInput(*i) for i in inputs], order, form, parameters, values)
 
 
 def _plan_of(
-    model: nn.Module, calls: list[tuple[Lowered, tuple, Any]], arguments: Mapping[str, Any], result: Any
+    model: nn.Module,
+    calls: list[tuple[Lowered, tuple, Any]],
+    named: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    result: Any,
+    parameters: Sequence[str],
+    values: Mapping[str, Any],
 ) -> Plan:
+    """named, after: the tensors among the arguments before and after the call; values: those that are no tensors."""
     name = type(model).__name__
-    if len(calls) != 1 or not calls[0][0].whole:
+    if len(calls) != 1 or not (calls[0][0].whole or calls[0][0].updates):
         raise PlanError(
             f"plan: {name} is not one graph: its forward calls what Dynamo does not read, or branches on data; "
             "torch.compile and accelerate take it all the same"
@@ -194,7 +222,10 @@ def _plan_of(
     lowered, given, outputs = calls[0]
     if any(isinstance(value, int) for value in given):
         raise PlanError(f"plan: {name} takes plain numbers that vary; give them as tensors")
-    named = named_tensors(arguments)
+    given_back = {id(tensor) for tensor in named_tensors({"": result}).values()}
+    for argument, tensor in after.items():
+        if named.get(argument) is not tensor and id(tensor) not in given_back:
+            raise PlanError(f"plan: {name} sets {argument} in its arguments to what is no part of its result")
     number_of = {id(tensor): i for i, tensor in enumerate(named.values())}
     order = [number_of.get(id(value), -1) for value in given]
     static = lowered.static
@@ -213,7 +244,7 @@ def _plan_of(
     tensors |= {id(tensor): len(leaves) + i for i, tensor in enumerate(named.values()) if id(tensor) not in tensors}
     form = form_of(result, lambda tensor: tensors.get(id(tensor)))
     used = [PlanInput(n, t.dtype, tuple(t.shape), tuple(t.stride())) for n, t in named.items()]
-    return Plan(entry.program, used, order, form)
+    return Plan(entry.program, used, order, form, parameters, values)
 
 
 def _by_parameter(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
