@@ -229,7 +229,9 @@ def make_plan(
         raise PlanError("plan: the model is in training mode, where it changes with each call; call model.eval() first")
     arguments = _by_parameter(model, example_inputs)
     before = model._compiled_call_impl
-    with torch.inference_mode(False), torch.no_grad():
+    # Of what varies only sizes count: a float that the model was made with, such as eps, stays that.
+    config = torch._dynamo.config.patch(specialize_float=True)
+    with torch.inference_mode(False), torch.no_grad(), config:
         try:
             compile_(model, copied(example_inputs), options=options, dynamic=dynamic)
             graph = model._compiled_call_impl
@@ -237,7 +239,7 @@ def make_plan(
             model._compiled_call_impl = before
 
     def plan_for(arguments: Mapping[str, Any]) -> Plan:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
             inputs = copied(dict(arguments))
             named, values = named_tensors(inputs), named_values(inputs)
             with recorded() as calls:
