@@ -147,7 +147,7 @@ LEFT = {
     "seq2seq": {"aten.bmm": 1},
     "seq2seq_dates": {"aten.bmm": 1},
     # Where the text ends, and every text times every image.
-    "clip": {"aten.eq.Scalar": 1, "aten.argmax": 1, "aten.index.Tensor": 1, "aten.mm": 1},
+    "clip": {"aten.argmax": 1, "aten.index.Tensor": 1, "aten.mm": 1},
     # Lengths of sounds as integers, and what is set to True at their ends.
     "wav2vec2_masked": {
         **{"aten.cumsum": 2, "aten.sub.Tensor": 8, "aten.div.Tensor_mode": 7, "aten.add.Tensor": 7},
@@ -228,8 +228,8 @@ def test_plan_of(name, precision, tmp_path):
         if not expected.is_floating_point():
             assert_exact(result[part], expected, part)
         elif truth is not None:
-            # Of a few numbers, how exact eager's worst one is is luck: a few roundings more are fair.
-            floor = 4 * eps(expected.dtype) * truth[part].abs().max().item()
+            # How exact the worst of a few numbers is in eager is luck (a head of four): some roundings more are fair.
+            floor = 16 * eps(expected.dtype) * truth[part].abs().max().item()
             assert_composite(result[part], expected, truth[part], floor=floor, what=part)
         else:
             assert_lossy(result[part], expected, min_sqnr_db=bound, what=part)

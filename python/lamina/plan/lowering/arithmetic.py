@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lamina import ops
+from lamina import _C, ops
+from lamina.ops.elementwise import elementwise_program
 from lamina.plan.lowering.table import FLOATS, LOWERINGS, Live, Lowering, aten
 
 # torch's op -> the instruction that takes the same operands in the same order.
@@ -51,7 +52,8 @@ class _Program:
     class _Result(int):
         """The number of the step that gives it."""
 
-    def run(self, dtype: torch.dtype) -> Tensor:
+    def run(self, like: Tensor) -> Tensor:
+        """like: what the result must look like; views that follow count on its strides."""
         inputs: list[Tensor] = []
         constants: list[float] = []
         for _, operands in self.steps:
@@ -70,7 +72,9 @@ class _Program:
             return len(inputs) + constants.index(float(operand))
 
         program = [(code, *map(place, operands)) for code, operands in self.steps]
-        return ops.elementwise(inputs, program, constants, dtype=dtype)
+        out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        _C.elementwise(inputs, elementwise_program(program), constants, out)
+        return out
 
 
 def _elementwise(function: Callable[..., bool | None], overload: torch._ops.OpOverload) -> Lowering:
@@ -81,15 +85,19 @@ def _elementwise(function: Callable[..., bool | None], overload: torch._ops.OpOv
         tensors = [a for a in args if isinstance(a, Tensor)]
         if not all(t.dtype in _ELEMENTS and t.device.type == "cpu" for t in tensors):
             return NotImplemented
-        # What torch makes of these dtypes.
-        like = [torch.empty((0,) * t.ndim, dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t for t in args]
-        dtype = overload(*like, **kwargs).dtype
+        # What torch makes of these dtypes and strides.
+        with _disable_current_modes():
+            like = overload(*(_form_of(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
         program = _Program()
-        if dtype not in _ELEMENTS or function(program, *args, **kwargs) is False:
+        if like.dtype not in _ELEMENTS or function(program, *args, **kwargs) is False:
             return NotImplemented
-        return program.run(dtype)
+        return program.run(like)
 
     return lowering
+
+
+def _form_of(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
