@@ -94,6 +94,11 @@ class Plan:
         """The share of the calls that are lamina's own; the others are torch's, between two segments."""
         return coverage(self._program.recording)
 
+    @property
+    def arena_bytes(self) -> int:
+        """The memory that what lies between the first and the last step shares; one run at a time needs it once."""
+        return self._program.arena_bytes()
+
     def __str__(self) -> str:
         return table(self._program, [str(i) for i in self.inputs])
 
