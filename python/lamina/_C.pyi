@@ -362,9 +362,7 @@ def int8_lstm(
 class Operand:
     """A tensor of a step: where it lies in one of the plan's buffers (offset in bytes, strides in elements)."""
 
-    def __init__(
-        self, buffer: int, offset: int, dtype: str, shape: Sequence[int], strides: Sequence[int]
-    ) -> None: ...
+    def __init__(self, buffer: int, offset: int, dtype: str, shape: Sequence[int], strides: Sequence[int]) -> None: ...
 
 class ArenaPool: ...
 

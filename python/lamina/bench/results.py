@@ -103,8 +103,8 @@ class Measurement:
         return ""
 
     def rate(self, contender: str = LAMINA) -> float | None:
-        """FLOP/s reached (int8: integer operations a second)."""
-        return self.flops / self.times[contender].q50 if contender in self.times else None
+        """FLOP/s reached (int8: integer operations a second); None where nothing is computed, only moved."""
+        return self.flops / self.times[contender].q50 if self.flops and contender in self.times else None
 
     def peak_fraction(self, machine: Machine) -> float | None:
         """Share of the measured peak of the same precision and thread count that lamina reached, 1.0 being all."""

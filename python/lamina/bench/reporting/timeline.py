@@ -1,5 +1,6 @@
 """A plan as a picture: its steps in time, as inline SVG whose colours are the page's CSS variables."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -19,9 +20,10 @@ KINDS: Mapping[str, tuple[str, str]] = {
 }
 MOVING, TORCH = "moving and pooling", "PyTorch's own op"
 
-# Units of the picture, which is as wide as the page's column; a row is a line of text and a bar below it.
-WIDTH, LABELS, TOTALS = 992, 196, 74
-TOP, ROW, BAR, AXIS = 4, 38, 17, 26
+# Units of the picture, which is as wide as the page's column: a strip of all steps with its axis below, then the rows,
+# a line of text and a bar below it each, with theirs.
+WIDTH, LABELS, TOTALS = 960, 190, 52
+STRIP, ROW, BAR, AXIS = 22, 38, 17, 30
 CHARACTER = 6.1
 # So many rows can be looked at together; a plan with more steps has a row a block of layers.
 MOST_ROWS = 14
@@ -38,33 +40,57 @@ def kind(step: Mapping[str, Any]) -> str:
 
 
 def draw(steps: Sequence[Mapping[str, Any]]) -> str:
-    """One bar a step, as wide as its time and filled as high as its share of peak; a row each module or block.
+    """All steps in a strip, and again enlarged: a row each module or block, read like lines of text.
 
-    steps: as in lamina.plan.describe.StepProfile, in order.
+    A bar is as wide as its step's time and filled as high as its share of peak. steps: as in
+    lamina.plan.describe.StepProfile, in order.
     """
     rows = _rows(steps)
-    total = sum(step["seconds"] for step in steps)
-    scale = (WIDTH - LABELS - TOTALS) / total if total else 0.0
-    height = TOP + len(rows) * ROW + AXIS
+    total = _seconds(steps)
+    longest = max((_seconds(members) for _, members in rows), default=0.0)
+    room = WIDTH - LABELS - TOTALS
+    height = STRIP + AXIS + len(rows) * ROW + AXIS
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" class="timeline">']
-    parts += _axis(total, scale, TOP + len(rows) * ROW)
-    start = 0.0
+    parts += _axis(total, room, 0, STRIP)
+    parts += _line("all of it", steps, total, (total, room), 0, STRIP, labels=False)
+    top = STRIP + AXIS
+    parts += _axis(longest, room, top, top + len(rows) * ROW)
     for number, (name, members) in enumerate(rows):
-        y = TOP + number * ROW
-        seconds = sum(step["seconds"] for step in members)
-        middle = y + ROW - BAR / 2
-        parts.append(_text(LABELS - 12, middle, _shortened(name, LABELS - 16), "name", end=True))
-        parts.append(_text(WIDTH, middle, f"{text.percent(seconds / total if total else 0.0)}", "muted", end=True))
-        for step in members:
-            parts += _bar(step, LABELS + start * scale, y, step["seconds"] * scale)
-            start += step["seconds"]
+        parts += _line(name, members, total, (longest, room), top + number * ROW, ROW, labels=True)
     return "".join([*parts, "</svg>"])
+
+
+def _line(
+    name: str,
+    steps: Sequence[Mapping[str, Any]],
+    total: float,
+    scale: tuple[float, float],
+    y: float,
+    height: float,
+    labels: bool,
+) -> list[str]:
+    """One row of bars, one after the other; scale: so many seconds are so many units."""
+    middle = y + height - BAR / 2 + 4
+    share = text.percent(_seconds(steps) / total if total else 0.0)
+    parts = [_text(LABELS - 12, middle, _shortened(name, LABELS - 16), "name", end=True)]
+    start = 0.0
+    for step in steps:
+        x, width = (seconds / scale[0] * scale[1] if scale[0] else 0.0 for seconds in (start, step["seconds"]))
+        # Behind the last bar there is room for words.
+        room = 0.0 if not labels else width if step is not steps[-1] else WIDTH - TOTALS - LABELS - x
+        parts += _bar(step, LABELS + x, y + height - BAR, width, room)
+        start += step["seconds"]
+    return [*parts, _text(WIDTH, middle, share, "muted", end=True)]
+
+
+def _seconds(steps: Sequence[Mapping[str, Any]]) -> float:
+    return sum(step["seconds"] for step in steps)
 
 
 def shares(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float]]:
     """For each kind of step that occurs: its name, its colour, its share of the time."""
-    total = sum(step["seconds"] for step in steps)
-    found = {name: sum(step["seconds"] for step in steps if kind(step) == name) for name in KINDS}
+    total = _seconds(steps)
+    found = {name: _seconds([step for step in steps if kind(step) == name]) for name in KINDS}
     occurring = {kind(step) for step in steps}
     return [(name, KINDS[name][0], found[name] / total if total else 0.0) for name in KINDS if name in occurring]
 
@@ -86,11 +112,11 @@ def _rows(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[st
     return rows
 
 
-def _bar(step: Mapping[str, Any], x: float, y: float, width: float) -> list[str]:
+def _bar(step: Mapping[str, Any], x: float, top: float, width: float, room: float) -> list[str]:
+    """A bar with its words above, those that find room; all of them when it is pointed at."""
     color = KINDS[kind(step)][0]
-    top = y + ROW - BAR
-    # A gap of a pixel between neighbours, where there is room for one.
-    width = max(width - 1.0, 0.6 * width, 0.4)
+    # A gap between neighbours, where there is room for one.
+    width = max(width - 1.0, 0.6 * width, 0.3)
     filled = BAR * min(1.0, step["of_peak"])
     told = (
         f"{step['op']} {step['module']}\n{step['what']}\n{text.duration(step['seconds'])}, "
@@ -102,12 +128,9 @@ def _bar(step: Mapping[str, Any], x: float, y: float, width: float) -> list[str]
         f'<rect x="{x:.2f}" y="{top + BAR - filled:.2f}" width="{width:.2f}" height="{filled:.2f}" '
         f'fill="var(--{color})"/>'
     ]
-    label = next(
-        (words for words in _labels(step) if len(words) * CHARACTER <= width),
-        None,
-    )
+    label = next((words for words in _labels(step) if len(words) * CHARACTER <= room), None)
     if label:
-        parts.append(_text(x, top - 7, label, "muted"))
+        parts.append(_text(x, top - 5, label, "muted"))
     return [*parts, "</g>"]
 
 
@@ -116,14 +139,14 @@ def _labels(step: Mapping[str, Any]) -> list[str]:
     return [f"{step['op']} {time}, {text.percent(step['of_peak'])}", f"{step['op']} {time}", step["op"], time]
 
 
-def _axis(total: float, scale: float, bottom: float) -> list[str]:
+def _axis(seconds: float, room: float, top: float, bottom: float) -> list[str]:
     parts = []
-    step = _tick(total)
-    count = int(total / step + 1e-9) if step else 0
-    for i in range(count + 1):
-        x = LABELS + i * step * scale
-        parts.append(f'<path d="M{x:.1f} {TOP}V{bottom + 5:.1f}" stroke="var(--line)"/>')
-        parts.append(_text(x, bottom + 16, text.duration(i * step) if i else "0", "muted", middle=True))
+    tick = _tick(seconds)
+    for i in range(int(seconds / tick + 1e-9) + 1 if tick else 0):
+        x = LABELS + i * tick / seconds * room
+        parts.append(f'<path d="M{x:.1f} {top}V{bottom + 5:.1f}" stroke="var(--line)"/>')
+        words = text.duration(i * tick) if i else "0"
+        parts.append(_text(x, bottom + 16, words.replace(".00 ", " ").replace(".0 ", " "), "muted", middle=True))
     return parts
 
 
@@ -131,9 +154,7 @@ def _tick(total: float) -> float:
     """A round number of seconds, four to ten of which make the total."""
     if total <= 0:
         return 0.0
-    power = 10.0 ** -20
-    while power * 10 <= total:
-        power *= 10
+    power = 10.0 ** math.floor(math.log10(total))
     return next(power * share for share in (0.2, 0.5, 1.0) if total / (power * share) <= 10)
 
 

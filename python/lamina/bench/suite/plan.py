@@ -61,15 +61,15 @@ def planned(inputs: suite.Inputs) -> Planned:
     return Planned(inputs.model, inputs.example_inputs, swapped, plan, inputs.flops, precision)
 
 
-def workload(name: str, batch: int, make_inputs: Callable[[], Planned], *, config: str = "auto") -> Workload:
-    """The workload `plan/<name>/b<batch>` on given inputs; `config` as in suite/model.py."""
-    return _workload(
-        name,
-        batch,
-        f"b{batch}" if config == "auto" else f"b{batch}-{config}",
-        make_inputs,
-        PROMISED_PEERS.get((name, config)),
-    )
+def workload(
+    name: str, batch: int, make_inputs: Callable[[], Planned], *, config: str = "auto", peer: bool = True
+) -> Workload:
+    """The workload `plan/<name>/b<batch>` on given inputs; `config` as in suite/model.py.
+
+    `peer`: time the peer of the promise too; exporting a large model to one takes long.
+    """
+    shape = f"b{batch}" if config == "auto" else f"b{batch}-{config}"
+    return _workload(name, batch, shape, make_inputs, PROMISED_PEERS.get((name, config)) if peer else None)
 
 
 def pruned_bert() -> Workload:
