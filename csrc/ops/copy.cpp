@@ -11,6 +11,7 @@
 namespace lamina {
 
 constinit const KernelTable<void(const CopyArgs&)> copy_table;
+constinit const KernelTable<void(const CopyRowsArgs&)> copy_rows_table;
 
 namespace {
 
@@ -48,60 +49,72 @@ int64_t unit_of(const CopyArgs& a, int dim) { return dim == 0 || dim == a.x_inne
 
 int64_t units_of(const CopyArgs& a, int dim) { return (a.sizes[dim] + unit_of(a, dim) - 1) / unit_of(a, dim); }
 
+// The part [begin, end) of a box in one of its dimensions.
+CopyArgs copy_part(const CopyArgs& box, int dim, int64_t begin, int64_t end) {
+  CopyArgs part = box;
+  part.sizes[dim] = end - begin;
+  part.x = static_cast<const char*>(box.x) + begin * box.x_strides[dim] * box.x_bytes;
+  part.out = static_cast<char*>(box.out) + begin * box.out_strides[dim] * box.out_bytes;
+  return part;
+}
+
 }  // namespace
 
-void copy(const TensorView& x, const TensorView& out) {
+CopyArgs copy_args(const TensorView& x, const TensorView& out) {
   check(x.ndim == out.ndim && std::equal(x.shape, x.shape + x.ndim, out.shape), kOp, "out is ", describe(out),
         ", but must have the shape of x, ", describe(x));
   check(x.ndim <= kMostDims, kOp, "x has ", x.ndim, " dimensions, but at most ", kMostDims, " are taken");
-  const int x_size = size_of("x", x), out_size = size_of("out", out);
-  CopyArgs all = {};
-  all.x_format = all.out_format = bytes(x_size);
+  CopyArgs box = {};
+  box.x_bytes = size_of("x", x);
+  box.out_bytes = size_of("out", out);
+  box.x_format = box.out_format = bytes(box.x_bytes);
   if (x.dtype != out.dtype) {
-    all.x_format = format_of(x.dtype);
-    all.out_format = format_of(out.dtype);
-    check(copies_from(all.x_format, all.out_format), kOp, "x is ", dtype_name(x.dtype), " and out ",
+    box.x_format = format_of(x.dtype);
+    box.out_format = format_of(out.dtype);
+    check(copies_from(box.x_format, box.out_format), kOp, "x is ", dtype_name(x.dtype), " and out ",
           dtype_name(out.dtype), "; conversions go between float32, bfloat16, float16 and bool, from int8 to ",
           "floating-point numbers, and from int32 or int64 to float32");
   }
-  if (out.numel() == 0) return;
+  if (out.numel() == 0) return box;
   check(!repeats_memory(out), kOp, "out is expanded; use memory of its own for each element");
 
   int64_t strides[2][kMostDims], walked[2][kMostDims];
   std::copy_n(out.strides, out.ndim, strides[0]);
   std::copy_n(x.strides, x.ndim, strides[1]);
-  all.dims = collapse_dims(out.ndim, out.shape, 2, strides, all.sizes, walked);
-  std::copy_n(walked[0], all.dims, all.out_strides);
-  std::copy_n(walked[1], all.dims, all.x_strides);
-  if (all.dims == 1) {
-    all.dims = 2;
-    all.sizes[1] = 1;
+  box.dims = collapse_dims(out.ndim, out.shape, 2, strides, box.sizes, walked);
+  std::copy_n(walked[0], box.dims, box.out_strides);
+  std::copy_n(walked[1], box.dims, box.x_strides);
+  if (box.dims == 1) {
+    box.dims = 2;
+    box.sizes[1] = 1;
   }
-  if (all.x_strides[0] != 1) {
-    for (int d = 1; d < all.dims; ++d) {
-      if (all.x_strides[d] == 1 && all.sizes[d] > 1) all.x_inner = d;
+  if (box.x_strides[0] != 1) {
+    for (int d = 1; d < box.dims; ++d) {
+      if (box.x_strides[d] == 1 && box.sizes[d] > 1) box.x_inner = d;
     }
   }
-  all.x = x.data;
-  all.out = out.data;
+  box.x = x.data;
+  box.out = out.data;
+  return box;
+}
 
+void copy_box(const CopyArgs& box) {
+  if (box.dims == 0) return;
   const auto kernel = copy_table.get();
   // Threads share the dimension of most pieces.
   int dim = 0;
-  for (int d = 1; d < all.dims; ++d) {
-    if (units_of(all, d) >= units_of(all, dim)) dim = d;
+  int64_t elements = box.sizes[0];
+  for (int d = 1; d < box.dims; ++d) {
+    elements *= box.sizes[d];
+    if (units_of(box, d) >= units_of(box, dim)) dim = d;
   }
-  const int64_t unit = unit_of(all, dim), units = units_of(all, dim);
-  const int64_t work = out.numel() * (x_size + out_size) / units;
-  parallel_ranges(units, std::max<int64_t>(1, tuning::kCopyBytesPerThread / std::max<int64_t>(1, work)),
-                  [&](int64_t begin, int64_t end) {
-                    const int64_t first = begin * unit;
-                    CopyArgs share = all;
-                    share.sizes[dim] = std::min(all.sizes[dim], end * unit) - first;
-                    share.x = static_cast<const char*>(all.x) + first * all.x_strides[dim] * x_size;
-                    share.out = static_cast<char*>(all.out) + first * all.out_strides[dim] * out_size;
-                    kernel(share);
-                  });
+  const int64_t unit = unit_of(box, dim), units = units_of(box, dim);
+  const int64_t work = std::max<int64_t>(1, elements * (box.x_bytes + box.out_bytes) / units);
+  parallel_ranges(units, std::max<int64_t>(1, tuning::kCopyBytesPerThread / work), [&](int64_t begin, int64_t end) {
+    kernel(copy_part(box, dim, begin * unit, std::min(box.sizes[dim], end * unit)));
+  });
 }
+
+void copy(const TensorView& x, const TensorView& out) { copy_box(copy_args(x, out)); }
 
 }  // namespace lamina

@@ -167,7 +167,9 @@ void elementwise(const std::vector<TensorView>& inputs, const std::vector<int64_
   for (int k = 0; k < input_count; ++k) std::copy_n(walked[k + 1], args.dims, tensors[k].strides);
 
   constexpr int64_t tile = tuning::kElementwiseTile;
-  args.tile_columns = std::min(args.sizes[0], tile);
+  // Tiles of one row are about equally long, in whole cache lines.
+  const int64_t pieces = (args.sizes[0] + tile - 1) / tile;
+  args.tile_columns = std::min(args.sizes[0], (args.sizes[0] + 16 * pieces - 1) / (16 * pieces) * 16);
   args.tile_rows = std::min(args.sizes[1], std::max<int64_t>(1, tile / args.sizes[0]));
   int64_t tiles = (args.sizes[0] + args.tile_columns - 1) / args.tile_columns;
   tiles *= (args.sizes[1] + args.tile_rows - 1) / args.tile_rows;

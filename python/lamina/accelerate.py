@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lamina.compile import CaptureError, compile_, uncompile_
+from lamina.compile import CaptureError, compile_
 from lamina.compile.bound import Bound
 from lamina.configs import ConfigLike
 from lamina.running import ExampleInputs, caller, copied, floats, outputs, relative_error
@@ -36,8 +36,10 @@ _MIN_ROUNDS = 5
 
 # A compiled graph costs its guards, memory and seconds to make: it must be faster than the layers by this much.
 _COMPILED_GAIN = 1.02
-# Compiling leaves float products as they are; it is not tried on the float layers where swapping brought more.
+# The graph of the float layers is not tried where swapping them brought more than this, unless the model is small: what
+# takes most of its time is not the arithmetic, and may be less in float, where nothing has to be quantized.
 _FLOAT_MAY_WIN = 1.5
+_SMALL_SECONDS = 2e-3
 
 _INPUTS = "accelerate: example_inputs"
 
@@ -265,7 +267,8 @@ class _Race:
             self._try_graph("swapped layers, compiled")
         if waiting:
             self._try_waiting(kept, waiting, decided)
-        if self.form == "swapped layers" and self.before / self.after < _FLOAT_MAY_WIN:
+        may_win = self.form == "swapped layers" and self.before / self.after < _FLOAT_MAY_WIN
+        if kept and (may_win or self.before < _SMALL_SECONDS):
             for candidate in kept:
                 candidate.revert()
             if self._try_graph("compiled"):
@@ -296,10 +299,13 @@ class _Race:
         """Compiles the copy as it is now; whether that leads, and stays."""
         start = time.perf_counter()
         form = Form(name, None, None, 0.0, "")
+        leading = self.work._compiled_call_impl
         try:
             report = compile_(self.work, copied(self.example_inputs), guards_state=False)
+            self.work._compiled_call_impl = _ForSizes(self.work, self.example_inputs)
             form = replace(form, error=self._error_now(), seconds=time.perf_counter() - start)
         except CaptureError as failure:
+            self.work._compiled_call_impl = leading
             seconds = time.perf_counter() - start
             self.forms.append(replace(form, seconds=seconds, reason=" ".join(str(failure).split())[:200]))
             return False
@@ -322,10 +328,9 @@ class _Race:
             elif form.speedup < self.min_speedup:
                 why = f"below min_speedup {self.min_speedup:g}"
         if why is not None:
-            uncompile_(self.work)
+            self.work._compiled_call_impl = leading
             self.forms.append(replace(form, reason=f"{why}; {report.summary()}"))
             return False
-        self.work._compiled_call_impl = _ForSizes(self.work, self.example_inputs)
         self.forms.append(replace(form, reason=report.summary()))
         self.form, self.error, self.before, self.after = name, form.error, before, after
         return True
@@ -366,6 +371,10 @@ class _ForSizes:
         self._like = _describe_call(example)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs:
+            result = self._compiled.quick(args)
+            if result is not None:
+                return result
         if not torch.is_grad_enabled():
             given = self._named(args, kwargs)
             if _describe_call(given) == self._like and len(given) == len(args) + len(kwargs):

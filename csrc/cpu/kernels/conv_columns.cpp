@@ -1,6 +1,6 @@
 // Convolution with the columns of a row in the lanes: a panel of 16 output channels would be mostly empty where a layer
-// has six. Up to four channels x two registers of columns keep their sums over all taps; each pixel is loaded once for
-// the channels and each weight broadcast once for the columns. The pool follows while four channels lie in L1.
+// has six. Up to six channels x two registers of columns keep their sums over all taps; each pixel is loaded once for
+// the channels and each weight broadcast once for the columns. The pool follows while those channels lie in L1.
 #include "cpu/kernels/conv_columns.h"
 
 #include "cpu/kernels/conv_tile.h"
@@ -8,10 +8,17 @@
 namespace lamina::LAMINA_ISA {
 namespace {
 
-constexpr int kChannels = 4;
+constexpr int kChannels = kConvColumnsChannels;
 
-// kWide registers of columns, from one place on, of kCount channels.
-template <int kCount, int kWide>
+// Keeps a value in its register. Compilers would rather load it again for each product, and most of these loads cross a
+// cache line.
+LAMINA_INLINE F32 kept(F32 value) {
+  __asm__("" : "+x"(value.r));
+  return value;
+}
+
+// kWide registers of columns, from one place on, of kCount channels; kOne input channel or any number.
+template <int kCount, int kWide, bool kOne>
 LAMINA_INLINE void tile(const ConvColumnsArgs& a, const float* x, int64_t channel, float* out, int64_t out_channel,
                         int left) {
   F32 sums[kCount][kWide];
@@ -22,9 +29,10 @@ LAMINA_INLINE void tile(const ConvColumnsArgs& a, const float* x, int64_t channe
   for (int ky = 0; ky < a.taps_y; ++ky) {
     for (int kx = 0; kx < a.taps_x; ++kx) {
       const float* from = x + ky * a.dilation_y * a.x_row + kx * a.dilation_x;
-      for (int64_t c = 0; c < a.channels; ++c, from += a.x_channel, w += a.width) {
+      const int64_t channels = kOne ? 1 : a.channels;
+      for (int64_t c = 0; c < channels; ++c, from += a.x_channel, w += a.width) {
         F32 pixels[kWide];
-        LAMINA_UNROLL for (int j = 0; j < kWide; ++j) pixels[j] = load(from + j * F32::lanes);
+        LAMINA_UNROLL for (int j = 0; j < kWide; ++j) pixels[j] = kept(load(from + j * F32::lanes));
         LAMINA_UNROLL for (int i = 0; i < kCount; ++i) {
           const F32 weight = set1(w[i]);
           LAMINA_UNROLL for (int j = 0; j < kWide; ++j) sums[i][j] = fmadd(pixels[j], weight, sums[i][j]);
@@ -42,7 +50,7 @@ LAMINA_INLINE void tile(const ConvColumnsArgs& a, const float* x, int64_t channe
 }
 
 // All rows of kCount channels.
-template <int kCount>
+template <int kCount, bool kOne>
 void rows_of(const ConvColumnsArgs& a, int64_t channel, float* out, int64_t out_channel, int64_t out_row) {
   for (int64_t row = 0; row < a.rows; ++row) {
     const float* x = a.x + row * a.stride_y * a.x_row;
@@ -50,19 +58,28 @@ void rows_of(const ConvColumnsArgs& a, int64_t channel, float* out, int64_t out_
     for (int64_t column = 0; column < a.columns; column += 2 * F32::lanes) {
       const int left = int(a.columns - column < 2 * F32::lanes ? a.columns - column : 2 * F32::lanes);
       if (left > F32::lanes) {
-        tile<kCount, 2>(a, x + column, channel, to + column, out_channel, left);
+        tile<kCount, 2, kOne>(a, x + column, channel, to + column, out_channel, left);
       } else {
-        tile<kCount, 1>(a, x + column, channel, to + column, out_channel, left);
+        tile<kCount, 1, kOne>(a, x + column, channel, to + column, out_channel, left);
       }
     }
   }
 }
 
+template <bool kOne>
 void rows_of(const ConvColumnsArgs& a, int count, int64_t channel, float* out, int64_t out_channel, int64_t out_row) {
-  if (count == 4) return rows_of<4>(a, channel, out, out_channel, out_row);
-  if (count == 3) return rows_of<3>(a, channel, out, out_channel, out_row);
-  if (count == 2) return rows_of<2>(a, channel, out, out_channel, out_row);
-  rows_of<1>(a, channel, out, out_channel, out_row);
+  static_assert(kChannels == 6);
+  if (count == 6) return rows_of<6, kOne>(a, channel, out, out_channel, out_row);
+  if (count == 5) return rows_of<5, kOne>(a, channel, out, out_channel, out_row);
+  if (count == 4) return rows_of<4, kOne>(a, channel, out, out_channel, out_row);
+  if (count == 3) return rows_of<3, kOne>(a, channel, out, out_channel, out_row);
+  if (count == 2) return rows_of<2, kOne>(a, channel, out, out_channel, out_row);
+  rows_of<1, kOne>(a, channel, out, out_channel, out_row);
+}
+
+void rows_of(const ConvColumnsArgs& a, int count, int64_t channel, float* out, int64_t out_channel, int64_t out_row) {
+  if (a.channels == 1) return rows_of<true>(a, count, channel, out, out_channel, out_row);
+  rows_of<false>(a, count, channel, out, out_channel, out_row);
 }
 
 // A NaN wins, whichever came first.
@@ -74,6 +91,20 @@ LAMINA_INLINE void pool_columns(const float* __restrict from, float* __restrict 
     float y = from[x * stride];
     for (int k = 1; k < window; ++k) y = max ? larger(y, from[x * stride + k]) : y + from[x * stride + k];
     to[x] = max ? y : y * factor;
+  }
+}
+
+// The larger of each two columns: blocks of constant size, which compilers turn into a few shuffles. Reads behind the
+// last column.
+LAMINA_INLINE void larger_of_pairs(const float* __restrict from, float* __restrict to, int64_t columns) {
+  constexpr int kBlock = 16;
+  for (int64_t x = 0; x < columns; x += kBlock) {
+    float block[kBlock];
+    for (int i = 0; i < kBlock; ++i) block[i] = larger(from[2 * (x + i)], from[2 * (x + i) + 1]);
+    for (int i = 0; i < kBlock; i += F32::lanes) {
+      const int64_t left = columns - x - i;
+      if (left > 0) store_up_to(to + x + i, load(block + i), left < F32::lanes ? int(left) : F32::lanes);
+    }
   }
 }
 
@@ -96,7 +127,7 @@ void pool(const ConvColumnsArgs& a, const ConvColumnsPool& p, const float* x, in
       store_up_to(inside + column, sum, n);
     }
     if (p.max && p.window_w == 2 && p.stride_w == 2) {
-      pool_columns(row, out, p.out_columns, 2, 2, true, factor);
+      larger_of_pairs(row, out, p.out_columns);
     } else {
       pool_columns(row, out, p.out_columns, p.window_w, p.stride_w, p.max, factor);
     }
@@ -105,11 +136,14 @@ void pool(const ConvColumnsArgs& a, const ConvColumnsPool& p, const float* x, in
 
 void conv_columns(const ConvColumnsArgs& a) {
   const int64_t whole = (a.columns + 31) / 32 * 32;
-  for (int64_t channel = 0; channel < a.out_channels; channel += kChannels) {
-    const int count = int(a.out_channels - channel < kChannels ? a.out_channels - channel : kChannels);
+  // Groups of nearly equal size: 8 channels as 4 + 4, not as 6 + 2.
+  int64_t groups = (a.out_channels + kChannels - 1) / kChannels;
+  for (int64_t channel = 0; groups > 0; --groups) {
+    const int count = int((a.out_channels - channel + groups - 1) / groups);
     float* out = a.out + channel * a.out_channel;
     if (!a.pool) {
       rows_of(a, count, channel, out, a.out_channel, a.out_row);
+      channel += count;
       continue;
     }
     rows_of(a, count, channel, a.scratch, a.rows * whole, whole);
@@ -117,6 +151,7 @@ void conv_columns(const ConvColumnsArgs& a) {
     for (int i = 0; i < count; ++i) {
       pool(a, *a.pool, a.scratch + i * a.rows * whole, whole, row, out + i * a.out_channel);
     }
+    channel += count;
   }
 }
 

@@ -31,10 +31,14 @@ struct ConvColumnsArgs {
   float* scratch;  // with a pool: conv_columns_scratch floats
 };
 
-// One channel of the band, and a row between the padding of the pool's columns.
+// Output channels that go through the kernel together: with two registers of columns twelve sums, which is what
+// sixteen registers hold beside two of pixels and a weight.
+inline constexpr int kConvColumnsChannels = 6;
+
+// Those channels of the band, and a row between the padding of the pool's columns.
 inline int64_t conv_columns_scratch(int64_t rows, int64_t columns, int64_t pad_w, int64_t window_w) {
   const int64_t whole = (columns + 31) / 32 * 32;
-  return 4 * rows * whole + whole + pad_w + window_w + 32;
+  return kConvColumnsChannels * rows * whole + whole + pad_w + window_w + 32;
 }
 
 extern const KernelTable<void(const ConvColumnsArgs&)> conv_columns_table;

@@ -51,18 +51,30 @@ LAMINA_INLINE void move(To& to, const From& x) {
   }
 }
 
+// As fast as memcpy for long runs and without its call for short ones; the end goes by a register that overlaps the one
+// before.
+LAMINA_INLINE void copy_bytes(char* to, const char* x, int64_t n) {
+  constexpr int64_t step = sizeof(F32);
+  if (n < step) {
+    memcpy(to, x, size_t(n));
+    return;
+  }
+  const auto move = [&](int64_t at) __attribute__((always_inline)) {
+    store(reinterpret_cast<float*>(to + at), load(reinterpret_cast<const float*>(x + at)));
+  };
+  int64_t i = 0;
+  for (; i + step <= n; i += step) move(i);
+  if (i < n) move(n - step);
+}
+
 template <class To, class From>
 LAMINA_INLINE void copy_run(To* to, const From* x, int64_t n) {
-  if constexpr (kInRegisters<To> && (kInRegisters<From> || kSame<From, int8_t>)) {
-    if (kSame<To, From> && n * int64_t(sizeof(To)) >= tuning::kCopyLongRun) {
-      memcpy(to, x, size_t(n) * sizeof(To));
-      return;
-    }
+  if constexpr (kSame<To, From>) {
+    copy_bytes(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(x), n * int64_t(sizeof(To)));
+  } else if constexpr (kInRegisters<To> && (kInRegisters<From> || kSame<From, int8_t>)) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, load(x + i));
     if (i < n) store_n(to + i, load_n(x + i, int(n - i)), int(n - i));
-  } else if constexpr (kSame<To, From>) {
-    memcpy(to, x, size_t(n) * sizeof(To));
   } else {
     for (int64_t i = 0; i < n; ++i) move(to[i], x[i]);
   }
@@ -143,6 +155,13 @@ LAMINA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class To, class From>
 void transpose_plane(To* to, int64_t to_row, const From* x, int64_t x_row, int64_t rows, int64_t columns) {
   constexpr int square = kSquare<To, From>;
+  // A square of a few rows or columns (the colours of an image) is mostly empty.
+  if (rows < tuning::kCopyFew || columns < tuning::kCopyFew) {
+    for (int64_t j = 0; j < rows; ++j) {
+      for (int64_t i = 0; i < columns; ++i) move(to[j * to_row + i], x[i * x_row + j]);
+    }
+    return;
+  }
   for (int64_t top = 0; top < rows; top += tuning::kCopyRows) {
     const int64_t bottom = smaller(rows, top + tuning::kCopyRows);
     for (int64_t i = 0; i < columns; i += square) {
@@ -215,7 +234,18 @@ void copy(const CopyArgs& a) {
   }
 }
 
+void copy_rows(const CopyRowsArgs& a) {
+  for (int64_t row = a.begin; row < a.end; ++row) {
+    for (int i = 0; i < a.count; ++i) {
+      const CopyArgs& box = a.boxes[i];
+      copy_bytes(static_cast<char*>(box.out) + row * box.out_strides[1] * box.out_bytes,
+                 static_cast<const char*>(box.x) + row * box.x_strides[1] * box.x_bytes, box.sizes[0] * box.x_bytes);
+    }
+  }
+}
+
 REGISTER_KERNEL(copy_table, copy);
+REGISTER_KERNEL(copy_rows_table, copy_rows);
 
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

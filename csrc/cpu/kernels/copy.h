@@ -18,12 +18,23 @@ struct CopyArgs {
   const void* x;
   void* out;
   CopyFormat x_format, out_format;  // bytes on both sides, or a conversion that copies_from() knows
+  int x_bytes, out_bytes;           // of an element
   int dims;                         // at least 2
   int64_t sizes[kCopyDims], x_strides[kCopyDims], out_strides[kCopyDims];
   int x_inner;  // the dimension in which x is contiguous, where it is not the innermost one of the output; else 0
 };
 
 extern const KernelTable<void(const CopyArgs&)> copy_table;
+
+// Rows [begin, end) of several boxes, row by row: what lies side by side in the output is written side by side. Boxes
+// of bytes and two dimensions, of which the inner one is contiguous on both sides.
+struct CopyRowsArgs {
+  const CopyArgs* boxes;
+  int count;
+  int64_t begin, end;
+};
+
+extern const KernelTable<void(const CopyRowsArgs&)> copy_rows_table;
 
 // Between floating-point numbers and bool in any direction; int8 to floating-point numbers; int32, int64 to float32.
 constexpr bool copies_from(CopyFormat x, CopyFormat out) {

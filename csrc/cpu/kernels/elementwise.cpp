@@ -1,6 +1,7 @@
 // elementwise as an interpreter whose registers are tiles of floats in L1: each instruction is one loop over a tile, so
 // that what it costs to look it up is spread over a thousand elements. Contiguous float32 operands are read and written
-// where they lie; others pass through a tile, which is kept for as long as tiles need the same values (a bias).
+// where they lie, and one value for a whole tile is a register; others pass through a tile of their own, which is kept
+// for as long as the tiles that follow need the same values (a bias).
 #include "cpu/kernels/elementwise.h"
 
 #include "cpu/tuning/elementwise.h"
@@ -184,6 +185,10 @@ struct Held {
   int64_t rows, columns;
 };
 
+// Where the elements of an input are read: where they lie, in a tile they were gathered to, or in a register that
+// repeats the one value of a tile.
+enum class Source { memory, tile, one_value };
+
 constexpr int kMostOperands = 64;
 
 // Whether a tile of several rows, or of one, lies in memory as it would in a tile.
@@ -197,18 +202,15 @@ void elementwise(const ElementwiseArgs& a) {
   Held held[kMostOperands];
   float* scratch = a.scratch;
   const int inputs = a.input_count, first_slot = inputs + a.constant_count;
-  bool gathered[kMostOperands];
+  Source source[kMostOperands];
   for (int k = 0; k < inputs; ++k) {
     const ElementwiseTensor& x = a.inputs[k];
     bool scalar = true;
     for (int d = 0; d < a.dims; ++d) scalar = scalar && (x.strides[d] == 0 || a.sizes[d] == 1);
-    gathered[k] = !scalar && !in_place(a, x);
+    const bool level = a.tile_rows == 1 && x.strides[0] == 0 && a.sizes[0] > 1;
+    source[k] = scalar || level ? Source::one_value : in_place(a, x) ? Source::memory : Source::tile;
+    operands[k] = {scratch, source[k] == Source::one_value ? 0 : -1};
     held[k] = {nullptr, 0, 0};
-    if (scalar) {
-      gather(scratch, x.format, x.data, 1, kSplat, 0, 0);
-      held[k].at = static_cast<const char*>(x.data);
-    }
-    operands[k] = {scratch, scalar ? 0 : -1};
     scratch += kStep;
   }
   for (int k = 0; k < a.constant_count; ++k, scratch += kSplat) {
@@ -240,10 +242,12 @@ void elementwise(const ElementwiseArgs& a) {
     };
     for (int k = 0; k < inputs; ++k) {
       const ElementwiseTensor& x = a.inputs[k];
-      if (operands[k].mask == 0) continue;
       char* at = place(x);
-      if (!gathered[k]) {
+      if (source[k] == Source::memory) {
         operands[k].at = reinterpret_cast<float*>(at);
+      } else if (source[k] == Source::one_value) {
+        if (held[k].at != at) gather(operands[k].at, x.format, at, 1, kSplat, 0, 0);
+        held[k].at = at;
       } else if (held[k].at != at || held[k].rows < rows || held[k].columns != columns) {
         gather(operands[k].at, x.format, at, rows, columns, x.strides[1], x.strides[0]);
         held[k] = {at, rows, columns};

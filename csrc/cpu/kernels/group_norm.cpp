@@ -24,35 +24,43 @@ LAMINA_INLINE float widened(float x) { return x; }
 LAMINA_INLINE float widened(bf16 x) { return bf16_to_float(x); }
 
 // Sums over the pixels of each channel of the distances from its centre, or of their squares.
-template <bool kSquares, class T>
+template <class Op, class T>
 LAMINA_INLINE void sum_channels(const GroupNormArgs<T>& a, const float* centre, float* to) {
-  const int64_t channels = a.groups * a.group_channels;
-  const auto distance = [](F32 x, F32 from) __attribute__((always_inline)) {
-    const F32 d = x - from;
-    return kSquares ? d * d : d;
-  };
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int count = int(smaller(kLanes, channels - c));
-    const int64_t x_channel = a.x_channel;
-    const T* x = a.x + c * x_channel;
-    F32 sums;
-    if (!a.channels_last) {
+  const int64_t channels = a.groups * a.group_channels, x_channel = a.x_channel;
+  int64_t c = 0;
+  if (!a.channels_last) {
+    for (; c < channels; c += kLanes) {
+      const int count = int(smaller(kLanes, channels - c));
+      const T* x = a.x + c * x_channel;
       const auto element = [=](int row, int64_t, int64_t i, int some) __attribute__((always_inline)) {
-        return distance(load_up_to(x + row * x_channel + i, some), set1(centre[c + row]));
+        return load_up_to(x + row * x_channel + i, some) - set1(centre[c + row]);
       };
-      sums = totals_of_rows<Sum>(count, 1, a.pixels, element);
-    } else {
-      const F32 from = load_up_to(centre + c, count);
-      if (count == kLanes) {
-        const auto element = [=](const T* p) __attribute__((always_inline)) { return distance(load(p), from); };
-        sums = totals_of_columns<Sum>(x, 1, 0, a.pixels, a.x_pixel, element);
-      } else {
-        const auto element = [=](const T* p)
-                                 __attribute__((always_inline)) { return distance(load_n(p, count), from); };
-        sums = totals_of_columns<Sum>(x, 1, 0, a.pixels, a.x_pixel, element);
-      }
+      store_up_to(to + c, totals_of_rows<Op>(count, 1, a.pixels, element), count);
     }
-    store_up_to(to + c, sums, count);
+    return;
+  }
+  constexpr int kTogether = 4;  // with their centres, they leave room in the registers
+  for (; c + kTogether * kLanes <= channels; c += kTogether * kLanes) {
+    F32 from[kTogether], sums[kTogether];
+    LAMINA_UNROLL
+    for (int k = 0; k < kTogether; ++k) from[k] = load(centre + c + k * kLanes);
+    const auto element = [&](const T* p, int k) __attribute__((always_inline)) { return load(p) - from[k]; };
+    totals_of_columns<Op>(a.x + c, 1, 0, a.pixels, a.x_pixel, element, sums);
+    LAMINA_UNROLL
+    for (int k = 0; k < kTogether; ++k) store(to + c + k * kLanes, sums[k]);
+  }
+  for (; c < channels; c += kLanes) {
+    const int count = int(smaller(kLanes, channels - c));
+    const F32 from = load_up_to(centre + c, count);
+    F32 sums[1];
+    if (count == kLanes) {
+      const auto element = [=](const T* p, int) __attribute__((always_inline)) { return load(p) - from; };
+      totals_of_columns<Op>(a.x + c, 1, 0, a.pixels, a.x_pixel, element, sums);
+    } else {
+      const auto element = [=](const T* p, int) __attribute__((always_inline)) { return load_n(p, count) - from; };
+      totals_of_columns<Op>(a.x + c, 1, 0, a.pixels, a.x_pixel, element, sums);
+    }
+    store_up_to(to + c, sums[0], count);
   }
 }
 
@@ -100,7 +108,7 @@ LAMINA_INLINE void group_norm(const GroupNormArgs<T>& a) {
     const float some = widened(a.x[c * a.x_channel]);
     for (int64_t i = c; i < c + n; ++i) mean[i] = some;
   }
-  sum_channels<false>(a, mean, scale);
+  sum_channels<Sum>(a, mean, scale);
   for (int64_t c = 0; c < channels; c += n) {
     const double exact = double(mean[c]) + average(scale + c);
     const float rounded = float(exact), rest = float(exact - double(rounded));
@@ -109,7 +117,7 @@ LAMINA_INLINE void group_norm(const GroupNormArgs<T>& a) {
       shift[i] = rest;
     }
   }
-  sum_channels<true>(a, mean, scale);
+  sum_channels<SumOfSquares>(a, mean, scale);
   for (int64_t c = 0; c < channels; c += n) {
     const float rest = shift[c];
     const double variance = average(scale + c) - double(rest) * double(rest);

@@ -1,5 +1,5 @@
-// linear_gemm: the tiles of panel_tile.h over the whole of k, one panel after the other, and the end of the layer while
-// a tile's sums are in the first-level cache. Where nothing follows the sums they go straight to the output.
+// linear_gemm: the tiles of panel_tile.h, one panel after the other, over all partial sums of k, and the end of the
+// layer while a tile's sums are in the cache. Where nothing follows the sums they go straight to the output.
 #include "cpu/kernels/linear_gemm.h"
 
 #include "cpu/kernels/epilogue.h"
@@ -75,51 +75,57 @@ LAMINA_INLINE void fetch(const EpilogueMatrix& m, const Block& b) {
   }
 }
 
-// The panels of one block (one, or two whole ones) times all rows.
-LAMINA_INLINE void block(const LinearGemmArgs& a, PanelGemmArgs<float>& product, const TileFunction<float>* tiles,
-                         int tallest, int64_t first, int channels, int width) {
+// The panels of one block (one, or two whole ones) times all rows. bias: [width] or null.
+LAMINA_INLINE void block(const LinearGemmArgs& a, const float* bias, const TileFunction<float>* tiles, int tallest,
+                         int64_t first, int channels, int width) {
   const bool straight =
       channels == width && a.activation == Activation::none && !a.residual.data && a.out.format == EpilogueMatrix::f32;
-  product.out_row = straight ? a.out.ld : width;
+  PanelGemmArgs<float> part{};
+  part.ldx = a.ldx;
+  part.out_panel = kWidth;
+  part.out_row = straight ? a.out.ld : width;
+  part.panel_k = a.k;
+  const int64_t parts =
+      a.k > tuning::kLinearPartialSum ? (a.k + tuning::kLinearPartialSum - 1) / tuning::kLinearPartialSum : 1;
   alignas(64) float sums[kMaxSums];
   for_balanced_tiles(a.rows, tallest, [&](int64_t row, int rows) {
     const Block b{row, first, rows, channels, width};
     fetch(a.residual, b);
     fetch(a.out, b);
-    if (straight) {
-      return tiles[rows - 1](product, 0, row, static_cast<float*>(a.out.data) + row * a.out.ld + first);
+    float* const to = straight ? static_cast<float*>(a.out.data) + row * a.out.ld + first : sums;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t k = a.k * i / parts;
+      part.k = a.k * (i + 1) / parts - k;
+      part.x = a.x + k;
+      part.panels = a.panels + first * a.k + k * (width < kWidth ? width : kWidth);
+      part.bias = i == 0 ? bias : nullptr;
+      part.adds = i > 0;
+      tiles[rows - 1](part, 0, row, to);
     }
-    tiles[rows - 1](product, 0, row, sums);
-    with_activation(a.activation, [&]<Activation A>() { finish<A>(a, sums, b); });
+    if (!straight) with_activation(a.activation, [&]<Activation A>() { finish<A>(a, sums, b); });
   });
 }
 
 void linear_gemm(const LinearGemmArgs& a) {
-  PanelGemmArgs<float> product{};
-  product.x = a.x;
-  product.ldx = a.ldx;
-  product.k = a.k;
-  product.out_panel = kWidth;
-  alignas(64) float bias[kWidth];  // of a last panel with fewer channels than lanes
   for (int64_t first = 0; first < a.channels;) {
     const int64_t left = a.channels - first;
-    product.panels = a.panels + first * a.k;
-    product.bias = a.bias ? a.bias + first : nullptr;
+    const float* const bias = a.bias ? a.bias + first : nullptr;
     if (a.rows <= kPairRows && left >= 2 * kWidth) {
-      block(a, product, kPairs, kPairRows, first, 2 * kWidth, 2 * kWidth);
+      block(a, bias, kPairs, kPairRows, first, 2 * kWidth, 2 * kWidth);
       first += 2 * kWidth;
       continue;
     }
     const int channels = int(left < kWidth ? left : kWidth), groups = (channels + kPanelLanes - 1) / kPanelLanes;
     const int width = groups * kPanelLanes;
-    if (a.bias && channels < width) {
+    alignas(64) float padded[kWidth];  // the bias of a last panel with fewer channels than lanes
+    if (bias && channels < width) {
       for (int c = 0; c < width; c += F32::lanes) {
         const int n = channels - c < 0 ? 0 : channels - c;
-        store(bias + c, load_up_to(product.bias + (n ? c : 0), n));
+        store(padded + c, load_up_to(bias + (n ? c : 0), n));
       }
-      product.bias = bias;
     }
-    block(a, product, kTilesByGroups[groups - 1], rows_of(groups), first, channels, width);
+    block(a, bias && channels < width ? padded : bias, kTilesByGroups[groups - 1], rows_of(groups), first, channels,
+          width);
     first += kWidth;
   }
 }

@@ -5,7 +5,8 @@
 // The panels are those of panel_gemm.h with four groups: 64 output channels, k outermost, so that the weights of one k
 // are one run of memory that meets one broadcast of x, and all of a panel is one stream.
 //
-// A sum starts with the bias and runs over k in order, with fused multiply-add. So an output does not depend on the
+// A sum is one of partial sums over at most kLinearPartialSum inputs, the first of which starts with the bias; each
+// runs over k in order, with fused multiply-add, and they are added in order. So an output does not depend on the
 // number of rows or channels, or on how they are shared out.
 #pragma once
 

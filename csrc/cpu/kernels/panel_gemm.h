@@ -51,6 +51,10 @@ struct PanelGemmArgs {
   const int32_t* compensation;  // [count][groups][16], int8
   float* out;                   // [count][rows][groups][16], strides out_panel and out_row
   int64_t out_panel, out_row;
+  // For a product over a part of k, of float weights: how many inputs a whole panel has, 0 for k, and whether the sums
+  // are added to those in `out`.
+  int64_t panel_k;
+  bool adds;
 };
 
 extern const KernelTable<void(const PanelGemmArgs<float>&)> panel_gemm_f32_table;

@@ -162,8 +162,50 @@ void pool_adaptive_line(const PoolArgs& a, float row_divisor, T* to) {
   }
 }
 
+// One mean of each channel, kLanes channels at a time: their sums of columns become, transposed, columns of channels.
+template <class T>
+void pool_whole_planes(const PoolArgs& a) {
+  const PoolWindow &row = a.rows[0], &column = a.columns[0];
+  const float divisor = a.divisor ? float(a.divisor) : float(row.divisor) * float(column.divisor);
+  for (int64_t first = a.begin; first < a.end; first += kLanes) {
+    const int planes = int(a.end - first < kLanes ? a.end - first : kLanes);
+    const T* x[kLanes];
+    T* to[kLanes];
+    int64_t image = first / a.channels, channel = first % a.channels;
+    for (int i = 0; i < kLanes; ++i) {
+      x[i] = static_cast<const T*>(a.x.data) + image * a.x.image + channel * a.x.channel;
+      to[i] = static_cast<T*>(a.out.data) + image * a.out.image + channel * a.out.channel;
+      if (i + 1 < planes && ++channel == a.channels) {
+        channel = 0;
+        ++image;
+      }
+    }
+    F32 sum = zero();
+    for (int64_t at = 0; at < a.width; at += kLanes) {
+      const int n = int(a.width - at < kLanes ? a.width - at : kLanes);
+      F32 part[kLanes];
+      LAMINA_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        part[i] = zero();
+        for (int ky = 0; ky < row.count; ++ky) part[i] = part[i] + load_up_to(x[i] + ky * a.x.row + at, n);
+      }
+      transpose(part);
+      LAMINA_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < n) sum = sum + part[i];
+      }
+    }
+    alignas(64) float means[kLanes];
+    store(means, sum / set1(divisor));
+    for (int i = 0; i < planes; ++i) put(*to[i], means[i]);
+  }
+}
+
 template <bool kLargest, class T>
 void pool_planes(const PoolArgs& a) {
+  if constexpr (!kLargest) {
+    if (a.stride_x == 0 && a.out_height == 1 && a.out_width == 1 && a.x.column == 1) return pool_whole_planes<T>(a);
+  }
   const F32 nothing = start<kLargest>();
   for (int64_t i = 0; i < a.line_size; i += kLanes) {
     store_up_to(a.line + i, nothing, int(a.line_size - i < kLanes ? a.line_size - i : kLanes));

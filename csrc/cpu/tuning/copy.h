@@ -10,7 +10,7 @@ inline constexpr long kCopyBytesPerThread = 1L << 16;
 // each come in.
 inline constexpr int kCopyRows = 64;
 
-// Runs of so many bytes and more go to memcpy, whose call costs more than shorter ones take.
-inline constexpr int kCopyLongRun = 1024;
+// Transpositions of fewer rows or columns go element by element.
+inline constexpr int kCopyFew = 6;
 
 }  // namespace lamina::tuning

@@ -1,4 +1,5 @@
-// The tuned numbers of products with weights that alone are quantized, each with its reason. Measured on Zen 4 unless it says otherwise.
+// The tuned numbers of products with weights that alone are quantized, each with its reason. Measured on Zen 4 unless
+// it says otherwise.
 #pragma once
 
 namespace lamina::tuning {

@@ -168,7 +168,8 @@ LAMINA_INLINE F32 pow(F32 x, F32 y) {
   rest = fmadd(negated(high), below_rest, rest);
   const F32 low = rest / below;
   const F32 z2 = high * high;
-  F32 p = set1(2.0f / 9);
+  F32 p = set1(2.0f / 11);
+  p = fmadd(p, z2, set1(2.0f / 9));
   p = fmadd(p, z2, set1(2.0f / 7));
   p = fmadd(p, z2, set1(2.0f / 5));
   p = fmadd(p, z2, set1(2.0f / 3));

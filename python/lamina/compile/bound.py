@@ -7,6 +7,9 @@ dicts (PEP 509), and those of a module hold its parameters, buffers, children an
 the graph is called with the inputs it had at the first call and the caller's tensors among them; after a change Dynamo
 has the word once, and if it runs a graph as before, calls are bound to that.
 
+Where the graph runs as a plan and all arguments are tensors, even those questions are asked in one call of C++, which
+leaves two or three microseconds around the plan: as much as a small layer takes.
+
 Only for a module whose whole forward is one graph and leaves nothing behind but its result, and for arguments that
 differ from the first ones in the values of tensors alone, which the caller checks. What forward reads from elsewhere,
 such as global variables, counts as it was.
@@ -21,7 +24,9 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import dict_version
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from lamina import _C
 from lamina.compile.lower import Lowered, recorded
+from lamina.plan.program import Program, picker
 
 # Attributes that every module has, or gets from torch.compile; those of them that hold what a module is made of are
 # watched by themselves.
@@ -41,15 +46,27 @@ class Bound:
     def __init__(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
         self._module, self._compiled = module, compiled
         self._state: _Binding | None = None
+        self._planned: _Planned | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         binding = self._state
         if binding is not None and not binding.changed():
-            return binding.run(args, kwargs)
+            result = binding.run(args, kwargs)
+            if self._planned is None and not kwargs:
+                self._planned = binding.planned(args)
+            return result
+        self._planned = None
         with recorded() as calls:
             result = self._compiled(*args, **kwargs)
         self._state = _bind(self._module, args, kwargs, calls, result)
         return result
+
+    def quick(self, args: tuple) -> Any:
+        """The result for tensors like those of a call before, by its plan with next to nothing in between, or None."""
+        planned = self._planned
+        if planned is None or torch.is_grad_enabled() or not planned.fits(args):
+            return None
+        return planned.run(args)
 
 
 class _Binding:
@@ -70,12 +87,67 @@ class _Binding:
     def changed(self) -> bool:
         return list(map(dict_version, self._dicts)) != self._versions
 
+    def planned(self, args: tuple) -> "_Planned | None":
+        """What calls like this one need of the binding, if a plan runs them and they give nothing but tensors."""
+        if not args or not all(type(argument) is Tensor for argument in args):
+            return None
+        inputs = self._inputs.copy()
+        for position, leaf in self._places:
+            inputs[position] = args[leaf]
+        program = self._graph.program_for(inputs)
+        if program is None:
+            return None
+        return _Planned(program, self._inputs, self._places, self._rebuild, self._dicts, self._graph.static, args)
+
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         leaves = tree_leaves((args, kwargs)) if kwargs or not all(type(a) is Tensor for a in args) else args
         inputs = self._inputs.copy()
         for position, leaf in self._places:
             inputs[position] = leaves[leaf]
         return self._rebuild(self._graph(*inputs), leaves)
+
+
+class _Planned:
+    """A plan as it is called again and again: everything that might have changed is asked for in C++."""
+
+    def __init__(
+        self,
+        program: Program,
+        inputs: list[Any],
+        places: list[tuple[int, int]],
+        rebuild: Callable[[Any, Sequence[Any]], Any],
+        dicts: list[dict],
+        static: Sequence[int],
+        args: tuple,
+    ) -> None:
+        self._program, self._rebuild = program, rebuild
+        leaf_of = dict(places)
+        self._take = picker([leaf_of[position] for position in program.live])
+        self._guard = _C.Guard(args)
+        self._watch = _C.Watch(dicts, [inputs[i] for i in static])
+        self._settings = _settings()
+
+    def fits(self, args: tuple) -> bool:
+        return (
+            len(args) > 0
+            and _C.skips_dispatcher(args)
+            and all(type(argument) is Tensor for argument in args)
+            and self._guard.fits(args)
+            and _settings() == self._settings
+            and not self._watch.changed()
+        )
+
+    def run(self, args: tuple) -> Any:
+        return self._rebuild(self._program.run(self._take(args)), args)
+
+
+def _settings() -> tuple:
+    """What of torch's state results hang on, besides the threads' number."""
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _bind(

@@ -22,6 +22,7 @@ from torch._C._autograd import _profiler_enabled
 from lamina.compile.capture import Captured, Fold, fake
 from lamina.ops.library import CPU_IMPLEMENTATIONS
 from lamina.plan.plans import Plans, Specialized
+from lamina.plan.program import Program
 
 _version = operator.attrgetter("_version")
 
@@ -109,6 +110,13 @@ class Lowered:
         if sources.changed(inputs):
             constants = self._made_of(inputs)[1]
         return self.plans.specialize((*inputs, *constants), measure=False)
+
+    def program_for(self, inputs: Sequence[Any]) -> Program | None:
+        """The plan that a call with these inputs runs, if it runs one whose results are the graph's as they are."""
+        if self.plans is None:
+            return None
+        program = self.plans.program_for((*inputs, *self._state[1]))
+        return program if program is not None and program.recording.flat else None
 
     def _made_of(self, inputs: Sequence[Any]) -> tuple[_Sources, tuple[Tensor, ...]]:
         with self._lock, torch.inference_mode(False), torch.no_grad():

@@ -10,7 +10,7 @@ from lamina.ops.library import define
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    return t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
 
 def _common_shape(tensors: Sequence[Tensor], dim: int) -> list[int]:
@@ -21,15 +21,19 @@ def _common_shape(tensors: Sequence[Tensor], dim: int) -> list[int]:
         raise ValueError(f"concatenate: dim is {dim}, but tensors have {first.ndim} dimensions")
     along = dim % first.ndim
     shape = list(first.shape)
-    for i, t in enumerate(tensors):
+    for i, t in enumerate(tensors[1:], start=1):
         if t.dtype != first.dtype:
             raise ValueError(f"concatenate: tensors[{i}] is {t.dtype}, but must be {first.dtype} as tensors[0] is")
-        if t.ndim != first.ndim or any(t.shape[d] != shape[d] for d in range(first.ndim) if d != along):
+        size = t.shape
+        fits = size == first.shape or (
+            t.ndim == first.ndim and all(size[d] == shape[d] for d in range(first.ndim) if d != along)
+        )
+        if not fits:
             raise ValueError(
-                f"concatenate: tensors[{i}] has shape {list(t.shape)}, but must have that of tensors[0], "
+                f"concatenate: tensors[{i}] has shape {list(size)}, but must have that of tensors[0], "
                 f"{list(first.shape)}, except in dimension {along}"
             )
-    shape[along] = sum(t.shape[along] for t in tensors)
+        shape[along] = shape[along] + size[along]
     return shape
 
 
@@ -37,8 +41,9 @@ def _new_result(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """channels_last if all tensors are, else contiguous."""
     shape = _common_shape(tensors, dim)
     first = tensors[0]
-    layout = torch.channels_last if all(map(_is_channels_last, tensors)) else torch.contiguous_format
-    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
+    if len(shape) == 4 and all(map(_is_channels_last, tensors)):
+        return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
+    return first.new_empty(shape)
 
 
 def _cpu(tensors: Sequence[Tensor], dim: int) -> Tensor:

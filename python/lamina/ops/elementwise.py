@@ -97,7 +97,10 @@ def instructions(program: Sequence[int]) -> list[tuple]:
 
 def _common_shape(inputs: Sequence[Tensor]) -> Sequence[int]:
     shape = inputs[0].shape
-    if all(t.shape == shape for t in inputs):
+    for t in inputs:
+        if t.shape != shape:
+            break
+    else:
         return shape
     ndim = max(t.ndim for t in inputs)
     sizes = [1] * ndim
@@ -108,7 +111,7 @@ def _common_shape(inputs: Sequence[Tensor]) -> Sequence[int]:
                     shapes = ", ".join(str(list(t.shape)) for t in inputs)
                     raise ValueError(f"elementwise: inputs of shapes {shapes} do not broadcast")
                 sizes[d] = size
-    return torch.Size(sizes)
+    return tuple(sizes)
 
 
 def _new_result(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -116,14 +119,14 @@ def _new_result(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if not inputs:
         raise ValueError("elementwise: inputs is empty, but must hold at least one tensor")
     shape = _common_shape(inputs)
-    layout = torch.contiguous_format
-    if len(shape) == 4:
-        for t in inputs:
-            if t.shape == shape:
-                if not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
-                    layout = torch.channels_last
-                break
-    return torch.empty(shape, dtype=dtype, device=inputs[0].device, memory_format=layout)
+    for t in inputs:
+        if t.shape == shape:
+            last = len(shape) == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+            # torch.empty_like is half as dear as torch.empty.
+            return torch.empty_like(
+                t, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format
+            )
+    return torch.empty(shape, dtype=dtype, device=inputs[0].device)
 
 
 def _cpu(inputs: Sequence[Tensor], program: Sequence[int], constants: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -143,13 +146,6 @@ _op = define(
 )
 
 
-def _result_dtype(inputs: Sequence[Tensor], last: str) -> torch.dtype:
-    if last in TRUTHS:
-        return torch.bool
-    floating = {t.dtype for t in inputs if t.dtype is not torch.bool}
-    return functools.reduce(torch.promote_types, floating) if floating else torch.float32
-
-
 def elementwise(
     inputs: Sequence[Tensor],
     program: Sequence[tuple],
@@ -165,10 +161,10 @@ def elementwise(
     hardswish, maximum, minimum, floor, round (half to even), eq, ne, lt, le, gt, ge, logical_and, logical_or,
     logical_not (all of these give 1 or 0), where (condition, then, else).
 
-    Everything is computed in float32 and rounded once, at the end. Arithmetic, roots, comparisons, maxima and rounding
-    are torch's bit for bit; exp, log, sin, cos, erf, sigmoid, tanh and pow are within 5e-7 (relative, sin and cos
-    absolute; results below the smallest normal number may be 0), gelu, gelu_tanh and silu within 3e-6. The same inputs
-    give the same bits on every run and for every number of threads.
+    Everything is computed in float32 and rounded once, at the end. Arithmetic, comparisons, maxima and rounding are
+    torch's bit for bit, square roots are rounded correctly; exp, log, sin, cos, erf, sigmoid, tanh and pow are within
+    5e-7 (relative, sin and cos absolute; results below the smallest normal number may be 0), gelu, gelu_tanh and silu
+    within 3e-6. The same inputs give the same bits on every run and for every number of threads.
 
     Calls that need gradients, other dtypes and other devices run instruction by instruction in torch.
 
@@ -187,10 +183,16 @@ def elementwise(
     numbers = elementwise_program(program)
     if not inputs or not numbers:
         raise ValueError("elementwise: inputs and program must hold at least one tensor and one instruction")
-    dtype = _result_dtype(inputs, program[-1][0]) if dtype is None else dtype
     grad = torch.is_grad_enabled()
+    widest, ours = None, True
     for t in inputs:
-        if t.dtype not in DTYPES or not t.is_cpu or (grad and t.requires_grad):
-            _common_shape(inputs)
-            return composed(inputs, program, constants).to(dtype)
-    return _op(inputs, numbers, constants, dtype)
+        given = t.dtype
+        if given is not torch.bool and given is not widest:
+            widest = given if widest is None else torch.promote_types(widest, given)
+        ours = ours and given in DTYPES and t.is_cpu and not (grad and t.requires_grad)
+    if dtype is None:
+        dtype = torch.bool if program[-1][0] in TRUTHS else widest or torch.float32
+    if ours:
+        return _op(inputs, numbers, constants, dtype)
+    _common_shape(inputs)
+    return composed(inputs, program, constants).to(dtype)

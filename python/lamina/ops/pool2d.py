@@ -24,9 +24,10 @@ def _new_result(x: Tensor, kind: str, kernel, stride, padding, dilation, ceil_mo
     else:
         windows = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
         sizes = [_out_size(*window, ceil_mode) for window in windows]
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((*x.shape[:2], *sizes), dtype=x.dtype, device=x.device, memory_format=layout)
+    shape = [*x.shape[:2], *sizes]
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.new_empty(shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _check(x: Tensor, kind: str, kernel, stride, padding, dilation, divisor: int | None) -> None:

@@ -23,7 +23,7 @@ from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
 from lamina.plan.describe import Profile, coverage, left, profile, table
 from lamina.plan.file import read, write
-from lamina.plan.program import Program, Segment
+from lamina.plan.program import Program, Segment, picker
 from lamina.plan.record import Refused, TorchCall
 from lamina.plan.structure import build, form_of, named_tensors
 from lamina.running import ExampleInputs, copied
@@ -60,16 +60,23 @@ class Plan:
     ) -> None:
         self._program = program
         self._form = dict(form)
-        # For each input of the program, which of `inputs` it is, or -1 for a weight, which needs none.
+        # For each input of the recorded graph, which of `inputs` it is, or -1 for a weight, which needs none.
         self._order = list(order)
+        self._take = picker([order[i] for i in program.live])
         self.inputs = tuple(inputs)
+        # Which of the program's results the plan's is, where it is just one tensor.
+        only = form.get("tensor")
+        self._only = only if only is not None and only < len(program.recording.outputs) else None
+        self._plain = all("." not in i.name for i in self.inputs)
         self._parameters = list(dict.fromkeys(i.name.split(".")[0] for i in self.inputs))
         self._guard = _C.Guard([torch.empty_strided(i.shape, i.strides, dtype=i.dtype) for i in self.inputs])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plan. Raises PlanError for inputs that it was not made for."""
-        given = self._given(args, kwargs)
-        tensors = self._program.run([given[i] if i >= 0 else None for i in self._order])
+        given = args if not kwargs and self._as_made_for(args) else self._given(args, kwargs)
+        tensors = self._program.run(self._take(given))
+        if self._only is not None:
+            return tensors[self._only]
         return build(self._form, [*tensors, *given])
 
     def save(self, path: str | Path) -> None:
@@ -87,7 +94,7 @@ class Plan:
         >>> print(plan.profile(x))
         """
         given = self._given(args, kwargs)
-        return profile(self._program, [given[i] if i >= 0 else None for i in self._order])
+        return profile(self._program, self._take(given))
 
     @property
     def coverage(self) -> float:
@@ -111,6 +118,15 @@ class Plan:
 
     def __str__(self) -> str:
         return table(self._program, [str(i) for i in self.inputs])
+
+    def _as_made_for(self, args: tuple) -> bool:
+        """Whether the arguments are the inputs, one tensor for each name."""
+        return (
+            self._plain
+            and len(args) == len(self.inputs)
+            and all(isinstance(argument, Tensor) for argument in args)
+            and self._guard.fits(args)
+        )
 
     def _given(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
         if len(args) > len(self._parameters):

@@ -1,7 +1,6 @@
 """The plans of one graph: one for each form of its inputs, made when it first comes."""
 
 import logging
-import operator
 import threading
 import time
 import warnings
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_unflatten
 
 from lamina import _C
 from lamina.plan.fusion import fuse_chains
-from lamina.plan.program import Program
+from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, record
 
 _log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class Plans:
     def __init__(self, graph: fx.GraphModule, static: Sequence[int], count: int, measure: bool) -> None:
         self._graph, self._static, self._measure = graph, frozenset(static), measure
         varying = [i for i in range(count) if i not in self._static]
-        self._varying = operator.itemgetter(*varying, varying[0]) if varying else lambda inputs: ()
+        self._varying = picker(varying)
         self._pool = _C.ArenaPool()
         self._lock = threading.Lock()
         self.entries: list[Specialized] = []
@@ -64,6 +63,11 @@ class Plans:
             entry = self.specialize(inputs, self._measure)
             self.entries = [entry, *self.entries][:_MOST]
         return None if entry.program is None else _result(entry.program, inputs)
+
+    def program_for(self, inputs: tuple) -> Program | None:
+        """The program that inputs of this form run, if they came before."""
+        given = self._varying(inputs)
+        return next((entry.program for entry in self.entries if entry.guard.fits(given)), None)
 
     def clear(self) -> None:
         self.entries = []
@@ -90,7 +94,7 @@ class Plans:
 
 
 def _result(program: Program, inputs: tuple) -> Any:
-    leaves = program.run(inputs)
+    leaves = program.run(program.take(inputs))
     recording = program.recording
     if recording.flat:
         return leaves
@@ -102,10 +106,11 @@ def _result(program: Program, inputs: tuple) -> Any:
 
 def _is_faster(program: Program, direct: Callable[..., Any], inputs: tuple) -> bool:
     best = [float("inf"), float("inf")]
-    program.run(inputs), direct(*inputs)
+    given = program.take(inputs)
+    program.run(given), direct(*inputs)
     end, rounds = time.perf_counter() + _SECONDS, 0
     while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-        for i, run in enumerate((lambda: program.run(inputs), lambda: direct(*inputs))):
+        for i, run in enumerate((lambda: program.run(given), lambda: direct(*inputs))):
             start = time.perf_counter()
             run()
             best[i] = min(best[i], time.perf_counter() - start)

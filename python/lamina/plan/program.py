@@ -5,6 +5,8 @@ and what torch's ops read or write) is allocated through torch at each run, so t
 keep the addresses they have.
 """
 
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,35 +64,43 @@ class Call:
             slots[slot] = leaves[which]
 
 
-class Program:
-    """Callable on the inputs of the recorded graph, in order; gives the leaves of its result.
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
+    """The function that takes the items at these positions out of a sequence."""
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda items: (items[only],)
+    return operator.itemgetter(*positions) if positions else lambda items: ()
 
-    Safe to call from several threads at once.
+
+class Program:
+    """Runs on the tensors that the inputs at the positions `live` are, in that order; gives the leaves of the result.
+
+    take: those out of all inputs of the recorded graph. Safe to call from several threads at once.
     """
 
     def __init__(self, recording: Recording, pool: Any) -> None:
         self.recording = recording
         self._pool = pool
         self._uses = _uses(recording)
-        self._slots: dict[Buffer, int] = {}
-        for i, buffer in enumerate(recording.inputs):
-            if buffer is not None and buffer.state == "live":
-                self._slots[buffer] = i
-        self._count = len(recording.inputs)
+        self.live = [i for i, b in enumerate(recording.inputs) if b is not None and b.state == "live"]
+        self.take = picker(self.live)
+        self._slots: dict[Buffer, int] = {recording.inputs[i]: slot for slot, i in enumerate(self.live)}
+        self._count = len(self.live)
         groups = _groups(recording.steps)
         self._place_outside(groups)
-        self._constants: dict[Buffer, int] = {}
         self.parts: list[Segment | Call] = []
         first = 0
         for group in groups:
             self.parts.append(self._call(group, first) if isinstance(group, TorchCall) else self._segment(group, first))
             first += 1 if isinstance(group, TorchCall) else len(group)
         self._results = [self._result(ref) for ref in recording.outputs]
-        self._template: list[Any] = [None] * self._count
+        self._empty: list[Any] = [None] * (self._count - len(self.live))
+        self._run_at_once = self._in_one_call()
 
-    def run(self, inputs: Sequence[Any]) -> list[Any]:
-        slots = self._template.copy()
-        slots[: len(inputs)] = inputs
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        if self._run_at_once is not None:
+            return self._run_at_once(tensors)
+        slots = [*tensors, *self._empty]
         for part in self.parts:
             for slot, make in part.allocate:
                 slots[slot] = make()
@@ -102,11 +112,32 @@ class Program:
                 slots[slot] = None
         return [result(slots) for result in self._results]
 
-    def profile(self, inputs: Sequence[Any]) -> list[tuple[float, str]]:
+    def _in_one_call(self) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+        """The run of a program that is one segment and gives what it allocates, whole: a microsecond less."""
+        if len(self.parts) != 1 or not isinstance(self.parts[0], Segment):
+            return None
+        segment = self.parts[0]
+        outputs = [ref.buffer for ref in self.recording.outputs if ref is not None and _is_whole(ref)]
+        made = [slot for slot, _ in segment.allocate]
+        if [self._slots.get(buffer) for buffer in outputs] != made or len(outputs) != len(self.recording.outputs):
+            return None
+        if [slot for slot in segment.slots if slot >= len(self.live)] != made:
+            return None
+        given = picker([slot for slot in segment.slots if slot < len(self.live)])
+        makers = [make for _, make in segment.allocate]
+        run = segment.plan.run
+
+        def run_at_once(tensors: Sequence[Tensor]) -> list[Tensor]:
+            results = [make() for make in makers]
+            run((*given(tensors), *results))
+            return results
+
+        return run_at_once
+
+    def profile(self, tensors: Sequence[Tensor]) -> list[tuple[float, str]]:
         """Seconds of each step and the instruction set of its kernel, "" for a call of torch's; runs once."""
         times: list[tuple[float, str]] = []
-        slots = self._template.copy()
-        slots[: len(inputs)] = inputs
+        slots = [*tensors, *self._empty]
         for part in self.parts:
             for slot, make in part.allocate:
                 slots[slot] = make()
@@ -160,7 +191,7 @@ class Program:
         refs = [ref for step in steps for ref in step.refs()]
         buffers = list(dict.fromkeys(ref.buffer for ref in refs))
         constants = [buffer for buffer in buffers if buffer.state == "constant"]
-        given = [buffer for buffer in buffers if buffer in self._slots]
+        given = sorted((buffer for buffer in buffers if buffer in self._slots), key=self._slots.__getitem__)
         inner = [buffer for buffer in buffers if buffer.state == "live" and buffer not in self._slots]
         offsets, arena = layout([Need(buffer.size, *self._uses[buffer]) for buffer in inner])
         place = {buffer: (0, offset) for buffer, offset in zip(inner, offsets, strict=True)}
@@ -270,4 +301,4 @@ def _maker(buffer: Buffer) -> Callable[[], Tensor]:
         return buffer.initial.clone
     made = buffer.tensor
     shape, strides, dtype = tuple(made.shape), tuple(made.stride()), made.dtype
-    return lambda: torch.empty_strided(shape, strides, dtype=dtype)
+    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype)
