@@ -4,6 +4,7 @@
 #include "cpu/kernels/conv_columns.h"
 
 #include "cpu/kernels/conv_tile.h"
+#include "cpu/vec/pairs.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
@@ -94,17 +95,13 @@ LAMINA_INLINE void pool_columns(const float* __restrict from, float* __restrict 
   }
 }
 
-// The larger of each two columns: blocks of constant size, which compilers turn into a few shuffles. Reads behind the
-// last column.
-LAMINA_INLINE void larger_of_pairs(const float* __restrict from, float* __restrict to, int64_t columns) {
-  constexpr int kBlock = 16;
-  for (int64_t x = 0; x < columns; x += kBlock) {
-    float block[kBlock];
-    for (int i = 0; i < kBlock; ++i) block[i] = larger(from[2 * (x + i)], from[2 * (x + i) + 1]);
-    for (int i = 0; i < kBlock; i += F32::lanes) {
-      const int64_t left = columns - x - i;
-      if (left > 0) store_up_to(to + x + i, load(block + i), left < F32::lanes ? int(left) : F32::lanes);
-    }
+// The larger of each two columns. Reads up to two registers behind the last one.
+LAMINA_INLINE void larger_of_pairs(const float* from, float* to, int64_t columns) {
+  for (int64_t x = 0; x < columns; x += F32::lanes, from += 2 * F32::lanes) {
+    const F32 even = even_lanes(load(from), load(from + F32::lanes));
+    const F32 odd = even_lanes(load(from + 1), load(from + 1 + F32::lanes));
+    const int64_t left = columns - x;
+    store_up_to(to + x, select(is_nan(even), even, max(even, odd)), left < F32::lanes ? int(left) : F32::lanes);
   }
 }
 
