@@ -21,9 +21,9 @@ from lamina import _C
 from lamina.compile import compile_
 from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
-from lamina.plan.describe import Profile, coverage, profile, table
+from lamina.plan.describe import Profile, coverage, left, profile, table
 from lamina.plan.file import read, write
-from lamina.plan.program import Program, picker
+from lamina.plan.program import Program, Segment, picker
 from lamina.plan.record import Refused, TorchCall
 from lamina.plan.structure import build, form_of, named_tensors, named_values
 from lamina.running import ExampleInputs, copied
@@ -122,6 +122,21 @@ class Plan:
     def coverage(self) -> float:
         """The share of the calls that are lamina's own; the others are torch's, between two segments."""
         return coverage(self.program.recording)
+
+    @property
+    def segments(self) -> int:
+        """How many runs of lamina's own calls there are, with calls of torch between them."""
+        return sum(isinstance(part, Segment) for part in self._program.parts)
+
+    @property
+    def left(self) -> dict[str, int]:
+        """The calls of torch's ops, counted by name."""
+        return left(self._program.recording)
+
+    @property
+    def arena_bytes(self) -> int:
+        """The memory that what lies between the first and the last step shares; one run at a time needs it once."""
+        return self._program.arena_bytes()
 
     def __str__(self) -> str:
         return table(self.program, [str(i) for i in self.inputs])
