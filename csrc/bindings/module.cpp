@@ -9,6 +9,7 @@
 #include "ops/attention.h"
 #include "ops/attention_backward.h"
 #include "ops/attention_decode.h"
+#include "ops/attention_panels.h"
 #include "ops/attention_varlen.h"
 #include "ops/checks.h"
 #include "ops/conv2d.h"
@@ -20,6 +21,7 @@
 #include "ops/int8_lstm.h"
 #include "ops/int8_pool2d.h"
 #include "ops/layer_norm.h"
+#include "ops/layer_norm_panels.h"
 #include "ops/lstm.h"
 #include "ops/parallel.h"
 #include "ops/peak_probe.h"
@@ -31,6 +33,7 @@
 #include "ops/sparse_conv2d.h"
 #include "ops/sparse_int8_linear.h"
 #include "ops/sparse_linear.h"
+#include "ops/token_panels.h"
 #include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
@@ -127,6 +130,15 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
+  m.def(
+      "attention_panels",
+      [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
+         int64_t length, int64_t heads, double scale, bool bfloat16_products, const OptionalTensor& out,
+         const OptionalTensor& codes, const OptionalTensor& scales) {
+        attention_panels(query, key, value, mask, {length, heads, scale, bfloat16_products}, out, codes, scales);
+      },
+      no_gil);
+
   m.def("conv2d", &conv2d, no_gil);
   m.def("conv2d_packed_size", &conv2d_packed_size);
   m.def("conv2d_pack", &conv2d_pack, no_gil);
@@ -147,9 +159,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_linear_packed_size", &int8_linear_packed_size);
 
   m.def("layer_norm", &layer_norm, no_gil);
+  m.def("layer_norm_panels", &layer_norm_panels, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("quantize_rows", &quantize_rows, no_gil);
   m.def("sparse_int8_linear", &sparse_int8_linear, no_gil);
+  m.def("sparse_int8_linear_panels", &sparse_int8_linear_panels, no_gil);
   m.def("sparse_int8_linear_pack", &sparse_int8_linear_pack, no_gil);
   m.def("sparse_int8_linear_unpack", &sparse_int8_linear_unpack, no_gil);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
@@ -162,6 +176,9 @@ PYBIND11_MODULE(_C, m) {
     const SparseLinearInfo info = sparse_linear_info(data);
     return py::make_tuple(info.pattern, info.dtype, info.n, info.k, info.blocks, info.nonzeros);
   });
+  m.def("token_panels", &token_panels, no_gil);
+  m.def("token_rows", &token_rows, no_gil);
+  m.def("quantize_panels", &quantize_panels, no_gil);
   m.def("weight_only_linear", &weight_only_linear, no_gil);
   m.def("weight_only_linear_pack", &weight_only_linear_pack, no_gil);
   m.def("weight_only_linear_unpack", &weight_only_linear_unpack, no_gil);

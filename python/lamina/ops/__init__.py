@@ -1,6 +1,6 @@
 """Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
 
-from lamina.ops.attention import attention
+from lamina.ops.attention import attention, attention_panels
 from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
@@ -21,7 +21,7 @@ from lamina.ops.int8_gru import int8_gru
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
 from lamina.ops.int8_lstm import int8_lstm
 from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, int8_max_pool2d, int8_pool2d
-from lamina.ops.layer_norm import layer_norm
+from lamina.ops.layer_norm import layer_norm, layer_norm_panels
 from lamina.ops.lstm import lstm
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.rms_norm import rms_norm
@@ -32,6 +32,7 @@ from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     pack_sparse_int8_weight,
     sparse_int8_linear,
+    sparse_int8_linear_panels,
     unpack_sparse_int8_weight,
 )
 from lamina.ops.sparse_linear import (
@@ -42,6 +43,7 @@ from lamina.ops.sparse_linear import (
     sparse_linear,
     unpack_sparse_weight,
 )
+from lamina.ops.token_panels import quantize_panels, token_panels, token_rows
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     pack_int4_weight,
@@ -62,6 +64,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_decode",
+    "attention_panels",
     "attention_varlen",
     "conv2d",
     "gru",
@@ -76,6 +79,7 @@ __all__ = [
     "int8_max_pool2d",
     "int8_pool2d",
     "layer_norm",
+    "layer_norm_panels",
     "lstm",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
@@ -84,6 +88,7 @@ __all__ = [
     "pack_sparse_conv_weight",
     "pack_sparse_int8_weight",
     "pack_sparse_weight",
+    "quantize_panels",
     "quantize_rows",
     "rms_norm",
     "rnn_relu",
@@ -91,7 +96,10 @@ __all__ = [
     "sparse_conv2d",
     "sparse_info",
     "sparse_int8_linear",
+    "sparse_int8_linear_panels",
     "sparse_linear",
+    "token_panels",
+    "token_rows",
     "unpack_int4_weight",
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",

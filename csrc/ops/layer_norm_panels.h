@@ -1,0 +1,16 @@
+// Layer norm of panels of tokens (see ops/token_panels.h), and the codes of what comes out for the layer behind it.
+#pragma once
+
+#include <optional>
+
+#include "ops/tensor.h"
+
+namespace lamina {
+
+// input [panels, features, 32], any distance from panel to panel; weight, bias [features] float32 or bfloat16, null for
+// ones and zeros -> out, of input's shape and contiguous, and where they are given its codes and scales.
+void layer_norm_panels(const TensorView& input, const std::optional<TensorView>& weight,
+                       const std::optional<TensorView>& bias, double eps, const TensorView& out,
+                       const std::optional<TensorView>& codes, const std::optional<TensorView>& scales);
+
+}  // namespace lamina
