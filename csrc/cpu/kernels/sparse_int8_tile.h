@@ -23,11 +23,11 @@ LAMINA_INLINE I32 broadcast_weights(const int8_t* w) {
   return set1_i32(four);
 }
 
-// The sums of `H` channels and `V` registers of tokens over `count` blocks, from what `begin` [H][width] holds or,
-// where it is null, from zero: calls finish(channel, sums [V]).
-template <int H, int V, class Finish>
+// The sums of `H` channels and `V` registers of tokens over `count` blocks, from what begin(channel, register) gives:
+// calls finish(channel, sums [V]).
+template <int H, int V, class Begin, class Finish>
 LAMINA_INLINE void block_row(const uint16_t* groups, const int8_t* weights, int count, const int32_t* panel, int width,
-                             const int32_t* begin, const Finish& finish) {
+                             const Begin& begin, const Finish& finish) {
   // Enough sums at a time to hide the latency of a product, 4 cycles.
   constexpr int kStep = sparse_int8_step(H), kSets = H * V >= 4 ? 1 : kStep < 4 / (H * V) ? kStep : 4 / (H * V);
   I32 acc[kSets][H][V];
@@ -37,7 +37,7 @@ LAMINA_INLINE void block_row(const uint16_t* groups, const int8_t* weights, int 
     for (int h = 0; h < H; ++h) {
       LAMINA_UNROLL
       for (int v = 0; v < V; ++v) {
-        acc[s][h][v] = s == 0 && begin ? load_i32(begin + h * width + v * kLanes) : set1_i32(0);
+        acc[s][h][v] = s == 0 ? begin(h, v) : set1_i32(0);
       }
     }
   }
@@ -105,11 +105,14 @@ LAMINA_INLINE void slab_sums(const SparseInt8Weight& w, int64_t span, int64_t sl
     const SparseGroup group = w.groups[g];
     for (int t = 0; t < W; t += V * kLanes) {
       int32_t* to = sums + group.group * H * W + t;
-      block_row<H, V>(w.index + block, w.values + block * 4 * H, group.count, panel + t, W, span > 0 ? to : nullptr,
-                      [&](int h, const I32(&sum)[V]) __attribute__((always_inline)) {
-                        LAMINA_UNROLL
-                        for (int v = 0; v < V; ++v) store_i32(to + h * W + v * kLanes, sum[v]);
-                      });
+      block_row<H, V>(
+          w.index + block, w.values + block * 4 * H, group.count, panel + t, W,
+          [&](int h, int v)
+              __attribute__((always_inline)) { return span > 0 ? load_i32(to + h * W + v * kLanes) : set1_i32(0); },
+          [&](int h, const I32(&sum)[V]) __attribute__((always_inline)) {
+            LAMINA_UNROLL
+            for (int v = 0; v < V; ++v) store_i32(to + h * W + v * kLanes, sum[v]);
+          });
     }
     block += group.count;
   }
@@ -232,10 +235,10 @@ void finish_panel(const SparseInt8ToPanelArgs& a, const int32_t* sums, int64_t f
   }
 }
 
-// The same of a weight of one span without an activation, where the sums of a group are finished while they are in
-// registers: the short rows of most layers take a tenth longer by way of memory. An activation is worth that way, and
-// would be most of the code here.
-template <int H, bool kResidual>
+// The same of a weight of one span, where the sums of a group are finished while they are in registers, and begin with
+// what the offset of the codes adds to them taken off. For the activations that stand between most layers: others are
+// worth the way by memory, and would be most of the code here.
+template <int H, bool kResidual, Activation A>
 void multiply_to_panel_at_once(const SparseInt8ToPanelArgs& a) {
   constexpr int V = tile_vectors<H>(kPanelTokens);
   const SparseInt8Weight& w = a.weight;
@@ -253,22 +256,28 @@ void multiply_to_panel_at_once(const SparseInt8ToPanelArgs& a) {
         const SparseGroup group = w.groups[g];
         const int64_t first = (slab - a.slab_begin) * kSparseInt8Slab + group.group * H;
         const int64_t channels = a.channels - first;
+        const int32_t* compensation = a.compensation + first;
+        const float* w_scales = a.w_scales + first;
+        const float* bias = a.bias ? a.bias + first : nullptr;
         const float* residual = kResidual ? a.residual + first * kPanelTokens + t : nullptr;
         float* out = a.out + first * kPanelTokens + t;
-        block_row<H, V>(w.index + block, w.values + block * 4 * H, group.count, a.panel + t, kPanelTokens, nullptr,
-                        [&](int h, const I32(&sum)[V]) __attribute__((always_inline)) {
-                          if (h >= channels) return;
-                          const I32 offset = set1_i32(kDotKeepsOffset ? a.compensation[first + h] : 0);
-                          const F32 w_scale = set1(a.w_scales[first + h]);
-                          const F32 bias = a.bias ? set1(a.bias[first + h]) : zero();
-                          LAMINA_UNROLL
-                          for (int v = 0; v < V; ++v) {
-                            F32 y = to_float(sum[v] - offset) * w_scale * x_scales[v] + bias;
-                            if constexpr (kResidual) y = y + load(residual + h * kPanelTokens + v * kLanes);
-                            largest[v] = max(largest[v], abs_bits(y));
-                            store(out + h * kPanelTokens + v * kLanes, y);
-                          }
-                        });
+        block_row<H, V>(
+            w.index + block, w.values + block * 4 * H, group.count, a.panel + t, kPanelTokens,
+            [&](int h, int) __attribute__((always_inline)) {
+              return kDotKeepsOffset ? set1_i32(0) - set1_i32(compensation[h]) : set1_i32(0);
+            },
+            [&](int h, const I32(&sum)[V]) __attribute__((always_inline)) {
+              if (h >= channels) return;
+              const F32 w_scale = set1(w_scales[h]), b = bias ? set1(bias[h]) : zero();
+              LAMINA_UNROLL
+              for (int v = 0; v < V; ++v) {
+                F32 y = to_float(sum[v]) * w_scale * x_scales[v] + b;
+                if constexpr (kResidual) y = y + load(residual + h * kPanelTokens + v * kLanes);
+                y = activate<A>(y);
+                largest[v] = max(largest[v], abs_bits(y));
+                store(out + h * kPanelTokens + v * kLanes, y);
+              }
+            });
         block += group.count;
       }
       LAMINA_UNROLL
@@ -278,10 +287,14 @@ void multiply_to_panel_at_once(const SparseInt8ToPanelArgs& a) {
 }
 
 void sparse_int8_to_panel(const SparseInt8ToPanelArgs& a) {
-  if (a.activation == Activation::none && a.weight.spans == 1) {
+  if (a.weight.spans == 1 && a.activation == Activation::none) {
     return with_height(a.weight.height, [&]<int H>() {
-      a.residual ? multiply_to_panel_at_once<H, true>(a) : multiply_to_panel_at_once<H, false>(a);
+      a.residual ? multiply_to_panel_at_once<H, true, Activation::none>(a)
+                 : multiply_to_panel_at_once<H, false, Activation::none>(a);
     });
+  }
+  if (a.weight.spans == 1 && a.activation == Activation::gelu && !a.residual) {
+    return with_height(a.weight.height, [&]<int H>() { multiply_to_panel_at_once<H, false, Activation::gelu>(a); });
   }
   void (*finish)(const SparseInt8ToPanelArgs&, const int32_t*, int64_t) = nullptr;
   with_activation(a.activation,
