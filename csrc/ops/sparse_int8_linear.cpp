@@ -8,6 +8,7 @@
 #include "ops/checks.h"
 #include "ops/epilogue.h"
 #include "ops/int8_operands.h"
+#include "ops/layer_norm_panels.h"
 #include "ops/parallel.h"
 #include "ops/sparse_format.h"
 #include "ops/token_panels.h"
@@ -248,8 +249,10 @@ void sparse_int8_linear(const TensorView& x, const TensorView& data, const Tenso
 void sparse_int8_linear_panels(const TensorView& x_codes, const TensorView& x_scales, const TensorView& data,
                                const TensorView& scale, const TensorView& compensation,
                                const std::optional<TensorView>& bias, const std::string& activation,
-                               const std::optional<TensorView>& residual, const std::optional<TensorView>& out,
-                               const std::optional<TensorView>& codes, const std::optional<TensorView>& scales) {
+                               const std::optional<TensorView>& residual, const std::optional<TensorView>& norm_weight,
+                               const std::optional<TensorView>& norm_bias, std::optional<double> norm_eps,
+                               const std::optional<TensorView>& out, const std::optional<TensorView>& codes,
+                               const std::optional<TensorView>& scales) {
   constexpr const char* op = "sparse_int8_linear_panels";
   check_dtype(op, "x_codes", x_codes, {DType::uint8});
   check_shape(op, "x_codes", x_codes, {-1, -1, kPanelTokens, 4});
@@ -272,8 +275,17 @@ void sparse_int8_linear_panels(const TensorView& x_codes, const TensorView& x_sc
     check_contiguous(op, "out", *out);
   }
   const auto to = panel_codes(op, codes, scales, panels, n);
+  std::optional<PanelNorm> norm;
+  if (norm_eps) {
+    check(out.has_value(), op, "the norm of the result is asked for, but out, which it goes to, is missing");
+    norm = panel_norm(op, norm_weight, norm_bias, *norm_eps, n, frame);
+  }
   if (panels == 0) return;
 
+  const auto finish = [&](float* result, int64_t panel, int32_t* largest) {
+    if (norm) norm->apply(result, result, largest);
+    if (to) to->quantize(result, panel, largest);
+  };
   const auto kernel = sparse_int8_to_panel_table.get();
   const int64_t threads = threads_for(form, panels * kPanelTokens), out_panel = n * kPanelTokens;
   // Shares of panels first: then what a thread computes is quantized while it is in its cache. Where there are fewer
@@ -306,12 +318,16 @@ void sparse_int8_linear_panels(const TensorView& x_codes, const TensorView& x_sc
            .activation = activate,
            .out = result + first * kPanelTokens,
            .largest = largest});
-      if (to && by_slabs == 1) to->quantize(result, panel, largest);
+      if (by_slabs == 1) finish(result, panel, largest);
     }
   });
-  if (to && by_slabs > 1) {
-    parallel_tasks(panels, [&](int64_t panel) { to->quantize(whole + panel * out_panel, panel, nullptr); });
-  }
+  if (by_slabs == 1 || !(norm || to)) return;
+  parallel_tasks(panels, [&](int64_t panel) {
+    int32_t largest[kPanelTokens];
+    float* result = whole + panel * out_panel;
+    if (norm) norm->apply(result, result, largest);
+    if (to) to->quantize(result, panel, norm ? largest : nullptr);
+  });
 }
 
 }  // namespace lamina

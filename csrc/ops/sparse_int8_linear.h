@@ -36,7 +36,9 @@ void sparse_int8_linear(const TensorView& x, const TensorView& data, const Tenso
 void sparse_int8_linear_panels(const TensorView& x_codes, const TensorView& x_scales, const TensorView& data,
                                const TensorView& scale, const TensorView& compensation,
                                const std::optional<TensorView>& bias, const std::string& activation,
-                               const std::optional<TensorView>& residual, const std::optional<TensorView>& out,
-                               const std::optional<TensorView>& codes, const std::optional<TensorView>& scales);
+                               const std::optional<TensorView>& residual, const std::optional<TensorView>& norm_weight,
+                               const std::optional<TensorView>& norm_bias, std::optional<double> norm_eps,
+                               const std::optional<TensorView>& out, const std::optional<TensorView>& codes,
+                               const std::optional<TensorView>& scales);
 
 }  // namespace lamina

@@ -12,6 +12,7 @@ from lamina import FormatError
 from lamina.ops import (
     PackedSparseInt8Weight,
     int8_linear,
+    layer_norm_panels,
     pack_int8_weight,
     pack_sparse_int8_weight,
     quantize_panels,
@@ -320,6 +321,21 @@ def test_panels_do_not_depend_on_threads(tokens, isa, generator):
         assert_exact(other, results[0])
 
 
+@pytest.mark.parametrize("tokens", [20, 100])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_of_the_result_is_the_norm_of_panels(tokens, affine, isa, generator):
+    """By whole panels, and where the channels of one are shared out."""
+    _, codes, packed, bias, residual = panels_of("4x4", 512, 700, tokens, generator)
+    residual = token_panels(residual)
+    weight, shift = (torch.randn(700, generator=generator) if affine else None for _ in range(2))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with lamina.force_isa(isa):
+            result = sparse_int8_linear_panels(*codes, packed, bias, residual=residual)
+            ours = sparse_int8_linear_panels(*codes, packed, bias, residual=residual, norm=(weight, shift, 1e-5))
+            assert_exact(ours, layer_norm_panels(result, weight, shift, 1e-5), f"{threads} threads")
+
+
 def test_panels_without_anything():
     packed = pack_sparse_int8_weight(torch.zeros(0, 8))
     assert sparse_int8_linear_panels(*quantize_panels(torch.ones(2, 8, 32)), packed).shape == (2, 0, 32)
@@ -346,6 +362,8 @@ def test_opcheck_of_panels(generator):
     arguments = (*codes, *packed, bias, "gelu", token_panels(residual))
     torch.library.opcheck(torch.ops.lamina.sparse_int8_linear.panels, arguments)
     torch.library.opcheck(torch.ops.lamina.sparse_int8_linear.panel_codes, arguments)
+    norm = (torch.ones(20), None, 1e-5)
+    torch.library.opcheck(torch.ops.lamina.sparse_int8_linear.panel_norm, (*arguments, *norm))
 
 
 def test_bad_panels(generator):
@@ -362,6 +380,7 @@ def test_bad_panels(generator):
         ((codes, scales, packed), {"residual": residual[:1]}, "residual has shape"),
         ((codes, scales, packed), {"residual": residual.mT.contiguous().mT}, "the features of residual must lie"),
         ((codes, scales, packed), {"activation": "swish"}, "activation 'swish' is unknown"),
+        ((codes, scales, packed), {"norm": (torch.ones(9), None, 1e-5)}, "sparse_int8_linear_panels: weight has shape"),
     ):
         with pytest.raises(ValueError, match=message):
             sparse_int8_linear_panels(*arguments, **options)

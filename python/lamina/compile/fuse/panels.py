@@ -301,6 +301,7 @@ def _rewrite(captured: Captured, chain: _Chain) -> None:
     for node in list(captured.graph.nodes):
         if node.target is _PANELS.rows or (kind(node) == "view" and not node.users):
             captured.erase(node)
+    _norms_at_once(captured)
     _codes_alone(captured)
     captured.fused.append((f"{chain.linears} sparse int8 layers in panels", ""))
 
@@ -310,6 +311,17 @@ def _part(captured: Captured, whole: fx.Node, heads: _Heads, at: fx.Node) -> fx.
     if width == fake(whole).shape[1]:
         return whole
     return captured.call("narrow", (whole, 1, heads.first, width), at=at)
+
+
+def _norms_at_once(captured: Captured) -> None:
+    """A norm that alone reads a layer's result is made by the layer."""
+    for node in list(captured.graph.nodes):
+        source = node.args[0] if node.target is _NORM.panels else None
+        if not isinstance(source, fx.Node) or source.target is not _LINEAR.panels or set(source.users) != {node}:
+            continue
+        both = captured.call(_LINEAR.panel_norm, (*source.args, *node.args[1:]), at=source)
+        node.replace_all_uses_with(both)
+        captured.erase(node)
 
 
 def _codes_alone(captured: Captured) -> None:
