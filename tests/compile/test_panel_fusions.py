@@ -151,6 +151,21 @@ def test_a_chain_is_taken_where_it_measures_faster(monkeypatch):
     assert asked[0] == asked[1]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_norm_is_made_by_its_layer(kept, monkeypatch):
+    """Unless the layer's result is used elsewhere too."""
+    model = Of(lambda m, x: (m.b(m.norm(y := m.a(x))), *((y,) if kept else ())), a=(48, 64), b=(64, 20))
+    model.norm = nn.LayerNorm(64)
+    calls = []
+    kernel = lamina._C.sparse_int8_linear_panels
+    monkeypatch.setattr(lamina._C, "sparse_int8_linear_panels", lambda *a: calls.append(a[10]) or kernel(*a))
+    x = torch.randn(40, 48)
+    ours = compiled(model, x)
+    assert calls == ([None, None] if kept else [1e-5, None])
+    for one, other in zip(ours, compiled(model, x, rows=True), strict=True):
+        assert_lossy(one, other, min_sqnr_db=35)
+
+
 def test_another_weight_is_taken_up():
     model = Of(lambda m, x: m.b(m.a(x)), a=(48, 64), b=(64, 20))
     other = Of(lambda m, x: m.b(m.a(x)), a=(48, 64), b=(64, 20))

@@ -87,6 +87,12 @@ def _panels_workload(layer: str, k: int, n: int) -> Workload:
         quantize = bool(options)
         return lambda: lamina.ops.sparse_int8_linear_panels(*codes, packed, inputs.bias, **options, quantize=quantize)
 
+    def with_norm(inputs: Inputs):
+        packed = lamina.ops.pack_sparse_int8_weight(inputs.weight, pattern="4x4")
+        codes = lamina.ops.quantize_panels(lamina.ops.token_panels(inputs.x))
+        norm = (torch.ones(n), torch.zeros(n), 1e-12)
+        return lambda: lamina.ops.sparse_int8_linear_panels(*codes, packed, inputs.bias, norm=norm)
+
     def in_rows(inputs: Inputs):
         packed = lamina.ops.pack_sparse_int8_weight(inputs.weight, pattern="4x4")
         return lambda: lamina.ops.sparse_int8_linear(inputs.x, packed, inputs.bias, **options)
@@ -103,7 +109,7 @@ def _panels_workload(layer: str, k: int, n: int) -> Workload:
         shape=f"{rows.shape}-panels",
         run=run,
         baselines={"eager": lambda inputs: lambda: activate(F.linear(inputs.x, inputs.weight, inputs.bias))},
-        variants={"rows": in_rows},
+        variants={"rows": in_rows} | ({"norm": with_norm} if n == 768 else {}),
         check=check,
         tags=frozenset({"op", "bert_base", layer, "4x4", "panels", "quick"}),
     )

@@ -4,7 +4,7 @@ A sparse product wants tokens in the lanes. Between two layers that read and wri
 panels and its sums back into rows, and what is done to a token by itself (a norm, its largest value) runs along the
 row. Here a chain of layers, with the norms and the attention between them, reads and writes panels (see
 `lamina.ops.token_panels`); only what enters and what leaves is turned. A layer that alone reads another's result gets
-its codes and never sees it.
+its codes and never sees it, and a norm that alone reads a layer's result is made by the layer.
 
 The numbers are those of the rows but for the rounding of norms and attention. Attention may multiply in bfloat16 here,
 as between int8 layers in rows (see `precision`). A chain is taken where all of it measures faster.
