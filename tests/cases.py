@@ -46,6 +46,7 @@ from lamina.reference.rnn_tanh import rnn_tanh as rnn_tanh_reference
 from lamina.reference.softmax import softmax as softmax_reference
 from lamina.reference.sparse_conv2d import sparse_conv2d as sparse_conv2d_reference
 from lamina.reference.sparse_linear import sparse_linear as sparse_linear_reference
+from lamina.reference.token_panels import token_panels as token_panels_reference
 from lamina.reference.weight_only_linear import dequantize
 from lamina.reference.weight_only_linear import weight_only_linear as weight_only_linear_reference
 
@@ -2319,6 +2320,41 @@ def rnn_relu_check(actual: tuple[Tensor, ...], inputs: tuple) -> None:
 
 def rnn_relu_suite() -> Suite:
     return Suite("rnn_relu", _plain_rnn_cases("rnn_relu"), rnn_relu_truth, rnn_relu_check)
+
+
+# -- token_panels
+
+
+def _token_panels_case(*lead: int, k: int, dtype=torch.float32, layout="contiguous", tags: str = "") -> Case:
+    rows = _quantize_rows_case(*lead, k=k, dtype=dtype, layout=layout, tags=tags)
+    words = rows.tags - {"nd"} | ({"nd"} if len(lead) != 2 else set())
+    return Case(rows.id, lambda generator: rows.make(generator)[:1], words)
+
+
+def token_panels_check(actual: Tensor, inputs: tuple) -> None:
+    """Nothing is computed, so nothing may differ."""
+    tolerances.assert_exact(actual, token_panels_reference(*inputs).to(torch.float32))
+
+
+def token_panels_suite() -> Suite:
+    case, bf16 = _token_panels_case, torch.bfloat16
+    cases = (
+        case(2, 0, k=8),
+        case(0, 5, k=8),
+        case(2, 5, k=0),
+        case(1, 1, k=1, tags="one"),
+        case(5, k=17, tags="odd"),
+        case(2, 3, 33, k=5, tags="odd"),
+        case(2, 2, 40, k=24, dtype=bf16),
+        # Tokens: registers of 4, 8 and 16, panels of 32. Features: registers of 4, 8 and 16.
+        *(case(2, length, k=20, tags="odd") for length in (1, 3, 5, 9, 15, 17, 31, 32, 33, 63, 65)),
+        *(case(2, 37, k=k, tags="odd") for k in (1, 3, 5, 7, 9, 15, 16, 17, 31, 33)),
+        *(case(2, 37, k=k, dtype=bf16, tags="odd") for k in (1, 7, 17)),
+        *(case(2, 37, k=19, layout=name) for name in LAYOUTS if name not in ("contiguous", "heads_inside")),
+        *(case(2, 37, k=19, dtype=bf16, layout=name) for name in ("transposed", "misaligned", "every_third")),
+        case(3, 130, k=515, tags="threads odd"),
+    )
+    return Suite("token_panels", cases, token_panels_reference, token_panels_check)
 
 
 # -- weight_only_linear

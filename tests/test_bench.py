@@ -1256,6 +1256,12 @@ def test_break_even_is_where_the_line_meets_the_dense_layer():
     assert found.points == {80: pytest.approx(10 / 4.6), 90: pytest.approx(10 / 2.8), 95: pytest.approx(10 / 1.9)}
 
 
+def test_break_even_lies_between_the_densities_around_it():
+    """Not on the line through all: dense values need not cost what those beyond the break-even do."""
+    (found,) = break_evens(sparse_measurements((10, 30.0), (50, 12.0), (60, 8.0), (90, 2.8)))
+    assert found.density == pytest.approx(0.45)
+
+
 def test_break_even_needs_two_densities_and_has_bounds():
     assert break_evens([*sparse_measurements((90, 2.8)), a_measurement(eager=1e-3)]) == []
     always, never = break_evens(

@@ -103,6 +103,8 @@ LAST_TABLE = {
     ("sparse_conv2d", torch.bfloat16): "sparse_gemm_bf16_table",
     ("sparse_linear", torch.float32): "sparse_gemm_f32_table",
     ("sparse_linear", torch.bfloat16): "sparse_gemm_bf16_table",
+    ("token_panels", torch.float32): "panel_of_rows_f32_table",
+    ("token_panels", torch.bfloat16): "panel_of_rows_bf16_table",
     ("weight_only_linear", torch.float32): "weight_only_gemm_f32_table",
     ("weight_only_linear", torch.bfloat16): "weight_only_gemm_bf16_table",
     ("layer_norm", torch.float32): "norm_rows_f32_table",

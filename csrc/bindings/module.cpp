@@ -12,6 +12,7 @@
 #include "ops/attention.h"
 #include "ops/attention_backward.h"
 #include "ops/attention_decode.h"
+#include "ops/attention_panels.h"
 #include "ops/attention_varlen.h"
 #include "ops/checks.h"
 #include "ops/concatenate.h"
@@ -28,6 +29,7 @@
 #include "ops/int8_lstm.h"
 #include "ops/int8_pool2d.h"
 #include "ops/layer_norm.h"
+#include "ops/layer_norm_panels.h"
 #include "ops/linear.h"
 #include "ops/lstm.h"
 #include "ops/parallel.h"
@@ -43,6 +45,7 @@
 #include "ops/sparse_conv2d.h"
 #include "ops/sparse_int8_linear.h"
 #include "ops/sparse_linear.h"
+#include "ops/token_panels.h"
 #include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
 #ifdef LAMINA_WITH_CUDA
@@ -136,6 +139,13 @@ PYBIND11_MODULE(_C, m) {
       });
 
   define_op(m, "conv2d", &conv2d);
+  define_op(
+      m, "attention_panels",
+      +[](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& mask,
+          int64_t length, int64_t heads, double scale, bool bfloat16_products, const OptionalTensor& out,
+          const OptionalTensor& codes, const OptionalTensor& scales) {
+        attention_panels(query, key, value, mask, {length, heads, scale, bfloat16_products}, out, codes, scales);
+      });
   m.def("conv2d_packed_size", &conv2d_packed_size);
   define_op(m, "conv2d_pack", &conv2d_pack);
 
@@ -171,6 +181,8 @@ PYBIND11_MODULE(_C, m) {
   define_op(m, "linear_unpack", &linear_unpack);
   define_op(m, "reduce", &reduce);
   define_op(m, "softmax", &softmax);
+  define_op(m, "layer_norm_panels", &layer_norm_panels);
+  define_op(m, "sparse_int8_linear_panels", &sparse_int8_linear_panels);
   m.def("sparse_int8_linear_packed_size", &sparse_int8_linear_packed_size, no_gil);
   define_op(m, "sparse_conv2d", &sparse_conv2d);
   define_op(m, "sparse_linear", &sparse_linear);
@@ -184,6 +196,9 @@ PYBIND11_MODULE(_C, m) {
   define_op(m, "weight_only_linear", &weight_only_linear);
   define_op(m, "weight_only_linear_pack", &weight_only_linear_pack);
   define_op(m, "weight_only_linear_unpack", &weight_only_linear_unpack);
+  define_op(m, "token_panels", &token_panels);
+  define_op(m, "token_rows", &token_rows);
+  define_op(m, "quantize_panels", &quantize_panels);
   m.def("weight_only_linear_packed_size", &weight_only_linear_packed_size);
 
   define_op(m, "lstm", &lstm);

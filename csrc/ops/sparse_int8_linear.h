@@ -29,4 +29,16 @@ void sparse_int8_linear(const TensorView& x, const TensorView& data, const Tenso
                         const std::optional<TensorView>& x_scale, const std::optional<TensorView>& out_scale,
                         const TensorView& out);
 
+// The same from panels of tokens to panels (see ops/token_panels.h), for the layers of a chain: x_codes and x_scales
+// are those of panels of k features; bias [n] float32 or bfloat16; residual panels [panels, n, 32], any distance from
+// panel to panel. out [panels, n, 32], contiguous, or null where only its codes and scales are asked for. Each token's
+// numbers are those that the rows give.
+void sparse_int8_linear_panels(const TensorView& x_codes, const TensorView& x_scales, const TensorView& data,
+                               const TensorView& scale, const TensorView& compensation,
+                               const std::optional<TensorView>& bias, const std::string& activation,
+                               const std::optional<TensorView>& residual, const std::optional<TensorView>& norm_weight,
+                               const std::optional<TensorView>& norm_bias, std::optional<double> norm_eps,
+                               const std::optional<TensorView>& out, const std::optional<TensorView>& codes,
+                               const std::optional<TensorView>& scales);
+
 }  // namespace lamina

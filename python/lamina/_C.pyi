@@ -222,6 +222,22 @@ def sparse_int8_linear(
     out_scale: Tensor | None,
     out: Tensor,
 ) -> None: ...
+def sparse_int8_linear_panels(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    out: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+) -> None: ...
 def sparse_int8_linear_pack(
     weight: Tensor, scale: Tensor, pattern: str, data: Tensor, compensation: Tensor
 ) -> None: ...
@@ -245,6 +261,28 @@ def linear(
 ) -> None: ...
 def linear_pack(weight: Tensor, data: Tensor) -> None: ...
 def linear_unpack(data: Tensor, weight: Tensor) -> None: ...
+def layer_norm_panels(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    codes: Tensor | None,
+    scales: Tensor | None,
+) -> None: ...
+def attention_panels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: int,
+    heads: int,
+    scale: float,
+    bfloat16_products: bool,
+    out: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+) -> None: ...
 def rms_norm(
     input: Tensor,
     normalized_shape: list[int],
@@ -257,6 +295,9 @@ def rms_norm(
 def quantize_rows(x: Tensor, scale: Tensor | None, codes: Tensor, scales: Tensor) -> None: ...
 def reduce(x: Tensor, dims: Sequence[int], keepdim: bool, how: str, out: Tensor) -> None: ...
 def softmax(x: Tensor, dim: int, out: Tensor) -> None: ...
+def token_panels(x: Tensor, panels: Tensor) -> None: ...
+def token_rows(panels: Tensor, rows: Tensor) -> None: ...
+def quantize_panels(panels: Tensor, codes: Tensor, scales: Tensor) -> None: ...
 def lstm(
     input: Tensor,
     batch_sizes: Tensor | None,

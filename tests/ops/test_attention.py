@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_every_isa import expected_isa
-from tolerances import assert_composite, assert_exact, assert_lossy
+from tolerances import EXP2_ERROR, assert_composite, assert_exact, assert_lossy, eps
 
 from lamina import _C
 from lamina.nn import attention as nn_attention
+from lamina.ops import attention_panels, quantize_panels, token_panels, token_rows
 from lamina.ops.attention import attention
 from lamina.reference.attention import attention as reference
+from lamina.reference.attention import attention_panels as panels_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 ALL_DTYPES = [*DTYPES, torch.float16, torch.float64]
@@ -740,3 +742,149 @@ def test_attention_op_refuses_other_dtypes():
     q, k, v = inputs(1, 2, 2, 5, 7, 300, 8)
     with pytest.raises(ValueError, match="its head size must be 1 to 256"):
         torch.ops.lamina.attention(q, k, v, None, False, None, False)
+
+
+# -- panels of tokens
+
+
+def panels_of(sequences, length, heads, size, value_size, generator, value=1.0):
+    """query, key, value [sequences, length, heads * size] as parts of one tensor of panels, and as [B, H, L, D]."""
+    widths = (heads * size, heads * size, heads * value_size)
+    whole = value * torch.randn(sequences, length, sum(widths), generator=generator)
+    rows = [t.unflatten(2, (heads, -1)).transpose(1, 2) for t in whole.split(widths, 2)]
+    return token_panels(whole).split(widths, 1), rows
+
+
+def rows_of(panels, sequences, length, heads):
+    return token_rows(panels, (sequences, length)).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive", "shared"])
+@pytest.mark.parametrize(
+    ("sequences", "length", "heads", "size", "value_size"),
+    [
+        (1, 1, 1, 1, 1),
+        (2, 5, 3, 8, 8),
+        (1, 32, 2, 64, 64),
+        (2, 33, 2, 17, 5),
+        (3, 63, 1, 3, 9),
+        (1, 128, 2, 64, 64),
+        (1, 300, 1, 80, 48),
+    ],
+)
+def test_panels_are_as_good_as_torch(isa, sequences, length, heads, size, value_size, mask, generator):
+    panels, rows = panels_of(sequences, length, heads, size, value_size, generator)
+    given = None
+    if mask in ("boolean", "shared"):
+        given = torch.rand(1 if mask == "shared" else sequences, length, generator=generator) < 0.7
+        given[:, 0] = True
+    elif mask == "additive":
+        given = torch.randn(sequences, length, generator=generator)
+        given[:, 1::3] = -math.inf
+    ours = attention_panels(*panels, length=length, heads=heads, mask=given)
+    full = None if given is None else given[:, None, None, :]
+    wide = full.double() if mask == "additive" else full
+    truth = reference(*(t.double() for t in rows), wide)
+    eager = F.scaled_dot_product_attention(*rows, full)
+    floor = eps(torch.float32) * truth.abs().max().item() + EXP2_ERROR * rows[2].abs().max().item()
+    assert_composite(rows_of(ours, sequences, length, heads), eager, truth, floor=floor)
+    again = panels_reference(*(t.double() for t in panels), length=length, heads=heads, mask=given)
+    assert_composite(rows_of(again.float(), sequences, length, heads), eager, truth)
+    quantized = attention_panels(*panels, length=length, heads=heads, mask=given, quantize=True)
+    assert_exact(quantized, quantize_panels(ours))
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 128])
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (7, 3)])
+def test_panels_in_bfloat16(isa, length, size, value_size, generator):
+    panels, rows = panels_of(2, length, 3, size, value_size, generator)
+    mask = torch.rand(2, length, generator=generator) < 0.8
+    mask[:, 0] = True
+    options = {"length": length, "heads": 3, "mask": mask}
+    ours = attention_panels(*panels, **options, compute_dtype=torch.bfloat16)
+    truth = reference(*(t.double() for t in rows), mask[:, None, None, :])
+    assert_lossy(rows_of(ours, 2, length, 3), truth, min_sqnr_db=40.0)
+    if isa != "avx512bf16":
+        assert_exact(ours, attention_panels(*panels, **options))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_panels_leave_excluded_keys_alone(isa, compute_dtype, generator):
+    """A key that takes no part may hold anything, and so may what lies behind the last token."""
+    (q, k, v), _ = panels_of(1, 40, 2, 16, 16, generator)
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[0, 7], mask[0, 35] = False, False
+    options = {"length": 40, "heads": 2, "mask": mask, "compute_dtype": compute_dtype}
+    clean = token_rows(attention_panels(q, k, v, **options), (40,))
+    k, v = k.clone(), v.clone()
+    for panel, lane in ((0, 7), (1, 3), (1, 8), (1, 31)):
+        k[panel, :, lane], v[panel, :, lane] = math.inf, math.nan
+    assert_exact(token_rows(attention_panels(q, k, v, **options), (40,)), clean)
+    del options["mask"]
+    whole = token_rows(attention_panels(*panels_of(1, 40, 2, 16, 16, generator)[0], **options), (40,))
+    assert whole.isfinite().all()
+    nothing = attention_panels(q, q, q, **options, mask=torch.zeros(1, 40, dtype=torch.bool))
+    assert (token_rows(nothing, (40,)) == 0).all()
+
+
+def test_panels_of_large_scores(isa, generator):
+    """Scores far beyond the range of exp are taken relative to their largest."""
+    panels, rows = panels_of(1, 50, 1, 16, 16, generator, value=30.0)
+    ours = rows_of(attention_panels(*panels, length=50, heads=1), 1, 50, 1)
+    truth = reference(*(t.double() for t in rows))
+    assert_composite(ours, F.scaled_dot_product_attention(*rows), truth, floor=1e-4 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 30), (1, 128), (3, 70)])
+def test_panels_do_not_depend_on_threads(isa, sequences, length, generator):
+    """Shares of panels, and of the heads of one panel."""
+    panels, _ = panels_of(sequences, length, 12, 64, 64, generator)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            (
+                attention_panels(*panels, length=length, heads=12),
+                *attention_panels(*panels, length=length, heads=12, quantize=True),
+            )
+        )
+    for other in results[1:]:
+        assert_exact(other, results[0])
+
+
+def test_panels_opcheck(generator):
+    panels, _ = panels_of(2, 40, 2, 16, 8, generator)
+    for op in (torch.ops.lamina.attention.panels, torch.ops.lamina.attention.panel_codes):
+        torch.library.opcheck(op, (*panels, torch.ones(2, 40, dtype=torch.bool), 40, 2, 0.25, False))
+
+
+def test_panels_that_do_not_fit(generator):
+    (q, k, v), _ = panels_of(2, 40, 2, 16, 8, generator)
+    fits = {"length": 40, "heads": 2}
+    for arguments, options, message in (
+        ((q[0], k, v), fits, r"attention_panels: query has shape \[32, 32\]"),
+        ((q, k[:2], v), fits, "attention_panels: key has shape"),
+        ((q, k, v[:, :, :16]), fits, "attention_panels: value has shape"),
+        ((q.double(), k, v), fits, "attention_panels: query is float64"),
+        ((q, k, v), fits | {"heads": 3}, "3 heads do not divide 32 features of the query and 16 of the value"),
+        ((q, k, v), fits | {"heads": 0}, "0 heads do not divide"),
+        ((q, k, v), fits | {"length": 70}, "query has 4 panels, but a sequence of 70 tokens has 3"),
+        ((q, k, v), fits | {"length": 0}, "a sequence of 0 tokens"),
+        ((q, k, v), fits | {"mask": torch.ones(3, 40)}, "mask has 3 rows, but there are 2 sequences"),
+        ((q, k, v), fits | {"mask": torch.ones(2, 64)}, "mask has shape"),
+        ((q, k, v), fits | {"mask": torch.ones(2, 40).int()}, "mask is int32"),
+        ((q, k, v), fits | {"compute_dtype": torch.float16}, "compute_dtype is torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_panels(*arguments, **options)
+    wide = torch.ones(1, 257, 32)
+    with pytest.raises(ValueError, match="heads have 257 features, but at most 256 are supported"):
+        attention_panels(wide, wide, wide, length=5, heads=1)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_the_kernel_of_panels_that_ran(isa, compute_dtype, generator):
+    panels, _ = panels_of(1, 5, 1, 4, 4, generator)
+    attention_panels(*panels, length=5, heads=1, compute_dtype=compute_dtype)
+    table = "attention_panels_f32_table" if compute_dtype is None else "attention_panels_as_bf16_table"
+    assert _C.last_isa() == expected_isa(table, isa)

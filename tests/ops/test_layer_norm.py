@@ -11,7 +11,7 @@ from tolerances import assert_composite, assert_exact
 
 import lamina
 from lamina import _C
-from lamina.ops import layer_norm
+from lamina.ops import layer_norm, layer_norm_panels, quantize_panels, token_panels, token_rows
 from lamina.reference.layer_norm import layer_norm as reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -234,3 +234,81 @@ def test_layer_norm_in_place():
     expected = lamina.ops.layer_norm(x, (100,), residual=r)
     _C.layer_norm(x, [100], None, None, 1e-5, r, x, None)
     assert_exact(x, expected)
+
+
+# -- panels of tokens
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 130, 768, 5000])
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "none", "bfloat16"])
+def test_panels_are_as_good_as_torch(isa, size, affine, generator):
+    x = torch.randn(40, size, generator=generator) * 3 + 5
+    weight = torch.randn(size, generator=generator) if affine in ("both", "weight", "bfloat16") else None
+    bias = torch.randn(size, generator=generator) if affine in ("both", "bias", "bfloat16") else None
+    if affine == "bfloat16":
+        weight, bias = weight.bfloat16(), bias.bfloat16()
+    out, *codes = layer_norm_panels(token_panels(x), weight, bias, 1e-5)
+    widened = [t if t is None else t.float() for t in (weight, bias)]
+    truth = reference(x.double(), (size,), *(t if t is None else t.double() for t in widened))
+    assert_composite(token_rows(out, (40,)), F.layer_norm(x, (size,), *widened), truth)
+    assert_exact(codes, quantize_panels(out))
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e5, -1e6])
+def test_panels_far_from_zero_keep_their_digits(isa, offset, generator):
+    x = torch.randn(33, 768, generator=generator) + offset
+    out, *_ = layer_norm_panels(token_panels(x))
+    truth = reference(x.double(), (768,))
+    assert_composite(token_rows(out, (33,)), F.layer_norm(x, (768,)), truth)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.3, 12345.678, 1e30])
+def test_a_constant_token_of_panels_is_the_bias(isa, value):
+    bias = torch.arange(700.0)
+    out, *_ = layer_norm_panels(torch.full((2, 700, 32), value), torch.ones(700), bias)
+    assert_exact(out, bias[:, None].expand(2, 700, 32).contiguous())
+
+
+def test_panels_keep_tokens_apart(isa, generator):
+    x = torch.randn(64, 50, generator=generator)
+    clean, *_ = layer_norm_panels(token_panels(x))
+    x[3, 7], x[40, 0] = float("nan"), float("inf")
+    out, _, scales = layer_norm_panels(token_panels(x))
+    bad = torch.tensor([3, 40])
+    kept = torch.ones(64, dtype=torch.bool).index_fill(0, bad, False)
+    rows = token_rows(out, (64,))
+    assert rows[bad].isnan().all()
+    assert scales.flatten()[bad].isnan().all()
+    assert_exact(rows[kept], token_rows(clean, (64,))[kept])
+
+
+def test_panels_of_any_distance_and_thread_count(isa, generator):
+    whole = torch.randn(9, 900, 32, generator=generator)
+    part, weight = whole[:, 50:850], torch.randn(1600, generator=generator)[::2]
+    torch.set_num_threads(1)
+    alone = layer_norm_panels(part.contiguous(), weight.contiguous())
+    torch.set_num_threads(2)
+    assert_exact(layer_norm_panels(part, weight), alone)
+
+
+def test_panels_opcheck(generator):
+    x, weight = torch.randn(2, 10, 32, generator=generator), torch.ones(10)
+    torch.library.opcheck(torch.ops.lamina.layer_norm.panels, (x, weight, None, 1e-5))
+
+
+def test_panels_without_tokens():
+    assert layer_norm_panels(torch.ones(0, 5, 32))[0].shape == (0, 5, 32)
+
+
+def test_panels_that_do_not_fit():
+    x = torch.ones(2, 10, 32)
+    for arguments, message in (
+        ((x[0],), r"layer_norm_panels: input has shape \[10, 32\], but must be \[panels, K, 32\]"),
+        ((x[..., :16],), "layer_norm_panels: input has shape"),
+        ((x.bfloat16(),), "layer_norm_panels: input is bfloat16"),
+        ((x.mT.contiguous().mT,), "the features of input must lie one behind the other"),
+        ((x, torch.ones(9)), "layer_norm_panels: weight has shape"),
+        ((x, None, torch.ones(10).double()), "layer_norm_panels: bias is float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer_norm_panels(*arguments)

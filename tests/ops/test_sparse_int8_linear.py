@@ -5,21 +5,27 @@ import torch
 from cases import LAYOUTS, zero_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_exact, assert_sum
+from tolerances import ACTIVATION_SLOPE, activation_error, assert_exact, assert_sum
 
 import lamina
 from lamina import FormatError
 from lamina.ops import (
     PackedSparseInt8Weight,
     int8_linear,
+    layer_norm_panels,
     pack_int8_weight,
     pack_sparse_int8_weight,
+    quantize_panels,
     sparse_int8_linear,
+    sparse_int8_linear_panels,
+    token_panels,
+    token_rows,
     unpack_sparse_int8_weight,
 )
 from lamina.ops.sparse_int8_linear import PATTERNS as ALL
 from lamina.ops.sparse_int8_linear import block_density
 from lamina.quant import dequantize_weight, quantize_weight
+from lamina.reference.sparse_int8_linear import sparse_int8_linear_panels as panels_reference
 
 PATTERNS = pytest.mark.parametrize("pattern", ALL)
 LARGEST_K = (2**31 - 1) // (127 * 127)
@@ -248,3 +254,142 @@ def test_refused_calls(generator):
     broken = PackedSparseInt8Weight(packed.data, packed.scale, packed.compensation[:8].clone())
     with pytest.raises(ValueError, match=r"packed_weight.compensation has shape \[8\], but must be \[16\]"):
         sparse_int8_linear(x, broken)
+
+
+# -- from panels of tokens to panels
+
+
+def panels_of(pattern: str, k: int, n: int, tokens: int, generator: torch.Generator) -> tuple:
+    """x [tokens, K], its codes in panels, a packed weight, a bias, a residual [tokens, N]."""
+    x, weight = torch.randn(tokens, k, generator=generator), torch.randn(n, k, generator=generator)
+    packed = pack_sparse_int8_weight(zero_blocks(weight, pattern, 0.3, generator), pattern=pattern)
+    bias, residual = torch.randn(n, generator=generator), torch.randn(tokens, n, generator=generator)
+    return x, quantize_panels(token_panels(x)), packed, bias, residual
+
+
+@PATTERNS
+@pytest.mark.parametrize("tokens", [1, 32, 100])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 17), (33, 40), (64, 31), (1700, 24)])
+def test_panels_give_the_bits_of_rows(pattern, tokens, k, n, isa, generator):
+    x, codes, packed, bias, residual = panels_of(pattern, k, n, tokens, generator)
+    with lamina.force_isa(isa):
+        for options in ({}, {"bias": bias}, {"bias": bias.bfloat16(), "activation": "relu"}):
+            ours = sparse_int8_linear_panels(*codes, packed, **options)
+            assert_exact(token_rows(ours, (tokens,)), sparse_int8_linear(x, packed, **options), str(options))
+        for activation in ACTIVATION_SLOPE:
+            ours = sparse_int8_linear_panels(
+                *codes, packed, bias, activation=activation, residual=token_panels(residual)
+            )
+            truth = sparse_int8_linear(x, packed, bias, activation=activation, residual=residual)
+            assert_exact(token_rows(ours, (tokens,)), truth, activation)
+            quantized = sparse_int8_linear_panels(
+                *codes, packed, bias, activation=activation, residual=token_panels(residual), quantize=True
+            )
+            assert_exact(quantized, quantize_panels(ours), activation)
+
+
+@PATTERNS
+def test_panels_match_the_reference(pattern, isa, generator):
+    _, codes, packed, bias, residual = panels_of(pattern, 37, 50, 70, generator)
+    weight = unpack_sparse_int8_weight(packed, 37)
+    with lamina.force_isa(isa):
+        ours = sparse_int8_linear_panels(*codes, packed, bias, activation="gelu", residual=token_panels(residual))
+    arguments = (*codes, weight, packed.scale, bias)
+    truth = panels_reference(*arguments, "gelu", token_panels(residual))
+    linear = panels_reference(*arguments, "none", token_panels(residual))
+    magnitude = linear.abs() + 2 * bias.double().abs()[:, None] + 2 * token_panels(residual).double().abs()
+    extra = activation_error("gelu", linear)
+    assert_sum(ours, truth, terms=3, magnitude=ACTIVATION_SLOPE["gelu"] * magnitude, extra=extra)
+
+
+@pytest.mark.parametrize("tokens", [20, 100, 300])
+def test_panels_do_not_depend_on_threads(tokens, isa, generator):
+    """Shares of panels, and of the channels of one panel."""
+    _, codes, packed, bias, residual = panels_of("4x4", 512, 700, tokens, generator)
+    residual = token_panels(residual)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with lamina.force_isa(isa):
+            results.append(
+                (
+                    sparse_int8_linear_panels(*codes, packed, bias, residual=residual),
+                    *sparse_int8_linear_panels(*codes, packed, bias, activation="gelu", quantize=True),
+                )
+            )
+    for other in results[1:]:
+        assert_exact(other, results[0])
+
+
+@pytest.mark.parametrize("tokens", [20, 100])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_of_the_result_is_the_norm_of_panels(tokens, affine, isa, generator):
+    """By whole panels, and where the channels of one are shared out."""
+    _, codes, packed, bias, residual = panels_of("4x4", 512, 700, tokens, generator)
+    residual = token_panels(residual)
+    weight, shift = (torch.randn(700, generator=generator) if affine else None for _ in range(2))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with lamina.force_isa(isa):
+            result = sparse_int8_linear_panels(*codes, packed, bias, residual=residual)
+            ours = sparse_int8_linear_panels(*codes, packed, bias, residual=residual, norm=(weight, shift, 1e-5))
+            assert_exact(ours, layer_norm_panels(result, weight, shift, 1e-5), f"{threads} threads")
+
+
+def test_panels_without_anything():
+    packed = pack_sparse_int8_weight(torch.zeros(0, 8))
+    assert sparse_int8_linear_panels(*quantize_panels(torch.ones(2, 8, 32)), packed).shape == (2, 0, 32)
+    packed = pack_sparse_int8_weight(torch.ones(5, 8))
+    assert sparse_int8_linear_panels(*quantize_panels(torch.ones(0, 8, 32)), packed).shape == (0, 5, 32)
+    packed = pack_sparse_int8_weight(torch.ones(5, 0))
+    assert (sparse_int8_linear_panels(*quantize_panels(torch.ones(2, 0, 32)), packed) == 0).all()
+
+
+def test_a_token_that_is_not_finite_stays_alone(isa, generator):
+    x, _, packed, bias, _ = panels_of("4x4", 24, 20, 40, generator)
+    with lamina.force_isa(isa):
+        clean = sparse_int8_linear(x, packed, bias)
+        x[3, 5], x[35, 1] = float("nan"), float("inf")
+        rows = token_rows(sparse_int8_linear_panels(*quantize_panels(token_panels(x)), packed, bias), (40,))
+    bad = torch.tensor([3, 35])
+    assert rows[bad].isnan().all()
+    kept = torch.ones(40, dtype=torch.bool).index_fill(0, bad, False)
+    assert_exact(rows[kept], clean[kept])
+
+
+def test_opcheck_of_panels(generator):
+    _, codes, packed, bias, residual = panels_of("4x4", 24, 20, 40, generator)
+    arguments = (*codes, *packed, bias, "gelu", token_panels(residual))
+    torch.library.opcheck(torch.ops.lamina.sparse_int8_linear.panels, arguments)
+    torch.library.opcheck(torch.ops.lamina.sparse_int8_linear.panel_codes, arguments)
+    norm = (torch.ones(20), None, 1e-5)
+    torch.library.opcheck(torch.ops.lamina.sparse_int8_linear.panel_norm, (*arguments, *norm))
+
+
+def test_bad_panels(generator):
+    _, (codes, scales), packed, bias, residual = panels_of("4x4", 24, 20, 40, generator)
+    residual = token_panels(residual)
+    for arguments, options, message in (
+        ((codes.to(torch.int8), scales, packed), {}, "sparse_int8_linear_panels: x_codes is int8"),
+        ((codes[0], scales, packed), {}, r"x_codes has shape \[6, 32, 4\]"),
+        ((codes[:, :5].contiguous(), scales, packed), {}, "x_codes has 5 groups of four features, but packed_weight"),
+        ((codes[:, ::2], scales, packed), {}, "x_codes must be contiguous"),
+        ((codes, scales[:1], packed), {}, r"x_scales has shape \[1, 32\]"),
+        ((codes, scales, packed._replace(scale=packed.scale[:5])), {}, "packed_weight.scale has 5 channels"),
+        ((codes, scales, packed, bias[:7]), {}, "bias has shape"),
+        ((codes, scales, packed), {"residual": residual[:1]}, "residual has shape"),
+        ((codes, scales, packed), {"residual": residual.mT.contiguous().mT}, "the features of residual must lie"),
+        ((codes, scales, packed), {"activation": "swish"}, "activation 'swish' is unknown"),
+        ((codes, scales, packed), {"norm": (torch.ones(9), None, 1e-5)}, "sparse_int8_linear_panels: weight has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse_int8_linear_panels(*arguments, **options)
+    with pytest.raises(FormatError, match="sparse_int8_linear_panels"):
+        sparse_int8_linear_panels(codes, scales, packed._replace(data=torch.zeros_like(packed.data)))
+
+
+def test_panels_run_on_vnni(isa, generator):
+    _, codes, packed, _, _ = panels_of("4x4", 24, 20, 40, generator)
+    with lamina.force_isa(isa):
+        sparse_int8_linear_panels(*codes, packed)
+        assert lamina._C.last_isa() == {"avx512bf16": "avx512vnni"}.get(isa, isa)

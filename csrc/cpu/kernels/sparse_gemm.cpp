@@ -58,10 +58,19 @@ LAMINA_INLINE void fetch_ahead(const float* values) {
   __builtin_prefetch(reinterpret_cast<const char*>(values) + tuning::kSparseAhead, 0, 2);
 }
 
-LAMINA_INLINE const float* as_floats(const float* values, int, float*) { return values; }
-LAMINA_INLINE const float* as_floats(const bf16* values, int count, float* to) {
-  for (int i = 0; i < count; i += kLanes) store(to + i, load(values + i));
-  return to;
+// Calls body(values as floats, first block, blocks) for a group's blocks of R values, bfloat16 ones in pieces.
+template <int R, class V, class Body>
+LAMINA_INLINE void in_pieces(const V* values, int count, const Body& body) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    body(values, 0, count);
+  } else {
+    float buffer[kPiece * R + kLanes];
+    for (int b = 0; b < count; b += kPiece) {
+      const int blocks = count - b < kPiece ? count - b : kPiece;
+      for (int i = 0; i < blocks * R; i += kLanes) store(buffer + i, load(values + b * R + i));
+      body(buffer, b, blocks);
+    }
+  }
 }
 
 // Blocks that are summed apart, so that as many multiply-adds are under way as their latency takes.
@@ -152,15 +161,9 @@ void gemm(const SparseGemmArgs<V>& a) {
         for (int c = 1; c < kChains<R, Z>; ++c) sums.r[c][r][z] = zero();
       }
     }
-    if constexpr (sizeof(V) == sizeof(float)) {
-      add_blocks<R, Z>(sums, values, index, group.count, a.x);
-    } else {
-      float buffer[kPiece * R + kLanes];
-      for (int b = 0; b < group.count; b += kPiece) {
-        const int count = group.count - b < kPiece ? group.count - b : kPiece;
-        add_blocks<R, Z>(sums, as_floats(values + b * R, count * R, buffer), index + b, count, a.x);
-      }
-    }
+    in_pieces<R>(values, group.count, [&](const float* floats, int first, int count) __attribute__((always_inline)) {
+      add_blocks<R, Z>(sums, floats, index + first, count, a.x);
+    });
     values += group.count * R;
     index += group.count;
     LAMINA_UNROLL
@@ -273,15 +276,9 @@ void few(const SparseFewArgs<V>& a) {
       LAMINA_UNROLL
       for (int m = 0; m < M; ++m) sums[c][m] = c == 0 && chunk.add ? load_four(to + m * a.sums_row) : set1_four(0);
     }
-    if constexpr (sizeof(V) == sizeof(float)) {
-      few_blocks<R, M>(sums, values, index, group.count, a.x);
-    } else {
-      float buffer[kPiece * R + kLanes];
-      for (int b = 0; b < group.count; b += kPiece) {
-        const int count = group.count - b < kPiece ? group.count - b : kPiece;
-        few_blocks<R, M>(sums, as_floats(values + b * R, count * R, buffer), index + b, count, a.x);
-      }
-    }
+    in_pieces<R>(values, group.count, [&](const float* floats, int first, int count) __attribute__((always_inline)) {
+      few_blocks<R, M>(sums, floats, index + first, count, a.x);
+    });
     values += group.count * R;
     index += group.count;
     LAMINA_UNROLL

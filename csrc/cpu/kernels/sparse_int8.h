@@ -12,6 +12,7 @@
 
 #include "cpu/kernels/int8_gemm.h"
 #include "cpu/kernels/sparse_group.h"
+#include "cpu/kernels/token_panels.h"
 
 namespace lamina {
 
@@ -27,14 +28,13 @@ struct SparseInt8Weight {
   const int8_t* values;
 };
 
-// Tokens of a panel: codes of that many rows as [k / 4][tokens][4].
-inline constexpr int kSparsePanel = 32;
-inline constexpr int kSparseSlab = 16;
+// Channels of a slab.
+inline constexpr int kSparseInt8Slab = 16;
 
 struct SparseInt8Args {
   SparseInt8Weight weight;
   int64_t slab_begin, slab_end;
-  const int32_t* panel;  // [k / 4][width] groups of four codes; width is 16 or 32
+  const int32_t* panel;  // [k / 4][width] groups of four codes; width is kPanelTokens or half of it
   int width;
   int32_t* sums;  // room for [kSparseHeldSlabs][16][width]
   // rows (at most width), x_scales, and from the first channel of slab_begin on: channels, compensation, w_scales,
@@ -56,6 +56,23 @@ struct SparseInt8RowsArgs {
 constexpr int sparse_few_rows(int height) { return height == 4 ? 3 : height; }
 inline constexpr int kSparseFewRows = 3;
 
+// The product whose outputs stay a panel: see token_panels.h. Pointers to channels begin at the first of slab_begin.
+struct SparseInt8ToPanelArgs {
+  SparseInt8Weight weight;
+  int64_t slab_begin, slab_end;
+  const int32_t* panel;   // [k / 4][32]
+  int32_t* sums;          // room for [kSparseHeldSlabs][16][32]
+  const float* x_scales;  // [32]
+  int64_t channels;
+  const int32_t* compensation;  // rounded up to 16
+  const float* w_scales;
+  const float* bias;      // or null
+  const float* residual;  // [channels][32] or null
+  Activation activation;
+  float* out;        // [channels][32]
+  int32_t* largest;  // [32]: raised to the bits of each token's max |out|
+};
+
 struct SparsePanelArgs {
   const uint8_t* codes;  // [rows, 4 groups], row stride ld
   int64_t ld;
@@ -67,5 +84,6 @@ struct SparsePanelArgs {
 extern const KernelTable<void(const SparsePanelArgs&)> sparse_int8_panel_table;
 extern const KernelTable<void(const SparseInt8Args&)> sparse_int8_table;
 extern const KernelTable<void(const SparseInt8RowsArgs&)> sparse_int8_rows_table;
+extern const KernelTable<void(const SparseInt8ToPanelArgs&)> sparse_int8_to_panel_table;
 
 }  // namespace lamina

@@ -7,6 +7,7 @@
 //   load / store / load_n / store_n   of float, bf16, f16 and (load only) int8; unaligned; _n touches the first
 //                                     n < lanes elements only and fills with zero
 //   round_even, to_codes              round half to even, the one rounding rule of the library
+//   join_codes                        codes of four registers as the bytes of words
 //   max, min                          return the second operand when either is NaN
 //   transpose, reduce_add_each        of as many registers as one has lanes
 //   shift_left, shift_right(I32)      by n < 32 bits; to the right the sign comes in

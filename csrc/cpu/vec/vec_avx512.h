@@ -209,5 +209,16 @@ LAMINA_INLINE void store_codes(uint8_t* p, F32 x, uint8_t zero, int n) {
   }
 }
 
+// The codes of four registers, round half to even, saturated, with an offset of 128: those of lane i are the bytes of
+// word i.
+LAMINA_INLINE I32 join_codes(F32 a, F32 b, F32 c, F32 d) {
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a.r), _mm512_cvtps_epi32(b.r));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c.r), _mm512_cvtps_epi32(d.r));
+  // In every 128 bits the four codes of a, then those of b, c and d.
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i codes = _mm512_shuffle_epi8(_mm512_packs_epi16(ab, cd), order);
+  return {_mm512_xor_si512(codes, _mm512_set1_epi8(char(0x80)))};
+}
+
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

@@ -214,5 +214,19 @@ LAMINA_INLINE void store_codes(uint8_t* p, F32 x, uint8_t zero, int n) {
   for (int i = 0; i < n; ++i) p[i] = uint8_t(int32_t(r.r[i]) + zero);
 }
 
+// The codes of four registers, round half to even, saturated, with an offset of 128: those of lane i are the bytes of
+// word i.
+LAMINA_INLINE I32 join_codes(F32 a, F32 b, F32 c, F32 d) {
+  const F32 x[4] = {a, b, c, d};
+  alignas(16) uint8_t codes[16];
+  for (int j = 0; j < 4; ++j) {
+    const F32 r = round_even(max(min(x[j], set1(127.0f)), set1(-128.0f)));
+    for (int i = 0; i < 4; ++i) codes[4 * i + j] = uint8_t(int32_t(r.r[i]) + 128);
+  }
+  I32 words;
+  memcpy(&words.r, codes, 16);
+  return words;
+}
+
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

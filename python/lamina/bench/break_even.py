@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 
 from lamina.bench.results import Measurement
@@ -25,8 +26,9 @@ class BreakEven:
 def break_evens(measurements: Sequence[Measurement]) -> list[BreakEven]:
     """One for each work and thread count that was timed at two densities or more, against eager.
 
-    A sparse product takes a time for its inputs and outputs and one that goes with the values: a line through the
-    measured points, which is met by the median time of the dense layer. A workload takes part if its `dims` have
+    Between the last density that beats the median time of the dense layer and the first that does not, the time is
+    taken to rise on a straight line. Where all of them win or all lose, it is the line through all: a sparse product
+    takes a time for its inputs and outputs and one that goes with the values. A workload takes part if its `dims` have
     "zeros", in percent, and its id says so in a word of its own.
 
     >>> break_evens(results.measurements)[0].density
@@ -41,12 +43,20 @@ def break_evens(measurements: Sequence[Measurement]) -> list[BreakEven]:
     for (name, threads), items in series.items():
         items = sorted(items, key=lambda item: item.dims["zeros"])
         densities, seconds = [1 - i.dims["zeros"] / 100 for i in items], [i.candidate.q50 for i in items]
-        spread = sum((d - fmean(densities)) ** 2 for d in densities)
-        if spread == 0:
+        if len(set(densities)) < 2:
             continue
-        slope = sum((d - fmean(densities)) * s for d, s in zip(densities, seconds, strict=True)) / spread
-        dense = median(item.times[BASELINE].q50 for item in items)
-        density = fmean(densities) + (dense - fmean(seconds)) / slope if slope > 0 else 1.0
+        density = _meets(densities, seconds, median(item.times[BASELINE].q50 for item in items))
         points = {item.dims["zeros"]: item.speedup(BASELINE) for item in items}
         found.append(BreakEven(name, threads, min(max(density, 0.0), 1.0), points))
     return found
+
+
+def _meets(densities: Sequence[float], seconds: Sequence[float], dense: float) -> float:
+    """Where the times, of falling densities, reach that of the dense layer; beyond [0, 1] if they never do."""
+    points = list(zip(densities, seconds, strict=True))
+    for (high, slow), (low, fast) in pairwise(points):
+        if fast < dense <= slow:
+            return low + (high - low) * (dense - fast) / (slow - fast)
+    middle = fmean(densities)
+    slope = sum((d - middle) * s for d, s in points) / sum((d - middle) ** 2 for d in densities)
+    return middle + (dense - fmean(seconds)) / slope if slope > 0 else 1.0

@@ -460,6 +460,13 @@ class Captured:
         """Whether a node is a parameter, a buffer, or made of such."""
         return self.constant(node) is not None or any(node in fold.outputs for fold in self.folds)
 
+    def known(self, node: Any) -> Tensor | None:
+        """The tensor behind a node that is `fixed`, as it is now."""
+        for fold, made in zip(self.folds, self._made, strict=True):
+            if node in fold.outputs:
+                return made[fold.outputs.index(node)]
+        return self.constant(node)
+
     def fold(self, sources: Sequence[fx.Node], make: Callable[..., tuple[Tensor, ...]]) -> tuple[fx.Node, ...]:
         """New inputs of the graph that hold make(*sources), where the sources are `fixed`."""
         inputs, steps = self._trace(sources)

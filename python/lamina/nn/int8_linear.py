@@ -5,12 +5,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lamina.nn.int8_input import Int8Input
-from lamina.nn.packed_linear import Int8PackedLinear
-from lamina.ops.int8_linear import PackedInt8Weight, call_int8_linear
+from lamina.nn.packed_linear import DenseInt8Linear, Int8ProductLinear
+from lamina.ops.int8_linear import PackedInt8Weight
 
 
-class Int8Linear(Int8Input, Int8PackedLinear):
+class Int8Linear(Int8ProductLinear, DenseInt8Linear):
     """nn.Linear with a frozen int8 weight: activations are quantized per row inside the op.
 
     The layer holds one copy of its weight, packed for the kernels: about a quarter of the float32 bytes. Its state_dict
@@ -62,38 +61,5 @@ class Int8Linear(Int8Input, Int8PackedLinear):
         """
         return super().from_float(module, activation, input_scale=input_scale, out_dtype=out_dtype)
 
-    def _set(
-        self,
-        module: nn.Linear,
-        activation: str | None,
-        *,
-        input_scale: Tensor | float | None = None,
-        out_dtype: torch.dtype | str | None = None,
-    ) -> None:
-        super()._set(module, activation)
-        self._set_input(input_scale, out_dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], float32 or bfloat16."""
-        # Straight to the op and past nn.Module.__getattr__: 3 us less, of 10 for a small layer.
-        buffers = self._buffers
-        return call_int8_linear(
-            input,
-            buffers["_packed"],
-            buffers["_scale"],
-            buffers["_compensation"],
-            self._parameters["bias"],
-            self._op_activation,
-            None,
-            buffers["input_scale"],
-            None,
-            self.out_dtype,
-        )
-
-    def activated(self, input: Tensor, activation: str) -> Tensor:
-        """The activation of the output, computed inside the op."""
-        packed = self.packed_weight
-        return call_int8_linear(input, *packed, self.bias, activation, None, self.input_scale, None, self.out_dtype)
-
     def _multiply(self, input: Tensor, packed: PackedInt8Weight, bias: Tensor | None) -> Tensor:
-        return call_int8_linear(input, *packed, bias, self._op_activation, None, self.input_scale, None, self.out_dtype)
+        return self._call(input, *packed, bias, self._op_activation, None, self.input_scale, None, self.out_dtype)

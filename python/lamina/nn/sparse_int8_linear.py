@@ -1,12 +1,11 @@
 """SparseInt8Linear: nn.Linear with a block-sparse int8 weight."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lamina.nn.int8_input import Int8Input
-from lamina.nn.packed_linear import PackedLinear
+from lamina.nn.packed_linear import Int8ProductLinear
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     block_density,
@@ -15,10 +14,9 @@ from lamina.ops.sparse_int8_linear import (
     traced_sparse_int8_weight,
     unpack_sparse_int8_weight,
 )
-from lamina.quant.weights import dequantize_weight
 
 
-class SparseInt8Linear(Int8Input, PackedLinear):
+class SparseInt8Linear(Int8ProductLinear):
     """nn.Linear with a frozen int8 weight of which only the blocks that hold a nonzero are kept and multiplied.
 
     For weights that were pruned in blocks (`lamina.prune`): at 90% zero blocks of 4x4 it takes 3.2% of the float32
@@ -38,7 +36,10 @@ class SparseInt8Linear(Int8Input, PackedLinear):
     >>> layer = lamina.nn.SparseInt8Linear.from_float(pruned, pattern="4x4")
     """
 
-    _kept_dtypes = ("_scale", "input_scale")
+    _packed_type = PackedSparseInt8Weight
+    _unpack = staticmethod(unpack_sparse_int8_weight)
+    _trace = staticmethod(traced_sparse_int8_weight)
+    _call = staticmethod(call_sparse_int8_linear)
 
     def __init__(
         self,
@@ -74,66 +75,17 @@ class SparseInt8Linear(Int8Input, PackedLinear):
         """
         return super().from_float(module, activation, pattern=pattern, input_scale=input_scale, out_dtype=out_dtype)
 
-    def _set(
-        self,
-        module: nn.Linear,
-        activation: str | None,
-        *,
-        pattern: str = "4x4",
-        input_scale: Tensor | float | None = None,
-        out_dtype: torch.dtype | str | None = None,
-    ) -> None:
+    def _set(self, module: nn.Linear, activation: str | None, *, pattern: str = "4x4", **options: Any) -> None:
         self.pattern = pattern
-        super()._set(module, activation)
-        self._set_input(input_scale, out_dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], float32 or bfloat16."""
-        # Straight to the op and past nn.Module.__getattr__, as in Int8Linear.
-        buffers = self._buffers
-        return call_sparse_int8_linear(
-            input,
-            buffers["_packed"],
-            buffers["_scale"],
-            buffers["_compensation"],
-            self._parameters["bias"],
-            self._op_activation,
-            None,
-            buffers["input_scale"],
-            None,
-            self.out_dtype,
-        )
-
-    def activated(self, input: Tensor, activation: str) -> Tensor:
-        """The activation of the output, computed inside the op."""
-        packed = self.packed_weight
-        return call_sparse_int8_linear(
-            input, *packed, self.bias, activation, None, self.input_scale, None, self.out_dtype
-        )
+        super()._set(module, activation, **options)
 
     @property
     def density(self) -> float:
         """The share of blocks that are kept."""
-        return block_density(unpack_sparse_int8_weight(self.packed_weight, self.in_features), self.pattern)
+        return block_density(self._unpack(self.packed_weight, self.in_features), self.pattern)
 
     def _pack(self, weight: Tensor, scale: Tensor | None) -> PackedSparseInt8Weight:
         return pack_sparse_int8_weight(weight, scale, pattern=self.pattern)
-
-    def _set_packed(self, packed: PackedSparseInt8Weight) -> None:
-        for name, value in zip(("_packed", "_scale", "_compensation"), packed, strict=True):
-            self.register_buffer(name, value, persistent=False)
-
-    def _saved(self) -> tuple[Tensor, Tensor]:
-        return unpack_sparse_int8_weight(self.packed_weight, self.in_features), self._scale.detach()
-
-    @property
-    def packed_weight(self) -> PackedSparseInt8Weight:
-        return PackedSparseInt8Weight(self._packed, self._scale, self._compensation)
-
-    def _dequantize(self, traced: bool) -> Tensor:
-        if traced:
-            return traced_sparse_int8_weight(self.packed_weight, self.in_features)
-        return dequantize_weight(unpack_sparse_int8_weight(self.packed_weight, self.in_features), self._scale)
 
     def options(self) -> dict[str, str | None]:
         return {**super().options(), "pattern": self.pattern}

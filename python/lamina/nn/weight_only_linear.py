@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lamina.nn.packed_linear import Int8PackedLinear, PackedLinear
+from lamina.nn.packed_linear import DenseInt8Linear, PackedLinear
 from lamina.ops.int8_linear import PackedInt8Weight
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
@@ -17,7 +17,7 @@ from lamina.ops.weight_only_linear import (
 from lamina.quant.weights import dequantize_weight_groups, pack_nibbles, unpack_nibbles
 
 
-class Int8WeightOnlyLinear(Int8PackedLinear):
+class Int8WeightOnlyLinear(DenseInt8Linear):
     """nn.Linear with a frozen int8 weight and activations in full precision.
 
     For few rows, as in decoding, where reading the weight is what takes the time: 26% of the float32 bytes. The weight

@@ -1,6 +1,6 @@
 """Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
 
-from lamina.ops.attention import attention
+from lamina.ops.attention import attention, attention_panels
 from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
@@ -26,7 +26,7 @@ from lamina.ops.int8_gru import int8_gru
 from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
 from lamina.ops.int8_lstm import int8_lstm
 from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, int8_max_pool2d, int8_pool2d
-from lamina.ops.layer_norm import layer_norm
+from lamina.ops.layer_norm import layer_norm, layer_norm_panels
 from lamina.ops.linear import PackedLinearWeight, linear, pack_linear_weight, unpack_linear_weight
 from lamina.ops.lstm import lstm
 from lamina.ops.pool2d import (
@@ -49,6 +49,7 @@ from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     pack_sparse_int8_weight,
     sparse_int8_linear,
+    sparse_int8_linear_panels,
     unpack_sparse_int8_weight,
 )
 from lamina.ops.sparse_linear import (
@@ -59,6 +60,7 @@ from lamina.ops.sparse_linear import (
     sparse_linear,
     unpack_sparse_weight,
 )
+from lamina.ops.token_panels import quantize_panels, token_panels, token_rows
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     pack_int4_weight,
@@ -82,6 +84,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_decode",
+    "attention_panels",
     "attention_varlen",
     "avg_pool1d",
     "avg_pool2d",
@@ -104,6 +107,7 @@ __all__ = [
     "int8_max_pool2d",
     "int8_pool2d",
     "layer_norm",
+    "layer_norm_panels",
     "linear",
     "lstm",
     "max_pool1d",
@@ -117,6 +121,7 @@ __all__ = [
     "pack_sparse_int8_weight",
     "pack_sparse_weight",
     "pool2d",
+    "quantize_panels",
     "quantize_rows",
     "reduce",
     "rms_norm",
@@ -126,7 +131,10 @@ __all__ = [
     "sparse_conv2d",
     "sparse_info",
     "sparse_int8_linear",
+    "sparse_int8_linear_panels",
     "sparse_linear",
+    "token_panels",
+    "token_rows",
     "unpack_int4_weight",
     "unpack_int8_conv_transpose_weight",
     "unpack_int8_conv_weight",

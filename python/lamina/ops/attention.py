@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lamina import _C
 from lamina.ops.attention_backward import call_attention_backward
 from lamina.ops.library import define
+from lamina.ops.token_panels import PANEL, new_codes
 from lamina.reference.attention import attention as _composite
 
 MAX_HEAD_SIZE = 256
@@ -478,3 +479,125 @@ def attention(
         qk_dtype is torch.int8,
     )
     return (out, lse) if return_lse else out
+
+
+def _panels_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: int,
+    heads: int,
+    scale: float,
+    bfloat16_products: bool = False,
+) -> Tensor:
+    _check_panels(query, value)
+    out = query.new_empty((query.shape[0], value.shape[1], PANEL))
+    _C.attention_panels(query, key, value, mask, length, heads, scale, bfloat16_products, out, None, None)
+    return out
+
+
+def _panels_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: int,
+    heads: int,
+    scale: float,
+    bfloat16_products: bool = False,
+) -> Tensor:
+    torch._check(query.ndim == 3 and value.ndim == 3, lambda: "attention_panels: query must be [panels, H * D, 32]")
+    return query.new_empty((query.shape[0], value.shape[1], PANEL))
+
+
+def _codes_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: int,
+    heads: int,
+    scale: float,
+    bfloat16_products: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check_panels(query, value)
+    codes, scales = new_codes(query, value.shape[1])
+    _C.attention_panels(query, key, value, mask, length, heads, scale, bfloat16_products, None, codes, scales)
+    return codes, scales
+
+
+def _codes_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: int,
+    heads: int,
+    scale: float,
+    bfloat16_products: bool = False,
+) -> tuple[Tensor, Tensor]:
+    torch._check(query.ndim == 3 and value.ndim == 3, lambda: "attention_panels: query must be [panels, H * D, 32]")
+    return new_codes(query, value.shape[1])
+
+
+def _check_panels(query: Tensor, value: Tensor) -> None:
+    for name, panels in (("query", query), ("value", value)):
+        if panels.ndim != 3:
+            raise ValueError(
+                f"attention_panels: {name} has shape {list(panels.shape)}, but must be [panels, H * D, {PANEL}]"
+            )
+
+
+_PANEL_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt length, int heads, float scale, "
+    "bool bfloat16_products=False"
+)
+_panels = define(f"attention.panels({_PANEL_ARGUMENTS}) -> Tensor", cpu=_panels_cpu, fake=_panels_fake)
+_panel_codes = define(
+    f"attention.panel_codes({_PANEL_ARGUMENTS}) -> (Tensor codes, Tensor scales)", cpu=_codes_cpu, fake=_codes_fake
+)
+
+
+def attention_panels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    length: int,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    quantize: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention of sequences whose tokens lie in panels: see `token_panels`.
+
+    The features of a head lie one behind the other, heads one behind the other, as a linear layer gives them; query,
+    key and value may be parts of one tensor. A key that the mask excludes takes no part even if it or its value is NaN,
+    and a query without keys gives 0. No gradient.
+
+    Args:
+        query: float32 [sequences * ceil(length / 32), heads * D, 32], D at most 256.
+        key: the same.
+        value: the same with heads * Dv.
+        length: tokens of a sequence.
+        heads: number of heads.
+        mask: [1 or sequences, length], which keys every query takes: boolean (True = keep), or float32, added to the
+            scores.
+        scale: of the scores, 1 / sqrt(D) by default.
+        compute_dtype: torch.bfloat16 lets products be of bfloat16, as in `attention`.
+        quantize: give the codes and scales of the result, for a layer behind it, instead of the result.
+
+    Returns float32 [panels, heads * Dv, 32], or its (codes, scales) as `quantize_panels` makes them. Raises ValueError
+    when shapes, dtypes or options do not fit.
+
+    >>> q, k, v = lamina.ops.sparse_int8_linear_panels(*codes, qkv_weight).split(768, 1)
+    >>> attended = lamina.ops.attention_panels(q, k, v, length=128, heads=12, quantize=True)
+    """
+    if compute_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"attention_panels: compute_dtype is {compute_dtype}, but must be torch.bfloat16 or None")
+    if scale is None:
+        scale = (query.shape[1] / max(heads, 1)) ** -0.5 if query.ndim == 3 and query.shape[1] else 1.0
+    op = _panel_codes if quantize else _panels
+    return op(query, key, value, mask, length, heads, scale, compute_dtype is torch.bfloat16)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lamina import _C
 from lamina.ops.library import define
+from lamina.ops.token_panels import new_codes
 
 
 def new_result(input: Tensor, residual: Tensor | None) -> Tensor:
@@ -148,3 +149,48 @@ def layer_norm(
     total = input if residual is None else input + residual
     norm = F.layer_norm(total, normalized_shape, weight, bias, eps)
     return (norm, total) if return_sum else norm
+
+
+def _panels_cpu(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    if input.ndim != 3:
+        raise ValueError(f"layer_norm_panels: input has shape {list(input.shape)}, but must be [panels, K, 32]")
+    out = input.new_empty(input.shape)
+    codes, scales = new_codes(input, input.shape[1])
+    _C.layer_norm_panels(input, weight, bias, eps, out, codes, scales)
+    return out, codes, scales
+
+
+def _panels_fake(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(input.ndim == 3, lambda: "layer_norm_panels: input must be [panels, K, 32]")
+    return input.new_empty(input.shape), *new_codes(input, input.shape[1])
+
+
+_panels = define(
+    "layer_norm.panels(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> "
+    "(Tensor norm, Tensor codes, Tensor scales)",
+    cpu=_panels_cpu,
+    fake=_panels_fake,
+)
+
+
+def layer_norm_panels(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm` of each token of panels, and its codes for the int8 layer behind it: see `token_panels`.
+
+    Args:
+        input: float32 [panels, K, 32], any distance from panel to panel, features one behind the other.
+        weight: [K] float32 or bfloat16; ones by default.
+        bias: the same; zeros by default.
+        eps: added to the variance.
+
+    Returns (norm, codes, scales): float32 of input's shape, contiguous, and what `quantize_panels` makes of it. Raises
+    ValueError when shapes or dtypes do not fit.
+
+    >>> y, *codes = lamina.ops.layer_norm_panels(panels, norm.weight, norm.bias, norm.eps)
+    """
+    return _panels(input, weight, bias, eps)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lamina import _C
 from lamina.ops.int8_linear import define_int8_product
+from lamina.ops.library import define
+from lamina.ops.token_panels import PANEL, new_codes
 from lamina.quant.weights import quantize_weight
 
 # Output channels x inputs of a block.
@@ -152,3 +154,190 @@ def sparse_int8_linear(
     return call_sparse_int8_linear(
         x, *packed_weight, bias, activation or "none", residual, x_scale, out_scale, out_dtype
     )
+
+
+def _new_panels(x_codes: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty((x_codes.shape[0], scale.shape[0], PANEL))
+
+
+def _panels_cpu(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    out = _new_panels(x_codes, scale)
+    _C.sparse_int8_linear_panels(
+        x_codes, x_scales, data, scale, compensation, bias, activation, residual, None, None, None, out, None, None
+    )
+    return out
+
+
+def _panels_fake(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    torch._check(x_codes.ndim == 4, lambda: "sparse_int8_linear_panels: x_codes must be [panels, K / 4, 32, 4]")
+    return _new_panels(x_codes, scale)
+
+
+def _codes_cpu(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    codes, scales = new_codes(x_codes, scale.shape[0])
+    _C.sparse_int8_linear_panels(
+        x_codes,
+        x_scales,
+        data,
+        scale,
+        compensation,
+        bias,
+        activation,
+        residual,
+        None,
+        None,
+        None,
+        None,
+        codes,
+        scales,
+    )
+    return codes, scales
+
+
+def _codes_fake(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    torch._check(x_codes.ndim == 4, lambda: "sparse_int8_linear_panels: x_codes must be [panels, K / 4, 32, 4]")
+    return new_codes(x_codes, scale.shape[0])
+
+
+def _norm_cpu(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _new_panels(x_codes, scale)
+    codes, scales = new_codes(x_codes, scale.shape[0])
+    _C.sparse_int8_linear_panels(
+        x_codes,
+        x_scales,
+        data,
+        scale,
+        compensation,
+        bias,
+        activation,
+        residual,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        out,
+        codes,
+        scales,
+    )
+    return out, codes, scales
+
+
+def _norm_fake(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(x_codes.ndim == 4, lambda: "sparse_int8_linear_panels: x_codes must be [panels, K / 4, 32, 4]")
+    return _new_panels(x_codes, scale), *new_codes(x_codes, scale.shape[0])
+
+
+_PANEL_ARGUMENTS = (
+    "Tensor x_codes, Tensor x_scales, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation, "
+    "Tensor? residual=None"
+)
+_panels = define(f"sparse_int8_linear.panels({_PANEL_ARGUMENTS}) -> Tensor", cpu=_panels_cpu, fake=_panels_fake)
+_panel_codes = define(
+    f"sparse_int8_linear.panel_codes({_PANEL_ARGUMENTS}) -> (Tensor codes, Tensor scales)",
+    cpu=_codes_cpu,
+    fake=_codes_fake,
+)
+_panel_norm = define(
+    f"sparse_int8_linear.panel_norm({_PANEL_ARGUMENTS.removesuffix('=None')}, Tensor? norm_weight, Tensor? norm_bias, "
+    "float norm_eps) -> (Tensor norm, Tensor codes, Tensor scales)",
+    cpu=_norm_cpu,
+    fake=_norm_fake,
+)
+
+
+def sparse_int8_linear_panels(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    packed_weight: PackedSparseInt8Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    quantize: bool = False,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """`sparse_int8_linear` from panels of tokens to panels, for the layers of a chain: see `token_panels`.
+
+    Each token's sums, and everything before the activation, are the bits that `sparse_int8_linear` gives for its row.
+    No gradient.
+
+    Args:
+        x_codes: uint8 [panels, ceil(K / 4), 32, 4], from `quantize_panels` or from the op before this one.
+        x_scales: float32 [panels, 32], likewise.
+        packed_weight: from `pack_sparse_int8_weight` of a weight [N, K].
+        bias: [N] float32 or bfloat16.
+        activation: as in `sparse_int8_linear`.
+        residual: float32 [panels, N, 32], added before the activation.
+        quantize: give the codes and scales of the result, for a layer behind it, instead of the result.
+        norm: weight, bias and eps of a layer norm of the result: give what `layer_norm_panels` makes of it instead.
+
+    Returns float32 [panels, N, 32], or its (codes, scales) as `quantize_panels` makes them, or with `norm` (norm,
+    codes, scales). Raises ValueError when shapes or dtypes do not fit, and FormatError (a ValueError) as
+    `sparse_int8_linear` does.
+
+    >>> hidden = lamina.ops.sparse_int8_linear_panels(*codes, first, activation="gelu", quantize=True)
+    >>> y = lamina.ops.sparse_int8_linear_panels(*hidden, second, residual=x)
+    """
+    arguments = (x_codes, x_scales, *packed_weight, bias, activation or "none", residual)
+    if norm is not None:
+        return _panel_norm(*arguments, *norm)
+    return (_panel_codes if quantize else _panels)(*arguments)

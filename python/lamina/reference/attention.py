@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lamina.reference.token_panels import PANEL, token_panels, token_rows
+
 
 def attention(
     query: Tensor,
@@ -80,6 +82,26 @@ def attention(
         touched = keep.to(value.dtype) @ (~finite).to(value.dtype) > 0
         out = torch.where(touched, weights @ value, out)
     return (out, torch.logsumexp(scores, -1)) if return_lse else out
+
+
+def attention_panels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    length: int,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Self-attention of sequences in panels (see token_panels): query, key [P, H D, 32], value [P, H Dv, 32]."""
+    sequences = query.shape[0] // -(-length // PANEL)
+    q, k, v = (
+        token_rows(panels, (sequences, length)).unflatten(2, (heads, -1)).transpose(1, 2)
+        for panels in (query, key, value)
+    )
+    mask = None if mask is None else mask[:, None, None, :]
+    return token_panels(attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2))
 
 
 def kept_share(dropout_p: float) -> float:

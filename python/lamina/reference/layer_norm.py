@@ -22,3 +22,10 @@ def layer_norm(
     if weight is not None:
         y = y * weight
     return y if bias is None else y + bias
+
+
+def layer_norm_panels(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """The same for each token of panels [P, K, 32]."""
+    return layer_norm(input.mT, input.shape[1:2], weight, bias, eps).mT

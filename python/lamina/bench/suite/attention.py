@@ -1,7 +1,7 @@
 """attention at the shapes of named models against scaled_dot_product_attention."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ def workloads() -> Iterator[Workload]:
                 f"shapes/attention.txt has {dtype} {mask}; dtypes: {', '.join(DTYPES)}; masks: {', '.join(MASKS)}"
             )
         yield _workload(model, *map(int, sizes), dtype, mask)
+    yield _panels_workload(12, 128, 64)
 
 
 def _workload(model: str, b: int, h: int, hkv: int, q: int, s: int, d: int, dv: int, dtype: str, mask: str) -> Workload:
@@ -105,6 +106,35 @@ def _workload(model: str, b: int, h: int, hkv: int, q: int, s: int, d: int, dv: 
         tags=frozenset({"op", model, dtype, mask} | ({"quick"} if q * s <= 512 * 512 else set())),
         module=lambda inputs: (_Sdpa(inputs.options), (inputs.q, inputs.k, inputs.v)),
     )
+
+
+def _panels_workload(h: int, tokens: int, d: int) -> Workload:
+    """Attention as it stands between sparse int8 layers: from panels to panels, in bfloat16."""
+    rows = _workload("bert_base", 1, h, h, tokens, tokens, d, d, "float32_bf16", "none")
+    shape = f"1x{h}x{tokens}x{d}-panels"
+
+    def panels(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        return tuple(lamina.ops.token_panels(t.transpose(1, 2).flatten(2)) for t in (inputs.q, inputs.k, inputs.v))
+
+    def run(inputs: Inputs):
+        q, k, v = panels(inputs)
+        options = {"length": tokens, "heads": h, "compute_dtype": torch.bfloat16}
+        return lambda: lamina.ops.attention_panels(q, k, v, **options)
+
+    return replace(
+        rows,
+        id=f"attention/bert_base/{shape}",
+        shape=shape,
+        run=run,
+        variants={"rows": _lamina},
+        check=lambda inputs, output: _check(inputs, _heads_of(output, tokens, h)),
+        tags=frozenset({"op", "bert_base", "panels", "quick"}),
+        module=None,
+    )
+
+
+def _heads_of(panels: torch.Tensor, tokens: int, heads: int) -> torch.Tensor:
+    return lamina.ops.token_rows(panels, (1, tokens)).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 class _Sdpa(torch.nn.Module):

@@ -1,7 +1,7 @@
 """layer_norm at the rows of named models, with and without the sum before it, against eager PyTorch."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,35 @@ class Inputs:
 
 
 def workloads() -> Iterator[Workload]:
-    """Every line of shapes/layer_norm.txt."""
-    return norm_workloads("layer_norm", 2, lamina.ops.layer_norm, F.layer_norm, reference)
+    """Every line of shapes/layer_norm.txt, and one in panels."""
+    yield from norm_workloads("layer_norm", 2, lamina.ops.layer_norm, F.layer_norm, reference)
+    yield _panels_workload(128, 768)
+
+
+def _panels_workload(rows: int, size: int) -> Workload:
+    """A norm of panels, with the codes that the int8 layer behind it takes, against norm and codes of rows."""
+    plain = _workload(
+        "layer_norm", "bert_base", rows, size, "float32", "plain", 2, lamina.ops.layer_norm, F.layer_norm, reference
+    )
+    shape = f"{rows}x{size}-panels"
+
+    def run(inputs: Inputs) -> Callable:
+        panels = lamina.ops.token_panels(inputs.x)
+        return lambda: lamina.ops.layer_norm_panels(panels, *inputs.parameters)
+
+    def in_rows(inputs: Inputs) -> Callable:
+        return lambda: lamina.ops.quantize_rows(lamina.ops.layer_norm(inputs.x, (size,), *inputs.parameters))
+
+    return replace(
+        plain,
+        id=f"layer_norm/bert_base/{shape}",
+        shape=shape,
+        run=run,
+        variants={"rows": in_rows},
+        check=lambda inputs, output: plain.check(inputs, lamina.ops.token_rows(output[0], (rows,))),
+        bytes=lambda inputs: rows * size * 9,
+        tags=frozenset({"op", "bert_base", "float32", "panels", "quick"}),
+    )
 
 
 def norm_workloads(op: str, parameters: int, ours: Callable, torchs: Callable, truth: Callable) -> Iterator[Workload]:

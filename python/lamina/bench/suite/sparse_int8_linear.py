@@ -1,7 +1,9 @@
-"""sparse_int8_linear at BERT's layers: block-sparse int8 against dense eager float32 and lamina's dense int8."""
+"""sparse_int8_linear at BERT's layers: block-sparse int8 against dense eager float32 and lamina's dense int8, and from
+panels to panels against the same in rows.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,10 @@ from lamina.reference.sparse_int8_linear import sparse_int8_linear as reference
 
 # As int8_linear's: exact sums, then float32 rounding in scale and bias.
 MAX_ERROR = 1e-6
+
+
+# The layers of BERT-base as a compiled model has them: inputs, outputs.
+PANEL_LAYERS = {"qkv": (768, 2304), "attention": (768, 768), "ffn_up": (768, 3072), "ffn_down": (3072, 768)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ def workloads() -> Iterator[Workload]:
             for pattern in patterns.split(","):
                 for share in zeros.split(","):
                     yield _workload(model, layer, (int(m), int(k), int(n)), pattern, int(share))
+    for layer, (k, n) in PANEL_LAYERS.items():
+        yield _panels_workload(layer, k, n)
 
 
 def _workload(model: str, layer: str, sizes: tuple[int, int, int], pattern: str, zeros: int) -> Workload:
@@ -64,6 +72,46 @@ def _workload(model: str, layer: str, sizes: tuple[int, int, int], pattern: str,
         bytes=lambda inputs: flows + weight_bytes,
         precision=lambda inputs: "int8",
         tags=frozenset({"op", model, layer, pattern} | ({"quick"} if m == 128 and layer == "ffn_down" else set())),
+    )
+
+
+def _panels_workload(layer: str, k: int, n: int) -> Workload:
+    """128 tokens through a layer as a chain in panels has it: codes come in, and FFN_UP gives codes."""
+    rows = _workload("bert_base", layer, (128, k, n), "4x4", 90)
+    options = {"activation": "gelu"} if layer == "ffn_up" else {}
+    activate = F.gelu if options else lambda y: y
+
+    def run(inputs: Inputs):
+        packed = lamina.ops.pack_sparse_int8_weight(inputs.weight, pattern="4x4")
+        codes = lamina.ops.quantize_panels(lamina.ops.token_panels(inputs.x))
+        quantize = bool(options)
+        return lambda: lamina.ops.sparse_int8_linear_panels(*codes, packed, inputs.bias, **options, quantize=quantize)
+
+    def with_norm(inputs: Inputs):
+        packed = lamina.ops.pack_sparse_int8_weight(inputs.weight, pattern="4x4")
+        codes = lamina.ops.quantize_panels(lamina.ops.token_panels(inputs.x))
+        norm = (torch.ones(n), torch.zeros(n), 1e-12)
+        return lambda: lamina.ops.sparse_int8_linear_panels(*codes, packed, inputs.bias, norm=norm)
+
+    def in_rows(inputs: Inputs):
+        packed = lamina.ops.pack_sparse_int8_weight(inputs.weight, pattern="4x4")
+        return lambda: lamina.ops.sparse_int8_linear(inputs.x, packed, inputs.bias, **options)
+
+    def check(inputs: Inputs, output) -> Gate:
+        truth = lamina.ops.token_panels(in_rows(inputs)())
+        pairs = zip(output, lamina.ops.quantize_panels(truth), strict=True) if options else [(output, truth)]
+        wrong = sum(int((ours != right).sum()) for ours, right in pairs)
+        return Gate.judge(wrong, 0, "numbers that differ from those of the rows:")
+
+    return replace(
+        rows,
+        id=f"{rows.id}-panels",
+        shape=f"{rows.shape}-panels",
+        run=run,
+        baselines={"eager": lambda inputs: lambda: activate(F.linear(inputs.x, inputs.weight, inputs.bias))},
+        variants={"rows": in_rows} | ({"norm": with_norm} if n == 768 else {}),
+        check=check,
+        tags=frozenset({"op", "bert_base", layer, "4x4", "panels", "quick"}),
     )
 
 

@@ -9,6 +9,7 @@ from lamina.compile.fuse.conv import convolutions, fold_batch_norms, restore_out
 from lamina.compile.fuse.linear import epilogues, float_linears, join_views, quantize_linears
 from lamina.compile.fuse.merge import merge, share_quantization
 from lamina.compile.fuse.norm import norms, rms_norms
+from lamina.compile.fuse.panels import panels
 from lamina.compile.fuse.precision import bfloat16_attention
 from lamina.compile.fuse.views import views
 
@@ -29,6 +30,7 @@ def fuse(captured: Captured, int8: bool = False) -> None:
     share_quantization(captured)
     float_linears(captured)
     attention(captured)
+    panels(captured)
     bfloat16_attention(captured)
     norms(captured)
     captured.evaluate_all()

@@ -15,11 +15,11 @@ from lamina.compile.fuse.linear import INT8_LINEARS, call_int8_linear
 
 _attention = torch.ops.lamina.attention.default
 # The instruction set that multiplies bfloat16; elsewhere it is converted first, and slower than float32.
-_ISA = "avx512bf16"
+ISA = "avx512bf16"
 
 
 def bfloat16_attention(captured: Captured) -> None:
-    if _C.active_isa() != _ISA:
+    if _C.active_isa() != ISA:
         return
     for node in [n for n in captured.graph.nodes if n.target is _attention]:
         before, after = _sources(node), _targets(node)
@@ -44,7 +44,7 @@ def _sources(node: fx.Node) -> list[fx.Node] | None:
             tensor = tensor.args[0]
         if kind(tensor) not in INT8_LINEARS or fake(tensor).dtype is not torch.float32:
             return None
-        if operands(tensor)["out_scale"] is not None or set(_users(tensor)) != {node}:
+        if operands(tensor)["out_scale"] is not None or set(readers(tensor)) != {node}:
             return None
         found[tensor] = None
     return list(found)
@@ -52,7 +52,7 @@ def _sources(node: fx.Node) -> list[fx.Node] | None:
 
 def _targets(node: fx.Node) -> list[fx.Node] | None:
     """The int8 layers that take the result, if nothing else does."""
-    found = dict.fromkeys(_users(node))
+    found = dict.fromkeys(readers(node))
     for layer in found:
         if kind(layer) not in INT8_LINEARS or operands(layer).get("residual") in _views(node) or layer.op == "output":
             return None
@@ -70,7 +70,7 @@ def _views(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _users(node: fx.Node) -> list[fx.Node]:
+def readers(node: fx.Node) -> list[fx.Node]:
     """What uses a tensor through views."""
     return [user for view in _views(node) for user in view.users if not is_view(user)]
 
