@@ -21,7 +21,7 @@ from lamina import _C
 from lamina.compile import compile_
 from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
-from lamina.plan.describe import Profile, coverage, profile, table
+from lamina.plan.describe import Coverage, Profile, coverage, covered, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, TorchCall
@@ -109,6 +109,13 @@ class Plan:
     def coverage(self) -> float:
         """The share of the calls that are lamina's own; the others are torch's, between two segments."""
         return coverage(self._program.recording)
+
+    def covered(self, *args: Any, **kwargs: Any) -> Coverage:
+        """How much of the steps and of the time is lamina's on these inputs, and why the rest stays in torch.
+
+        >>> print(plan.covered(x))
+        """
+        return covered(self._program.recording, self.profile(*args, **kwargs))
 
     def __str__(self) -> str:
         return table(self._program, [str(i) for i in self.inputs])
