@@ -12,8 +12,9 @@ import torch
 import lamina
 from lamina.bench import compare, machine, peers, results, runner, targets, text, timing, workloads
 from lamina.bench.break_even import break_evens
+from lamina.bench.memory import peak_bytes
 from lamina.bench.peers import PEERS
-from lamina.bench.reporting import page
+from lamina.bench.reporting import page, timeline
 from lamina.bench.workloads import Gate, Workload
 
 TARGETS = Path(__file__).parent.parent / "benchmarks" / "targets.toml"
@@ -344,6 +345,52 @@ def test_progress_says_what_is_being_prepared():
     assert told == ["made_up/test/1: inputs", "made_up/test/1: preparing eager", "made_up/test/1: timing on 1 thread"]
 
 
+def test_the_memory_of_a_call_is_what_it_needs_at_once():
+    size = 64 << 20
+
+    def one():
+        return torch.ones(size // 4)
+
+    def one_after_the_other():
+        one()
+        return one()
+
+    def both():
+        return one() + one()  # and the sum
+
+    single, turns, three = (peak_bytes(call) for call in (one, one_after_the_other, both))
+    assert single == pytest.approx(size, rel=0.1)
+    assert turns == pytest.approx(size, rel=0.1)
+    assert three == pytest.approx(3 * size, rel=0.1)
+
+
+def test_a_call_that_fails_while_its_memory_is_taken_fails_here():
+    calls = []
+
+    def second_time_lost():
+        calls.append(torch.is_inference_mode_enabled())
+        if len(calls) > 1:
+            raise RuntimeError("lost")
+
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="lost"):
+        peak_bytes(second_time_lost)
+    assert calls == [True, True], "the mode of the thread that asks is that of the call"
+
+
+def test_memory_is_asked_for_once_the_answer_is_right():
+    asked = {"lamina": 1, "eager": 2}
+    (found,) = runner.run(a_workload(1.0, [], memory=lambda inputs: asked), None, [1], budget=0.0)
+    assert found.memory == asked
+    assert found.memory_share("eager") == 0.5
+    assert found.memory_share("ort") is None
+
+    def never(inputs):
+        raise AssertionError("the answer is wrong")
+
+    (red,) = runner.run(a_workload(1.5, [], memory=never), None, [1], budget=0.0)
+    assert "exceeds" in red.gate.message
+
+
 def test_nan_is_red():
     assert not Gate.judge(float("nan"), 1.0, "error").ok
 
@@ -438,7 +485,7 @@ def test_both_doors_of_a_model_are_timed_and_must_answer_right(monkeypatch):
     inputs = suite.Inputs(model, example_inputs, None, 0)
     with torch.inference_mode():
         for prepare in workload.variants.values():
-            assert suite._check(inputs, prepare(inputs)()).ok
+            assert suite.check(inputs, prepare(inputs)()).ok
         monkeypatch.setattr(suite, "MAX_MODEL_ERROR", -1.0)  # which no answer keeps
         for prepare in workload.variants.values():
             with pytest.raises(ValueError, match=r"relative output error .* exceeds"):
@@ -474,12 +521,57 @@ def test_shape_files_are_checked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workload", workloads.select(tags=("op",)), ids=lambda workload: workload.id)
 def test_op_inputs_build_and_small_answers_are_right(workload):
     inputs = workload.make_inputs()
-    assert workload.flops(inputs) > 0
+    assert workload.flops(inputs) > 0 or workload.op in ("concatenate", "copy", "embedding")
     assert workload.bytes(inputs) > 0
     if workload.flops(inputs) < 1e8:
         with torch.inference_mode():
             gate = workload.check(inputs, workload.run(inputs)())
         assert gate.ok, gate.message
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_plans_of_small_models_answer_right_and_so_do_their_layers(name):
+    from lamina.bench.suite import plan as plans
+
+    workload = workloads.registry()[f"plan/{name}/b1"]
+    assert set(workload.variants) == {"swapped"}
+    inputs = workload.make_inputs()
+    with torch.inference_mode():
+        for prepare in (workload.run, *workload.variants.values()):
+            gate = workload.check(inputs, prepare(inputs)())
+            assert gate.ok, gate.message
+        wrong = workload.run(inputs)() * 1.5
+        assert not workload.check(inputs, wrong).ok
+    assert workload.flops(inputs) > 0
+    assert plans._memory(inputs)["lamina"] >= inputs.plan.arena_bytes
+    again = plans.workload(name, 1, lambda: inputs, peer=False)
+    assert (again.id, set(again.baselines)) == (workload.id, {"eager"})
+
+
+def test_plans_are_held_against_the_promised_peers():
+    found = {name: list(w.baselines) for name, w in workloads.registry().items() if w.op == "plan"}
+    assert found["plan/lenet/b64"] == ["eager", "ort"]
+    assert found["plan/bert_base/b1"] == ["eager", "ort int8"]
+    assert found["plan/resnet50/b8-int8"] == ["eager", "openvino int8"]
+    assert found["plan/bert_base_pruned/b1-4x4-90"] == ["eager"]
+    weighed = [name for name, w in workloads.registry().items() if w.memory is not None]
+    assert weighed == ["plan/resnet50/b8-int8"]
+
+
+def test_a_model_without_a_plan_says_why():
+    from lamina.bench.suite import model as suite
+    from lamina.bench.suite import plan as plans
+
+    class Branching(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x - 1
+
+    model, x = Branching().eval(), torch.ones(3)
+    accelerated = lamina.Accelerated(model, lamina.accelerate(torch.nn.Linear(3, 3), (x,), compile=False).report)
+    workload = plans.workload("branching", 1, lambda: plans.planned(suite.Inputs(model, (x,), accelerated, 1)))
+    (found,), _ = runner.run_all([workload], [1], budget=0.0)
+    assert not found.gate.ok
+    assert re.match("(CaptureError|PlanError): ", found.gate.message)
 
 
 @pytest.mark.parametrize(
@@ -538,11 +630,12 @@ def test_the_repository_targets_parse_and_each_names_a_workload():
         ("[[target]]\n" + GOOD + "speed = 3\n", "has the unknown key speed"),
         (
             "[[target]]\n" + GOOD.replace('"peak"', '"joy"'),
-            "metric 'joy'; the metrics are peak, bandwidth, speedup, overhead",
+            "metric 'joy'; the metrics are peak, bandwidth, speedup, overhead, memory",
         ),
-        ("[[target]]\n" + GOOD.replace('"peak"', '"speedup"'), "need a baseline"),
+        ("[[target]]\n" + GOOD.replace('"peak"', '"speedup"'), "speedup, overhead, memory need a baseline"),
         ("[[target]]\n" + GOOD.replace('"peak"', '"overhead"') + 'baseline = "eager"\n', "'t' .* lacks maximum"),
-        ("[[target]]\n" + GOOD + "maximum = 0.9\n", '"overhead" takes a maximum, the others a minimum'),
+        ("[[target]]\n" + GOOD.replace('"peak"', '"memory"') + 'baseline = "eager"\n', "'t' .* lacks maximum"),
+        ("[[target]]\n" + GOOD + "maximum = 0.9\n", "overhead and memory take a maximum, the others a minimum"),
         ("[[target]]\n" + GOOD + 'at_most = { M = "few" }\n', "at_most .* which is not a table of whole numbers"),
         ("[[target]]\n" + GOOD.replace("0.5", '"half"'), "minimum 'half', which is not a positive number"),
         ("[[target]]\n" + GOOD.replace("0.5", "nan"), "which is not a positive number"),
@@ -637,6 +730,29 @@ def test_overhead_is_judged_by_the_most_it_may_be():
     assert not cheap.rivals, "another call of lamina's own is nobody to win or lose against"
 
 
+def test_memory_is_judged_as_a_share_of_the_baselines():
+    target = a_target(metric="memory", minimum=None, maximum=0.6, baseline="eager")
+    # Not in doubt, however busy the machine was.
+    small, large = (
+        dataclasses.replace(
+            a_measurement(f"int8_linear/a/{own}", noise=0.9), memory={"lamina": own * 1_000_000, "eager": 100_000_000}
+        )
+        for own in (40, 70)
+    )
+    (verdict,) = judged(target, small)
+    assert (verdict.status, verdict.value) == ("met", pytest.approx(0.4))
+    assert (text.metric(verdict, verdict.value), text.bound(verdict)) == (
+        "40% of eager's memory",
+        "at most 60% of eager's memory",
+    )
+    (verdict,) = judged(target, small, large)
+    assert (verdict.status, verdict.workload) == ("missed", "int8_linear/a/70")
+    assert "70.0 MB, eager 100 MB" in rendered(text.bench_table([large], a_machine(), "made up"))
+    (verdict,) = judged(target, a_measurement())
+    assert verdict.status == "not judged"
+    assert verdict.reason.startswith("no memory of eager was measured at")
+
+
 def test_bandwidth_is_that_of_the_level_the_data_sits_in():
     here = a_machine()
     assert [here.level(size, 1) for size in (500_000, 900_000, 20 << 20, 30 << 20)] == ["L3", "L3", "L3", "DRAM"]
@@ -684,7 +800,8 @@ def test_wrong_answers_and_missing_runs_never_meet_a_target():
 
 
 def test_results_survive_the_file(tmp_path):
-    before = some_results(a_measurement(eager=2e-3), a_measurement("attention/a/b", gate=RED), note="kept")
+    weighed = dataclasses.replace(a_measurement(eager=2e-3), memory={"lamina": 1, "eager": 2})
+    before = some_results(weighed, a_measurement("attention/a/b", gate=RED), note="kept")
     before.save(tmp_path / "deep" / "results.json")
     after = results.load(tmp_path / "deep" / "results.json")
     assert after.machine == before.machine
@@ -772,6 +889,7 @@ SECTIONS = [
     "quality",
     "roofline",
     "memory",
+    "plans",
     "targets",
     "ranking",
     "losses",
@@ -820,12 +938,52 @@ def a_section(name: str, title: str, **changes) -> dict:
     return section | changes
 
 
+def a_step(op: str = "int8_linear", module: str = "layers.0", seconds: float = 1e-6, **changes) -> dict:
+    step = {
+        "op": op,
+        "module": module,
+        "what": "[1, 8] -> [1, 4]",
+        "seconds": seconds,
+        "isa": "avx2",
+        "flops": 64,
+        "bytes": 80,
+        "of_peak": 0.5,
+    }
+    return step | changes
+
+
+def some_plans() -> list[dict]:
+    lenet = {
+        "name": "lenet",
+        "title": "LeNet",
+        "batch": 1,
+        "unit": "image",
+        "workload": "plan/lenet/b1",
+        "refused": "",
+        "threads": 2,
+        "seconds": 5e-6,
+        "segments": 2,
+        "arena_bytes": 23_600,
+        "left": {"aten.cumsum": 1},
+        "steps": [
+            a_step("conv2d", "features.<0>", 2e-6),
+            a_step("aten.cumsum", "", 1e-6, isa="", of_peak=0.0),
+            a_step("linear", "head", 1e-6, of_peak=0.25),
+        ],
+    }
+    refused = lenet | {"title": "MiniLM", "refused": "MiniLM is not <one> graph", "steps": [], "left": {}}
+    return [lenet, refused | {"workload": "plan/minilm/b16", "batch": 16, "unit": "sentence"}]
+
+
 def a_report(**machine_changes) -> results.Results:
     here = a_machine(**machine_changes)
     measurements = [a_measurement(eager=3e-3, quantize_dynamic=0.5e-3, threads=threads) for threads in (1, 2)] + [
         a_measurement("attention/a/1x2", gate=RED),
         *(a_measurement(f"model/lenet/b{batch}", threads=t, eager=4e-3) for batch in (64, 1) for t in (1, 2)),
         *(a_measurement(f"model/minilm/b{batch}", threads=t, eager=0.5e-3) for batch in (64, 1) for t in (1, 2)),
+        a_measurement(
+            "plan/lenet/b1", lamina_seconds=5e-6, eager=60e-6, ort=10e-6, **{"lamina swapped": 20e-6}, threads=2
+        ),
     ]
     ranking = {
         "sentences": ["A dog barks.", "Snow falls & melts."],
@@ -853,6 +1011,7 @@ def a_report(**machine_changes) -> results.Results:
         *measurements,
         here=here,
         models=sections,
+        plans=some_plans(),
         targets=[dataclasses.asdict(verdict) for verdict in verdicts],
         seconds=12.0,
     )
@@ -931,6 +1090,68 @@ def test_the_page_says_how_the_whole_model_runs(html):
     assert re.search(r"swapped layers, compiled</b>.*?3\.50x.*?2 x linear", layers, re.DOTALL)
 
 
+def test_what_only_moves_values_has_no_rate():
+    moved = a_measurement("copy/a/b", flops=0, eager=2e-3)
+    assert moved.rate() is None
+    assert moved.peak_fraction(a_machine()) is None
+    shown = page.render(some_results(moved, a_measurement(), seconds=1.0))
+    assert "NaN" not in shown
+    assert "GFLOP/s" in section_of(shown, "ops", "machine")
+
+
+def test_the_page_shows_plans(html):
+    shown = section_of(html, "plans", "targets")
+    row = re.sub(r"(<[^>]*>|\s|&ensp;)+", " ", shown[shown.index("<tbody>") : shown.index("</tbody>")])
+    assert "LeNet 1 image 5.00 us 60.0 us 12.0x 20.0 us 4.00x 10.0 us 2.00x ort 3 67% of steps 75% of time" in row
+    assert "MiniLM 16 sentences MiniLM is not &lt;one&gt; graph" in row
+    assert "leaves to PyTorch what no op of lamina's does: 1 × <code>aten.cumsum</code>" in shown
+    assert "features.&lt;0&gt;" in shown
+    assert '<details class="plan" open>' in shown
+    assert "plan/lenet" not in section_of(html, "ops", "machine"), "a plan is no single op"
+    without = a_report()
+    without.extra.pop("plans")
+    assert 'id="plans"' not in page.render(without), "results of earlier runs have none"
+
+
+def widths(svg: str) -> list[float]:
+    return [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"[^>]*opacity', svg)]
+
+
+def test_a_timeline_is_to_scale():
+    steps = [a_step(module="a", seconds=3e-6), a_step("attention", "b", 1e-6), a_step("copy", "b", 2e-6)]
+    svg = timeline.draw(steps)
+    found = widths(svg)
+    assert len(found) == 6, "each step once in the strip and once in its row"
+    # Between neighbours is a gap of one unit.
+    strip, rows = [width + 1 for width in found[:3]], [width + 1 for width in found[3:]]
+    room = timeline.WIDTH - timeline.LABELS - timeline.TOTALS
+    assert sum(strip) == pytest.approx(room, abs=0.1)
+    assert strip[0] / strip[1] == pytest.approx(3, rel=0.01)
+    assert rows == [pytest.approx(width * 2, rel=0.01) for width in strip], "the longest row fills the width"
+    filled = re.findall(r'height="([\d.]+)" fill="var\(--accent\)"/>', svg)
+    assert [float(height) for height in filled] == [timeline.BAR / 2] * 2, "half of the peak"
+    assert ">50%</text>" in svg, "a row's share of the time"
+    assert "int8_linear a\n[1, 8] -&gt; [1, 4]\n3.00 us, 50% of peak, avx2" in svg
+
+
+def test_a_timeline_has_a_row_a_block_where_there_are_many_modules():
+    steps = [a_step(module=f"encoder.layers.{i}.{name}") for i in range(10) for name in ("attention", "ffn.0", "ffn.1")]
+    rows = timeline._rows([a_step(module="embedding"), a_step(module=""), *steps])
+    assert [name for name, _ in rows] == ["embedding", *(f"encoder.layers.{i}" for i in range(10))]
+    assert [len(members) for _, members in rows] == [2, *[3] * 10]
+
+
+def test_the_kinds_of_a_plans_steps():
+    ops = ["sparse_int8_linear", "int8_conv2d", "attention", "int8_lstm", "layer_norm", "softmax", "pool2d", "reduce"]
+    kinds = [timeline.kind(a_step(op)) for op in ops]
+    assert kinds[:4] == ["matrix product", "convolution", "attention", "recurrent layer"]
+    assert kinds[4:] == ["norm or softmax", "norm or softmax", timeline.MOVING, timeline.MOVING]
+    assert timeline.kind(a_step("aten.linear", isa="")) == timeline.TORCH
+    shares = timeline.shares([a_step(seconds=3.0), a_step("copy", seconds=1.0)])
+    assert shares == [("matrix product", "accent", 0.75), (timeline.MOVING, "even", 0.25)]
+    assert timeline.draw([a_step(seconds=0.0)]), "a clock that did not move draws no bars, but no error"
+
+
 def test_batches_are_counted_in_words():
     assert page._batch_label("model/a/b1", "text of 128 tokens") == "1 text of 128 tokens"
     assert page._batch_label("model/a/b8", "text of 128 tokens") == "8 texts of 128 tokens"
@@ -945,13 +1166,13 @@ def test_the_page_leaves_threads_alone_that_do_not_scale():
     report = a_report()
     busy = [dataclasses.replace(item, scaling=0.5) for item in report.measurements]
     shown = page.render(dataclasses.replace(report, measurements=busy))
-    assert "During 5 of the measurements on several threads\nthe second core was busy" in shown
+    assert "During 6 of the measurements on several threads\nthe second core was busy" in shown
     assert "on 1 thread of this CPU" in shown
     one = [
         dataclasses.replace(item, scaling=0.5 if item.workload.endswith("b1") else 1.0) for item in report.measurements
     ]
     shown = page.render(dataclasses.replace(report, measurements=one))
-    assert "During 2 of the measurements" in shown
+    assert "During 3 of the measurements" in shown
     assert "on 2 threads of this CPU" in shown
 
 
@@ -1000,6 +1221,10 @@ def test_the_main_job_from_end_to_end(tmp_path, monkeypatch):
     sections = {section["name"]: section for section in found.extra["models"]}
     assert set(sections) == {"minilm", "bert_base"}
     assert sections["minilm"]["quality"]["ok"], sections["minilm"]["quality"]
+    plans = {section["name"]: section for section in found.extra["plans"]}
+    assert set(plans) == {"minilm", "bert_base"}
+    assert plans["bert_base"]["steps"]
+    assert all(section["steps"] or section["refused"] for section in plans.values())
     assert sections["minilm"]["bytes_after"] <= sections["minilm"]["bytes_before"]
     assert len(found.extra["targets"]) >= 4
     shown = (tmp_path / "out" / "index.html").read_text()

@@ -233,7 +233,7 @@ def test_plan_of(name, precision, tmp_path):
             assert_composite(result[part], expected, truth[part], floor=floor, what=part)
         else:
             assert_lossy(result[part], expected, min_sqnr_db=bound, what=part)
-    assert left(plan._program.recording) == LEFT.get(name, {})
+    assert left(plan.program.recording) == LEFT.get(name, {})
 
     plan.save(tmp_path / "plan.safetensors")
     loaded = call(lamina.load_plan(tmp_path / "plan.safetensors"), inputs)

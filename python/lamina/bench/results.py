@@ -33,6 +33,7 @@ class Measurement:
     `failures`: contender -> why it has no time. `cache`: "warm" or "cold". `isa`: the kernels that ran last, "" when
     no lamina kernel did. `resident`: bytes that calls one after the other go through. `scaling`: how much faster a loop
     of multiply-adds was on all these threads than on one while this was measured, divided by the number of threads.
+    `memory`: contender -> the most bytes that one call of it needs at once, where that was asked for.
     """
 
     workload: str
@@ -50,6 +51,7 @@ class Measurement:
     failures: Mapping[str, str] = field(default_factory=dict)
     resident: int = 0
     scaling: float = 1.0
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -77,6 +79,12 @@ class Measurement:
             return None
         return speedup(self.times[baseline], self.candidate)
 
+    def memory_share(self, baseline: str) -> float | None:
+        """The memory of a call as a share of a baseline's; None when either was not taken."""
+        if LAMINA not in self.memory or not self.memory.get(baseline):
+            return None
+        return self.memory[LAMINA] / self.memory[baseline]
+
     def noise(self, baseline: str) -> float:
         """How far, relatively, `speedup(baseline)` may be off: the noise of both medians together."""
         return math.hypot(self.candidate.noise, self.times[baseline].noise)
@@ -95,8 +103,8 @@ class Measurement:
         return ""
 
     def rate(self, contender: str = LAMINA) -> float | None:
-        """FLOP/s reached (int8: integer operations a second)."""
-        return self.flops / self.times[contender].q50 if contender in self.times else None
+        """FLOP/s reached (int8: integer operations a second); None where nothing is computed, only moved."""
+        return self.flops / self.times[contender].q50 if self.flops and contender in self.times else None
 
     def peak_fraction(self, machine: Machine) -> float | None:
         """Share of the measured peak of the same precision and thread count that lamina reached, 1.0 being all."""

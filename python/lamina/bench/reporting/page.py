@@ -8,11 +8,15 @@ from typing import Any
 
 from lamina.bench import text
 from lamina.bench.break_even import BreakEven, break_evens
-from lamina.bench.reporting import plots
+from lamina.bench.reporting import plots, timeline
 from lamina.bench.results import LAMINA, Measurement, Results
 from lamina.bench.targets import Verdict
 
 SHOWN_LOSSES = 12
+# A plan's layers called one by one, among its times.
+SWAPPED = f"{LAMINA} swapped"
+# Plans that are drawn without being asked for.
+DRAWN = (("lenet", 1), ("vit_mnist", 64), ("bert_base", 1))
 # An op timed at fewer row counts than this is read better in its plain table.
 MIN_GRID_COLUMNS = 3
 
@@ -31,8 +35,8 @@ def render(results: Results) -> str:
 def template(name: str) -> Callable[..., str]:
     """Fills in a template of this folder, with the page's style sheet and the words for numbers of `lamina.bench.text`.
 
-    What is handed over as `<something>_plot` is SVG; all other text is escaped. Raises ImportError in one sentence
-    without matplotlib or jinja2.
+    What is handed over as `<something>_plot` is SVG, and so is what `timeline` gives; all other text is escaped. Raises
+    ImportError in one sentence without matplotlib or jinja2.
     """
     require()
     import jinja2
@@ -55,6 +59,7 @@ def template(name: str) -> Callable[..., str]:
         "traffic": text.traffic,
     }
     environment.globals["same"] = text.SAME
+    environment.globals["timeline"] = lambda steps: markupsafe.Markup(timeline.draw(steps))
     css = markupsafe.Markup((folder / "page.css").read_text("utf-8"))
 
     def fill(**values: Any) -> str:
@@ -106,7 +111,12 @@ class View:
         self._by_key = {item.key: item for item in results.measurements}
         models = [self._model(section) for section in results.extra.get("models", [])]
         self.models = sorted(models, key=lambda model: -(model["speedup"] or 0.0))
-        self.op_measurements = [item for item in results.measurements if item.op != "model"]
+        self.op_measurements = [item for item in results.measurements if item.op not in ("model", "plan")]
+
+    @property
+    def plans(self) -> list[dict]:
+        """The plans of whole models: how much of each is lamina's, how fast it is, what it looks like."""
+        return [self._plan(section) for section in self.results.extra.get("plans", [])]
 
     @property
     def break_evens(self) -> list[BreakEven]:
@@ -398,6 +408,29 @@ class View:
             "questions": self._questions(section["ranking"]),
         }
 
+    def _plan(self, section: Mapping[str, Any]) -> dict:
+        item = self._find(section["workload"], self.threads)
+        steps = section["steps"]
+        seconds = sum(step["seconds"] for step in steps)
+        own = [step for step in steps if step["isa"]]
+        return {
+            **section,
+            "label": _counted(section["batch"], section["unit"]),
+            "item": item,
+            "rivals": [
+                (name, item.times[name].q50, item.speedup(name))
+                for name in (item.times if item else ())
+                if name not in (LAMINA, SWAPPED, "eager")
+            ],
+            "swapped": (item.times[SWAPPED].q50, item.speedup(SWAPPED)) if item and SWAPPED in item.times else None,
+            "eager": (item.times["eager"].q50, item.speedup("eager")) if item and "eager" in item.times else None,
+            "share_of_steps": len(own) / len(steps) if steps else None,
+            "share_of_time": sum(step["seconds"] for step in own) / seconds if seconds else None,
+            "in_steps": seconds,
+            "open": (section["name"], section["batch"]) in DRAWN,
+            "kinds": timeline.shares(steps),
+        }
+
     def _questions(self, ranking: Mapping[str, Any] | None) -> list[dict]:
         if not ranking:
             return []
@@ -458,7 +491,10 @@ def _kind(item: Measurement) -> str:
 
 
 def _batch_label(workload: str, unit: str) -> str:
-    count = int(workload.rpartition("/b")[2])
+    return _counted(int(workload.rpartition("/b")[2]), unit)
+
+
+def _counted(count: int, unit: str) -> str:
     noun, *rest = unit.split(" ", 1)
     return " ".join([str(count), noun if count == 1 else f"{noun}s", *rest])
 

@@ -164,7 +164,7 @@ def roofline(machine: Machine, threads: int, measurements: Sequence[Measurement]
     figure, axes = _figure()
     axes.set_xscale("log")
     axes.set_yscale("log")
-    points = [item for item in measurements if item.threads == threads and item.candidate is not None and item.bytes]
+    points = [item for item in measurements if item.threads == threads and item.rate() is not None and item.bytes]
     rates = [item.rate() / 1e9 for item in points]
     intensities = [item.flops / item.bytes for item in points]
     left, right = min([10.0, *intensities]) * 0.6, max([100.0, *intensities]) * 2

