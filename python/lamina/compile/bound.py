@@ -37,6 +37,10 @@ _CODE = (type, FunctionType, MethodType, ModuleType, BuiltinFunctionType)
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype)
 
 
+# Calls after which no plan is looked for any more: a graph has one by then or will have none.
+_ATTEMPTS = 8
+
+
 class Bound:
     """Callable like the compiled module; safe to call from several threads at once.
 
@@ -47,15 +51,17 @@ class Bound:
         self._module, self._compiled = module, compiled
         self._state: _Binding | None = None
         self._planned: _Planned | None = None
+        self._attempts = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         binding = self._state
         if binding is not None and not binding.changed():
             result = binding.run(args, kwargs)
-            if self._planned is None and not kwargs:
+            if self._planned is None and not kwargs and self._attempts < _ATTEMPTS:
+                self._attempts += 1
                 self._planned = binding.planned(args)
             return result
-        self._planned = None
+        self._planned, self._attempts = None, 0
         with recorded() as calls:
             result = self._compiled(*args, **kwargs)
         self._state = _bind(self._module, args, kwargs, calls, result)

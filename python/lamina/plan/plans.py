@@ -1,4 +1,9 @@
-"""The plans of one graph: one for each form of its inputs, made when it first comes."""
+"""The plans of one graph: one for each form of its inputs.
+
+The first form gets its plan at once: the graph was compiled for it a moment ago. Others may come once and never again,
+as the lengths of texts do, and recording and timing a plan takes as long as some runs: a form gets one when it comes
+for the third time. After a few plans that were all faster, or none, the next ones are not timed any more.
+"""
 
 import logging
 import threading
@@ -24,6 +29,11 @@ _MOST = 8
 # A plan is timed against the graph's own calls for this long, but for at least so many rounds.
 _SECONDS = 0.03
 _MIN_ROUNDS = 3
+# So often a later form runs the graph's own calls first; so many forms are counted.
+_CALLS_BEFORE = 2
+_MOST_COUNTED = 256
+# So many plans in a row decide for those that come.
+_DECISIVE = 4
 
 
 @dataclass
@@ -50,6 +60,8 @@ class Plans:
         self._pool = _C.ArenaPool()
         self._lock = threading.Lock()
         self.entries: list[Specialized] = []
+        self._calls: dict[tuple, int] = {}
+        self._faster: list[bool] = []
 
     def run(self, inputs: tuple) -> Any:
         given = self._varying(inputs)
@@ -60,9 +72,28 @@ class Plans:
                     self.entries = [entry, *entries[:i], *entries[i + 1 :]]
                 return None if entry.program is None else _result(entry.program, inputs)
         with self._lock:
-            entry = self.specialize(inputs, self._measure)
+            if self._measure and self._faster and not self._came_often(given):
+                return None
+            entry = self._decided(inputs)
             self.entries = [entry, *self.entries][:_MOST]
         return None if entry.program is None else _result(entry.program, inputs)
+
+    def _came_often(self, given: tuple) -> bool:
+        form = tuple(v if isinstance(v, int) else (v.dtype, v.shape, v.stride()) for v in given)
+        if len(self._calls) >= _MOST_COUNTED and form not in self._calls:
+            self._calls.clear()
+        self._calls[form] = self._calls.get(form, 0) + 1
+        return self._calls[form] > _CALLS_BEFORE
+
+    def _decided(self, inputs: tuple) -> Specialized:
+        """A plan for inputs of this form if that is faster, or expected to be."""
+        last = self._faster[-_DECISIVE:]
+        sure = len(last) == _DECISIVE and len(set(last)) == 1
+        if sure and not last[0]:
+            return Specialized(_C.Guard(self._varying(inputs)), None, "plans for other inputs were not faster")
+        entry = self.specialize(inputs, self._measure and not sure)
+        self._faster.append(entry.program is not None)
+        return entry
 
     def program_for(self, inputs: tuple) -> Program | None:
         """The program that inputs of this form run, if they came before."""
