@@ -138,11 +138,6 @@ def test_logarithms_of_softmax():
         check(lambda m, x: F.log_softmax(x, dim), x, exact=False)  # noqa: B023  (called before the next one)
 
 
-def test_one_row_times_a_matrix():
-    check(lambda m, a, b: torch.bmm(a, b), torch.randn(3, 1, 9), torch.randn(3, 9, 17), exact=False)
-    check(lambda m, a, b: a @ b, torch.randn(3, 2, 9), torch.randn(3, 9, 17), exact=False, left=["bmm.default"])
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_integers_are_compared_exactly(dtype):
     near = 2**24

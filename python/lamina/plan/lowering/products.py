@@ -108,7 +108,7 @@ def _transposed_convolution(
     form = (tuple(weight.shape), weight.stride(), weight.dtype, tuple(stride))
     packed, repeated = _transposed_weights.get([weight] if bias is None else [weight, bias], form, pack)
     options = ([1, 1], around, [1, 1], 1, 0, "none", "none", [])
-    y = torch.ops.lamina.conv2d(input, packed, repeated, None, *options)  # channels_last, as its weight is
+    y = torch.ops.lamina.conv2d(input, packed, repeated, None, *options)
     squared = y.permute(0, 2, 3, 1).view(images, *squares, stride[0], stride[1], channels)
     last = is_channels_last(input)
     if last:
@@ -119,15 +119,6 @@ def _transposed_convolution(
         return whole
     inside = whole[:, :, padding[0] : padding[0] + sizes[0], padding[1] : padding[1] + sizes[1]]
     return ops.copy(inside, layout="channels_last" if last else "contiguous")
-
-
-@lowers(aten.bmm.default)
-def _bmm(live: Live, a: Tensor, b: Tensor) -> Any:
-    """Of one row with a matrix, as in attention of one query: nothing is read twice that a product would read once."""
-    if a.shape[1] != 1 or not a.shape[2] or {a.dtype, b.dtype} != {torch.float32}:
-        return NotImplemented
-    products = ops.elementwise([a.transpose(1, 2), b], [("mul", 0, 1)])
-    return ops.reduce(products, 1, "sum", True)
 
 
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)

@@ -84,9 +84,9 @@ def _softmax(live: Live, input: Tensor, dim: int, half_to_float: bool) -> Any:
 def _log_softmax(live: Live, input: Tensor, dim: int, half_to_float: bool) -> Any:
     if half_to_float or input.dtype is not torch.float32 or not input.ndim or not input.numel():
         return NotImplemented
-    centred = ops.elementwise([input, ops.reduce(input, dim, "max", True)], [("sub", 0, 1)])
-    total = ops.reduce(ops.elementwise([centred], [("exp", 0)]), dim, "sum", True)
-    return ops.elementwise([centred, total], [("log", 1), ("sub", 0, 2)])
+    largest = ops.reduce(input, dim, "max", True)
+    total = ops.reduce(ops.elementwise([input, largest], [("sub", 0, 1), ("exp", 2)]), dim, "sum", True)
+    return ops.elementwise([input, largest, total], [("sub", 0, 1), ("log", 2), ("sub", 3, 4)])
 
 
 @lowers(aten.mean.dim)
