@@ -349,8 +349,10 @@ class _Job:
         except (CaptureError, PlanError) as refusal:
             self.plans.append(PlanSection(**about, refused=str(refusal)))
             return
+        given = prepared.example_inputs
+        args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
         with timing.threads(self.threads):
-            profile = planned.plan.profile(*_arguments(prepared), **_keywords(prepared))
+            profile = planned.plan.profile(*args, **kwargs)
         self.plans.append(
             PlanSection(
                 **about,
@@ -435,14 +437,6 @@ class _Job:
         self.console.print(
             f"[{self.step}/{self.steps}] {title}: {summary}", highlight=False, markup=False, soft_wrap=True
         )
-
-
-def _arguments(prepared: suite.Inputs) -> tuple:
-    return () if isinstance(prepared.example_inputs, dict) else tuple(prepared.example_inputs)
-
-
-def _keywords(prepared: suite.Inputs) -> dict[str, Any]:
-    return prepared.example_inputs if isinstance(prepared.example_inputs, dict) else {}
 
 
 def _other_inputs(prepared: suite.Inputs, example_inputs: tuple | dict) -> suite.Inputs:
