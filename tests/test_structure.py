@@ -228,13 +228,17 @@ def test_no_file_names_a_home_directory():
 
 def test_stub_lists_what_the_module_has():
     stub = ast.parse((PACKAGE / "_C.pyi").read_text("utf-8"))
-    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     values = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     there = {name for name in dir(_C) if not name.startswith("_")}
     # The one function that only a build with CUDA has.
     expected = there if _C.with_cuda else there | {"cuda_devices"}
     assert functions | values == expected
     assert all(callable(getattr(_C, name)) for name in functions & there)
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef):
+            methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)} - {"__init__"}
+            assert methods == {name for name in dir(getattr(_C, node.name)) if not name.startswith("_")}, node.name
 
 
 def test_stub_has_the_arguments_of_the_module():

@@ -72,8 +72,8 @@ CopyArgs copy_args(const TensorView& x, const TensorView& out) {
     box.x_format = format_of(x.dtype);
     box.out_format = format_of(out.dtype);
     check(copies_from(box.x_format, box.out_format), kOp, "x is ", dtype_name(x.dtype), " and out ",
-          dtype_name(out.dtype), "; conversions go between float32, bfloat16, float16 and bool, from int8 to ",
-          "floating-point numbers, and from int32 or int64 to float32");
+          dtype_name(out.dtype), "; conversions go between float32, int32, int64 and bool, between float32, ",
+          "bfloat16, float16 and bool, and from int8 to these four");
   }
   if (out.numel() == 0) return box;
   check(!repeats_memory(out), kOp, "out is expanded; use memory of its own for each element");

@@ -1,5 +1,6 @@
 """Running a model on inputs somebody gave: what goes in, what comes out, and how far two outputs are apart."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -45,8 +46,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def copied(inputs: Any) -> Any:
-    """The same structure with every tensor cloned."""
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+    """The same structure with every tensor cloned, and a copy of every object that may hold some."""
+
+    def copied_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        return leaf if isinstance(leaf, nn.Module) or not hasattr(leaf, "__dict__") else copy.deepcopy(leaf)
+
+    return tree_map(copied_leaf, inputs)
 
 
 def outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]:

@@ -13,16 +13,19 @@ from lamina import _C
 from lamina.ops import copy
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
 DTYPES = (*FLOATS, torch.float64, torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def targets(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """What a dtype is converted to."""
-    if dtype in (*FLOATS, torch.bool):
+    if dtype in (torch.float32, torch.bool):
+        return (*FLOATS, torch.bool, *INTEGERS)
+    if dtype in FLOATS:
         return (*FLOATS, torch.bool)
     if dtype is torch.int8:
-        return (torch.int8, *FLOATS)
-    return (dtype, torch.float32) if dtype in (torch.int32, torch.int64) else (dtype,)
+        return (torch.int8, *FLOATS, torch.bool)
+    return (torch.float32, torch.bool, *INTEGERS) if dtype in INTEGERS else (dtype,)
 
 
 def strided(shape: list[int], dtype: torch.dtype, draw, fill) -> torch.Tensor:
@@ -87,6 +90,20 @@ def test_conversions_round_as_torch_does(isa):
         assert_exact(copy(large, dtype=torch.float32), large.float())
 
 
+def test_integers_lose_nothing_that_fits(isa):
+    """What a float32 would round, zeros that are none when they are cut off, and halves on their way to zero."""
+    large = torch.tensor([2**40 + 1, -(2**62) - 1, 2**31 - 1, -(2**31), 2**32, 0, 1, -1, 2**24 + 1])
+    fractions = torch.tensor([0.5, -0.5, 1.5, -1.5, 2.9999998, -0.0, 2.0**30, -(2.0**30), 1e-40])
+    with lamina.force_isa(isa):
+        for source in (large, large.repeat(20, 1).T):
+            for dtype in (torch.bool, torch.int32, torch.int64):
+                assert_exact(copy(source, dtype=dtype), source.to(dtype))
+            assert_exact(copy(source.int(), dtype=torch.int64), source.int().long())
+        for source in (fractions, fractions.repeat(20, 1).T):
+            for dtype in INTEGERS:
+                assert_exact(copy(source, dtype=dtype), source.to(dtype))
+
+
 def test_layouts(generator):
     x = torch.randn(2, 5, 7, 6, generator=generator)
     last = copy(x, layout="channels_last")
@@ -108,7 +125,7 @@ def test_gradients_are_torchs(generator):
     [
         (torch.ones(3), {"layout": "nhwc"}, "layout 'nhwc' is unknown; use contiguous or channels_last"),
         (torch.ones(3), {"layout": "channels_last"}, "x has 1 dimensions, but must have 4 for channels_last"),
-        (torch.ones(3), {"dtype": torch.int8}, "x is float32 and out int8; conversions go between float32, bfloat16,"),
+        (torch.ones(3), {"dtype": torch.int8}, "x is float32 and out int8; conversions go between float32, int32,"),
         (torch.ones(3, dtype=torch.complex64), {}, "x is of an unsupported dtype; use"),
         (torch.ones([1] * 17), {}, "x has 17 dimensions, but at most 16 are taken"),
     ],

@@ -133,7 +133,7 @@ def test_a_newer_version(saved):
 
 
 def of_first(values, change):
-    step = next(s for s in values["steps"] if s.get("op") == "conv2d")
+    step = next(s for s in values["sizes"][0]["steps"] if s.get("op") == "conv2d")
     change(step)
 
 
@@ -147,8 +147,8 @@ def of_first(values, change):
         lambda values: of_first(values, lambda s: s["arguments"][0]["ref"].__setitem__(3, [1 << 40] * 4)),
         lambda values: of_first(values, lambda s: s["arguments"][0]["ref"].__setitem__(0, 999)),
         lambda values: of_first(values, lambda s: s["arguments"][0]["ref"].__setitem__(2, "complex64")),
-        lambda values: values["steps"].append({"torch": "evil.call.default", "module": ""}),
-        lambda values: values.pop("steps"),
+        lambda values: values["sizes"][0]["steps"].append({"torch": "evil.call.default", "module": ""}),
+        lambda values: values["sizes"][0].pop("steps"),
         lambda values: values["buffers"].pop(),
     ],
 )
@@ -173,7 +173,7 @@ def test_the_file_says_what_it_is(saved):
     with safe_open(saved, "pt") as opened:
         values = json.loads(opened.metadata()["lamina"])["values"]
     assert values["plan"] == file.VERSION
-    assert {step["op"] for step in values["steps"]} >= {"conv2d"}
+    assert {step["op"] for step in values["sizes"][0]["steps"]} >= {"conv2d"}
 
 
 # -- from the command line

@@ -53,7 +53,7 @@ def plan_of(model, *inputs, **options):
 
 
 def torch_calls(plan) -> list[str]:
-    return [str(s.op) for s in plan._program.recording.steps if isinstance(s, TorchCall)]
+    return [str(s.op) for s in plan.program.recording.steps if isinstance(s, TorchCall)]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_chains_of_arithmetic_become_one_step():
     net = Net(forward, a=nn.Linear(8, 8), scale=nn.Parameter(torch.randn(8))).eval()
     x = torch.randn(3, 8)
     plan = plan_of(net, x)
-    assert [s.op for s in plan._program.recording.steps].count("elementwise") == 1
+    assert [s.op for s in plan.program.recording.steps].count("elementwise") == 1
     with torch.no_grad():
         close(plan(x), net(x))
 
@@ -154,7 +154,7 @@ def test_what_hangs_on_no_input_is_computed_once():
     net = Net(lambda m, x: x + (torch.arange(8).float() * m.scale).cos(), scale=nn.Parameter(torch.randn(8))).eval()
     x = torch.randn(3, 8)
     plan = plan_of(net, x)
-    assert len(plan._program.recording.steps) == 1
+    assert len(plan.program.recording.steps) == 1
     with torch.no_grad():
         close(plan(x), net(x))
 
@@ -366,7 +366,7 @@ def test_a_profile_has_every_step():
     x = torch.randn(3, 3, 12, 12)
     plan = plan_of(convnet(), x)
     profile = plan.profile(x)
-    assert len(profile.steps) == len(plan._program.recording.steps)
+    assert len(profile.steps) == len(plan.program.recording.steps)
     assert all(step.seconds > 0 and 0 <= step.of_peak <= 1 for step in profile.steps)
     assert profile.in_segments == 1.0
     convolution = profile.steps[0]
@@ -383,3 +383,42 @@ def test_softmax_and_norms_are_steps():
     assert torch_calls(plan) == []
     with torch.no_grad():
         close(plan(x), net(x))
+
+
+# -- any size
+
+
+def test_a_dynamic_plan_takes_every_size(tmp_path):
+    model = block()
+    plan = lamina.make_plan(model, (torch.randn(2, 7, 32),), options=EVERY, dynamic=True)
+    with torch.no_grad():
+        for batch, length in ((2, 7), (3, 7), (2, 9), (2, 7), (5, 11)):
+            x = torch.randn(batch, length, 32)
+            close(plan(x), model(x))
+            assert plan.inputs[0].shape == (batch, length, 32)
+    plan.save(tmp_path / "p")
+    loaded = lamina.load_plan(tmp_path / "p")
+    for batch, length in ((5, 11), (2, 7), (3, 7)):
+        x = torch.randn(batch, length, 32)
+        assert torch.equal(loaded(x), plan(x))
+    with pytest.raises(lamina.PlanError, match=r"is float32\[4, 4, 32\], but this plan was made for"):
+        loaded(torch.randn(4, 4, 32))
+
+
+def test_sizes_share_the_weights(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    weights = sum(p.nbytes for p in model.parameters())
+    plan = lamina.make_plan(model, (torch.randn(2, 64),), options=EVERY, dynamic=True)
+    for batch in (3, 4, 5, 6):
+        plan(torch.randn(batch, 64))
+    plan.save(tmp_path / "p")
+    assert (tmp_path / "p").stat().st_size < 1.5 * weights
+
+
+def test_a_dynamic_plan_refuses_what_the_model_refuses():
+    plan = lamina.make_plan(mlp(), (torch.randn(5, 20),), options=EVERY, dynamic=True)
+    with pytest.raises(lamina.PlanError, match=r"float32\[20\], but this plan was made for"):
+        plan(torch.randn(20))
+    with pytest.raises(Exception, match=r"shapes|size"):
+        plan(torch.randn(5, 21))
+    assert plan(torch.randn(3, 20)).shape == (3, 7)

@@ -95,13 +95,26 @@ LAMINA_INLINE void pool_columns(const float* __restrict from, float* __restrict 
   }
 }
 
-// The larger of each two columns. Reads up to two registers behind the last one.
-LAMINA_INLINE void larger_of_pairs(const float* from, float* to, int64_t columns) {
-  for (int64_t x = 0; x < columns; x += F32::lanes, from += 2 * F32::lanes) {
-    const F32 even = even_lanes(load(from), load(from + F32::lanes));
-    const F32 odd = even_lanes(load(from + 1), load(from + 1 + F32::lanes));
-    const int64_t left = columns - x;
-    store_up_to(to + x, select(is_nan(even), even, max(even, odd)), left < F32::lanes ? int(left) : F32::lanes);
+LAMINA_INLINE F32 larger(F32 most, F32 value) { return select(is_nan(most), most, max(most, value)); }
+
+// Whether each result is the largest of 2 x 2 values that are all there.
+bool is_quarter(const ConvColumnsArgs& a, const ConvColumnsPool& p) {
+  const bool twos = p.window_h == 2 && p.window_w == 2 && p.stride_h == 2 && p.stride_w == 2;
+  return p.max && twos && p.pad_h == 0 && p.pad_w == 0 && 2 * (p.first_row + p.rows) <= a.first + a.rows;
+}
+
+// The same from register to register: what was just stored is not loaded again in other pieces.
+void pool_quarter(const ConvColumnsArgs& a, const ConvColumnsPool& p, const float* x, int64_t x_row, float* out) {
+  x += (2 * p.first_row - a.first) * x_row;
+  for (int64_t y = 0; y < p.rows; ++y, x += 2 * x_row, out += a.out_row) {
+    for (int64_t column = 0; column < p.out_columns; column += F32::lanes) {
+      const float* from = x + 2 * column;
+      const F32 low = larger(load(from), load(from + x_row));
+      const F32 high = larger(load(from + F32::lanes), load(from + x_row + F32::lanes));
+      const int64_t left = p.out_columns - column;
+      const F32 most = larger(even_lanes(low, high), odd_lanes(low, high));
+      store_up_to(out + column, most, left < F32::lanes ? int(left) : F32::lanes);
+    }
   }
 }
 
@@ -119,15 +132,11 @@ void pool(const ConvColumnsArgs& a, const ConvColumnsPool& p, const float* x, in
       F32 sum = load(x + first * x_row + column);
       for (int64_t i = first + 1; i < last; ++i) {
         const F32 v = load(x + i * x_row + column);
-        sum = p.max ? select(is_nan(sum), sum, max(sum, v)) : sum + v;
+        sum = p.max ? larger(sum, v) : sum + v;
       }
       store_up_to(inside + column, sum, n);
     }
-    if (p.max && p.window_w == 2 && p.stride_w == 2) {
-      larger_of_pairs(row, out, p.out_columns);
-    } else {
-      pool_columns(row, out, p.out_columns, p.window_w, p.stride_w, p.max, factor);
-    }
+    pool_columns(row, out, p.out_columns, p.window_w, p.stride_w, p.max, factor);
   }
 }
 
@@ -146,7 +155,12 @@ void conv_columns(const ConvColumnsArgs& a) {
     rows_of(a, count, channel, a.scratch, a.rows * whole, whole);
     float* row = a.scratch + kChannels * a.rows * whole;
     for (int i = 0; i < count; ++i) {
-      pool(a, *a.pool, a.scratch + i * a.rows * whole, whole, row, out + i * a.out_channel);
+      const float* x = a.scratch + i * a.rows * whole;
+      if (is_quarter(a, *a.pool)) {
+        pool_quarter(a, *a.pool, x, whole, out + i * a.out_channel);
+      } else {
+        pool(a, *a.pool, x, whole, row, out + i * a.out_channel);
+      }
     }
     channel += count;
   }

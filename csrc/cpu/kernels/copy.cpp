@@ -40,12 +40,20 @@ LAMINA_INLINE void put(float& to, float x) { to = x; }
 LAMINA_INLINE void put(bf16& to, float x) { to.bits = bf16_bits(x); }
 LAMINA_INLINE void put(f16& to, float x) { to.bits = f16_bits(x); }
 LAMINA_INLINE void put(boolean& to, float x) { to.value = x != 0; }
+LAMINA_INLINE void put(int32_t& to, float x) { to = int32_t(x); }
+LAMINA_INLINE void put(int64_t& to, float x) { to = int64_t(x); }
+
+// Integers that a float may not hold.
+template <class T>
+constexpr bool kInteger = kSame<T, int32_t> || kSame<T, int64_t>;
 
 // float stands for four bytes as well: a copy of one moves its bits.
 template <class To, class From>
 LAMINA_INLINE void move(To& to, const From& x) {
   if constexpr (kSame<To, From>) {
     to = x;
+  } else if constexpr (kInteger<To> && kInteger<From>) {
+    to = To(x);
   } else {
     put(to, number(x));
   }
@@ -209,12 +217,15 @@ void copy_box(const CopyArgs& a) {
 
 template <class From>
 void convert(const CopyArgs& a) {
-  if constexpr (kSame<From, int32_t> || kSame<From, int64_t>) return copy_box<float, From>(a);
-  switch (a.out_format) {
-    case CopyFormat::b16: return copy_box<bf16, From>(a);
-    case CopyFormat::f16: return copy_box<f16, From>(a);
-    case CopyFormat::boolean: return copy_box<boolean, From>(a);
-    default: return copy_box<float, From>(a);
+  if (a.out_format == CopyFormat::f32) return copy_box<float, From>(a);
+  if (a.out_format == CopyFormat::boolean) return copy_box<boolean, From>(a);
+  if constexpr (kInteger<From> || kSame<From, float> || kSame<From, boolean>) {
+    if (a.out_format == CopyFormat::int32) return copy_box<int32_t, From>(a);
+    if (a.out_format == CopyFormat::int64) return copy_box<int64_t, From>(a);
+  }
+  if constexpr (!kInteger<From>) {
+    if (a.out_format == CopyFormat::b16) return copy_box<bf16, From>(a);
+    if (a.out_format == CopyFormat::f16) return copy_box<f16, From>(a);
   }
 }
 

@@ -36,17 +36,18 @@ struct CopyRowsArgs {
 
 extern const KernelTable<void(const CopyRowsArgs&)> copy_rows_table;
 
-// Between floating-point numbers and bool in any direction; int8 to floating-point numbers; int32, int64 to float32.
+// Between float32, int32, int64 and bool in any direction; between floating-point numbers and bool; from int8 to these.
 constexpr bool copies_from(CopyFormat x, CopyFormat out) {
   const bool to_float = out == CopyFormat::f32 || out == CopyFormat::b16 || out == CopyFormat::f16;
+  const bool to_integer = out == CopyFormat::int32 || out == CopyFormat::int64;
   switch (x) {
     case CopyFormat::f32:
+    case CopyFormat::boolean: return to_float || to_integer || out == CopyFormat::boolean;
     case CopyFormat::b16:
     case CopyFormat::f16:
-    case CopyFormat::boolean: return to_float || out == CopyFormat::boolean;
-    case CopyFormat::int8: return to_float;
+    case CopyFormat::int8: return to_float || out == CopyFormat::boolean;
     case CopyFormat::int32:
-    case CopyFormat::int64: return out == CopyFormat::f32;
+    case CopyFormat::int64: return out == CopyFormat::f32 || to_integer || out == CopyFormat::boolean;
     default: return false;
   }
 }

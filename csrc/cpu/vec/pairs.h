@@ -19,5 +19,18 @@ LAMINA_INLINE F32 even_lanes(F32 a, F32 b) {
 #endif
 }
 
+// Lanes 1, 3, 5, ... of a, then those of b.
+LAMINA_INLINE F32 odd_lanes(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  const __m512i at = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_permutex2var_ps(a.r, at, b.r)};
+#elif defined(__AVX2__)
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a.r, b.r, 0xdd));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8))};
+#else
+  return {__builtin_shufflevector(a.r, b.r, 1, 3, 5, 7)};
+#endif
+}
+
 }  // namespace
 }  // namespace lamina::LAMINA_ISA

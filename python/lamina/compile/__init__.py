@@ -224,13 +224,20 @@ def compile_(
                 module(*example_inputs)
     except Exception as failure:
         uncompile_(module)
-        raise CaptureError(f"{type(module).__name__} cannot be compiled: {failure}") from failure
+        raise CaptureError(f"{type(module).__name__} cannot be compiled: {_in_short(failure)}") from failure
     if not report.graphs:
         uncompile_(module)
         raise CaptureError(
             f"{type(module).__name__} cannot be compiled: Dynamo found no graph of tensor operations in it"
         )
     return report
+
+
+def _in_short(failure: BaseException) -> str:
+    """The first line of what went wrong, without Dynamo's advice and traces."""
+    inner = getattr(failure, "inner_exception", None) or failure
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return lines[0] if lines else type(inner).__name__
 
 
 def _without_global_state(guards: Sequence[Any]) -> list[bool]:
@@ -267,25 +274,43 @@ class _Reporting:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run = _compile(gm, example_inputs, self.options, self.report)
         if isinstance(run, Lowered):
-            run.whole = _is_whole(gm)
+            run.whole, run.updates = _is_whole(gm)
         return run
 
 
-def _is_whole(gm: fx.GraphModule) -> bool:
-    """Whether a graph is all that a module compiled by `compile_` does: no break, and nothing written elsewhere."""
+def _is_whole(gm: fx.GraphModule) -> tuple[bool, bool]:
+    """Whether a graph is all that a module compiled by `compile_` does, no break and nothing written elsewhere; and
+    whether it is but for what is set in objects among the arguments."""
     from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second, and has happened by now
     from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
     output = InstructionTranslator.current_tx().output
     if output.root_tx.f_code.co_filename != __file__ or gm.compile_subgraph_reason.graph_break:
-        return False
+        return False, False
     effects = output.side_effects
+    if effects.tensor_hooks or effects.save_for_backward:
+        return False, False
     written = [
         value
         for value in effects.id_to_variable.values()
-        if not isinstance(value.mutation_type, AttributeMutationNew | ValueMutationNew) and effects.is_modified(value)
+        if not isinstance(value.mutation_type, AttributeMutationNew | ValueMutationNew)
+        and effects.is_modified(value)
+        and not _is_as_before(value, effects.store_attr_mutations.get(value))
     ]
-    return not (written or effects.tensor_hooks or effects.save_for_backward)
+    of_arguments = all(v.source is not None and v.source.name.startswith(("L['args']", "L['kwargs']")) for v in written)
+    return not written, bool(written) and of_arguments
+
+
+def _is_as_before(variable: Any, attributes: Mapping[str, Any] | None) -> bool:
+    """Whether all that was set in an object are plain values that it had: set and set back."""
+    before = vars(getattr(variable, "value", None)) if hasattr(getattr(variable, "value", None), "__dict__") else {}
+    return bool(attributes) and all(
+        name in before
+        and value.is_python_constant()
+        and type(before[name]) in (bool, int, float, str, type(None))
+        and value.as_python_constant() is before[name]
+        for name, value in attributes.items()
+    )
 
 
 def explain(
@@ -309,5 +334,5 @@ def explain(
             else:
                 compiled(*example_inputs)
     except Exception as failure:
-        raise CaptureError(f"the model cannot be compiled: {failure}") from failure
+        raise CaptureError(f"the model cannot be compiled: {_in_short(failure)}") from failure
     return report

@@ -66,7 +66,8 @@ class Lowered:
 
     run: takes the graph's inputs and the folded constants; watched: the same over registered ops; static: positions of
     the inputs that are parameters or buffers; plans: of `run`, if it may run as a plan. `whole`: whether the graph is
-    all there is to its frame, as far as the caller knows.
+    all there is to its frame, as far as the caller knows; `updates`: but for attributes of objects among its arguments,
+    such as a cache of keys and values, which are set to tensors of the graph.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Lowered:
         self._lock = threading.Lock()
         self.plans = plans
         self.whole = False
+        self.updates = False
         self._state = self._made_of(example_inputs)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -44,8 +44,9 @@ def copy(x: Tensor, *, dtype: torch.dtype | None = None, layout: str = "contiguo
 
     Args:
         x: any shape of up to 16 dimensions and any strides.
-        dtype: of the result; that of x by default. float32, bfloat16, float16 and bool are converted into each other,
-            int8 to the first three, int32 and int64 to float32.
+        dtype: of the result; that of x by default. float32, int32, int64 and bool are converted into each other, so
+            are float32, bfloat16, float16 and bool, and int8 to these four. What an integer cannot hold (NaN, 1e30)
+            becomes some number, as in torch.
         layout: "contiguous", or "channels_last" for four dimensions.
 
     Returns a new tensor of the shape of x. Raises ValueError when dtype or layout do not fit.

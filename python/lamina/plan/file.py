@@ -21,28 +21,40 @@ _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).val
 
 
 def write(
-    path: Path, recording: Recording, inputs: Sequence[Any], order: Sequence[int], form: Mapping[str, Any]
+    path: Path,
+    sized: Sequence[tuple[Recording, Sequence[Any], Sequence[int]]],
+    form: Mapping[str, Any],
+    parameters: Sequence[str],
+    values: Mapping[str, Any],
 ) -> None:
-    """inputs: the plan's PlanInputs; order: which of them each input of the recording is; form: of the result."""
+    """sized: for each size of inputs the recording, its PlanInputs, and which of them each input of the recording is;
+    form: of the result; parameters: the names of the model's arguments; values: those that are no tensors."""
     writer = _Writer()
-    steps = [writer.step(step) for step in recording.steps]
-    outputs = [None if ref is None else writer.ref(ref) for ref in recording.outputs]
-    given = [None if b is None or b.state != "live" else writer.number(b) for b in recording.inputs]
-    values = {
+    content = {
         "plan": VERSION,
-        "inputs": [[i.name, _name(i.dtype), list(i.shape), list(i.strides)] for i in inputs],
-        "order": list(order),
+        "sizes": [
+            {
+                "inputs": [[i.name, _name(i.dtype), list(i.shape), list(i.strides)] for i in inputs],
+                "order": list(order),
+                "given": [None if b is None or b.state != "live" else writer.number(b) for b in recording.inputs],
+                "steps": [writer.step(step) for step in recording.steps],
+                "outputs": [None if ref is None else writer.ref(ref) for ref in recording.outputs],
+                "plain": recording.plain,
+            }
+            for recording, inputs, order in sized
+        ],
         "form": dict(form),
-        "given": given,
-        "steps": steps,
-        "outputs": outputs,
-        "plain": recording.plain,
-        "buffers": [writer.described(buffer) for buffer in writer.buffers],
+        "parameters": list(parameters),
+        "values": dict(values),
     }
-    save_tensors(writer.tensors, path, values)
+    content["buffers"] = [writer.described(buffer) for buffer in writer.buffers]
+    save_tensors(writer.tensors, path, content)
 
 
-def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any]]:
+def read(
+    path: Path,
+) -> tuple[list[tuple[Recording, list[tuple], list[int]]], dict[str, Any], list[str], dict[str, Any]]:
+    """What `write` was given, inputs as tuples of what makes a PlanInput."""
     tensors, values = load_tensors(path)
     if "plan" not in values:
         raise FormatError(f"{path.name} is no plan that Plan.save wrote")
@@ -50,31 +62,34 @@ def read(path: Path) -> tuple[Recording, list[tuple], list[int], dict[str, Any]]
         raise FormatError(f"{path.name} is a plan of version {values['plan']}, but this lamina reads {VERSION}")
     try:
         buffers = [_buffer(described, tensors) for described in values["buffers"]]
-        steps = [_step(step, buffers) for step in values["steps"]]
-        outputs = [None if ref is None else _ref(ref, buffers) for ref in values["outputs"]]
-        given = [None if number is None else buffers[number] for number in values["given"]]
-        inputs = [
-            (name, _DTYPES[dtype], tuple(shape), tuple(strides)) for name, dtype, shape, strides in values["inputs"]
-        ]
-        recording = Recording(steps, outputs, values["plain"], None, given)
-        return recording, inputs, values["order"], values["form"]
+        sized = [_sized(size, buffers) for size in values["sizes"]]
+        return sized, values["form"], values["parameters"], values["values"]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as failure:
         raise FormatError(f"{path.name} is a damaged plan: {failure}") from failure
 
 
+def _sized(size: Mapping[str, Any], buffers: Sequence[Buffer]) -> tuple[Recording, list[tuple], list[int]]:
+    steps = [_step(step, buffers) for step in size["steps"]]
+    outputs = [None if ref is None else _ref(ref, buffers) for ref in size["outputs"]]
+    given = [None if number is None else buffers[number] for number in size["given"]]
+    inputs = [(name, _DTYPES[dtype], tuple(shape), tuple(strides)) for name, dtype, shape, strides in size["inputs"]]
+    return Recording(steps, outputs, size["plain"], None, given), inputs, size["order"]
+
+
 class _Writer:
-    """Numbers buffers as they come."""
+    """Numbers buffers as they come; constants of several recordings that are the same memory are one."""
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.tensors: dict[str, Tensor] = {}
-        self._numbers: dict[Buffer, int] = {}
+        self._numbers: dict[Any, int] = {}
 
     def number(self, buffer: Buffer) -> int:
-        if buffer not in self._numbers:
-            self._numbers[buffer] = len(self.buffers)
+        key = buffer if buffer.state == "live" else (buffer.start, buffer.size)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.buffers)
             self.buffers.append(buffer)
-        return self._numbers[buffer]
+        return self._numbers[key]
 
     def ref(self, ref: Ref) -> list[Any]:
         return [self.number(ref.buffer), ref.offset, _name(ref.dtype), list(ref.shape), list(ref.strides)]

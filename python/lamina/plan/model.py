@@ -7,7 +7,7 @@ y = lamina.load_plan("model.plan.safetensors")(x)
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from lamina.plan.describe import Profile, coverage, left, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program, Segment, picker
 from lamina.plan.record import Refused, TorchCall
-from lamina.plan.structure import build, form_of, named_tensors
+from lamina.plan.structure import build, form_of, named_tensors, named_values
 from lamina.running import ExampleInputs, copied
+
+# Sizes of inputs whose programs a plan keeps; the one not used for longest goes first.
+_MOST_SIZES = 8
 
 
 @dataclass(frozen=True)
@@ -45,36 +48,54 @@ class PlanInput:
 class Plan:
     """A model as one list of calls of compiled functions, with all memory planned; made by `make_plan` or `load_plan`.
 
-    Called as the model was, with tensors of the sizes it was made for; values that are no tensors are what they were
-    then. The result is the model's: tensors, tuples, lists, and dicts in place of mappings and output classes. Safe to
-    call from several threads at once. No gradients.
+    Called as the model was, with tensors of the sizes it was made for, or of any, if it was made to be dynamic: other
+    sizes take a run of the model's graph once, and then go through the same weights with a layout of memory of their
+    own. Values that are no tensors may be left out, and are what they were then. The result is the model's: tensors,
+    tuples, lists, and dicts in place of mappings and output classes. A cache of keys and values may be given as an
+    object or as tuples, and is given back as tuples, one for each layer; the one that was given stays as it was. Safe
+    to call from several threads at once. No gradients.
 
     Weights are those of the model, not copies, where they are used as they are; of those that are packed the plan has a
     copy. Do not train the model on beside it. A saved plan has weights of its own.
 
-    inputs: what it takes.
+    inputs: what it takes, in the sizes that it ran last.
     """
 
     def __init__(
-        self, program: Program, inputs: Sequence[PlanInput], order: Sequence[int], form: Mapping[str, Any]
+        self,
+        sized: Sequence["_Sized"],
+        form: Mapping[str, Any],
+        parameters: Sequence[str],
+        values: Mapping[str, Any],
+        other_sizes: Callable[[Mapping[str, Any]], "Plan"] | None = None,
     ) -> None:
-        self._program = program
+        self._sized = list(sized)
         self._form = dict(form)
-        # For each input of the recorded graph, which of `inputs` it is, or -1 for a weight, which needs none.
-        self._order = list(order)
-        self._take = picker([order[i] for i in program.live])
-        self.inputs = tuple(inputs)
+        self._parameters = list(parameters)
+        self._values = dict(values)
+        self._other_sizes = other_sizes
+        first = self._sized[0]
         # Which of the program's results the plan's is, where it is just one tensor.
         only = form.get("tensor")
-        self._only = only if only is not None and only < len(program.recording.outputs) else None
-        self._plain = all("." not in i.name for i in self.inputs)
-        self._parameters = list(dict.fromkeys(i.name.split(".")[0] for i in self.inputs))
-        self._guard = _C.Guard([torch.empty_strided(i.shape, i.strides, dtype=i.dtype) for i in self.inputs])
+        self._only = only if only is not None and only < len(first.program.recording.outputs) else None
+        self._plain = [i.name for i in first.inputs] == self._parameters[: len(first.inputs)]
+
+    @property
+    def inputs(self) -> tuple[PlanInput, ...]:
+        return self._sized[0].inputs
+
+    @property
+    def program(self) -> Program:
+        """What runs those inputs."""
+        return self._sized[0].program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plan. Raises PlanError for inputs that it was not made for."""
-        given = args if not kwargs and self._as_made_for(args) else self._given(args, kwargs)
-        tensors = self._program.run(self._take(given))
+        sized = self._sized[0]
+        given: Sequence[Tensor] = args
+        if kwargs or not self._as_made_for(sized, args):
+            sized, given = self._given(args, kwargs)
+        tensors = sized.program.run(sized.take(given))
         if self._only is not None:
             return tensors[self._only]
         return build(self._form, [*tensors, *given])
@@ -86,20 +107,21 @@ class Plan:
 
         >>> plan.save("model.plan.safetensors")
         """
-        write(Path(path), self._program.recording, self.inputs, self._order, self._form)
+        sized = [(s.program.recording, s.inputs, s.order) for s in self._sized]
+        write(Path(path), sized, self._form, self._parameters, self._values)
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
         """What each step takes: medians of several runs on these inputs, and how near that is to the machine's limits.
 
         >>> print(plan.profile(x))
         """
-        given = self._given(args, kwargs)
-        return profile(self._program, self._take(given))
+        sized, given = self._given(args, kwargs)
+        return profile(sized.program, sized.take(given))
 
     @property
     def coverage(self) -> float:
         """The share of the calls that are lamina's own; the others are torch's, between two segments."""
-        return coverage(self._program.recording)
+        return coverage(self.program.recording)
 
     @property
     def segments(self) -> int:
@@ -117,21 +139,33 @@ class Plan:
         return self._program.arena_bytes()
 
     def __str__(self) -> str:
-        return table(self._program, [str(i) for i in self.inputs])
+        return table(self.program, [str(i) for i in self.inputs])
 
-    def _as_made_for(self, args: tuple) -> bool:
+    def _as_made_for(self, sized: "_Sized", args: tuple) -> bool:
         """Whether the arguments are the inputs, one tensor for each name."""
         return (
             self._plain
-            and len(args) == len(self.inputs)
+            and len(args) == len(sized.inputs)
             and all(isinstance(argument, Tensor) for argument in args)
-            and self._guard.fits(args)
+            and sized.guard.fits(args)
         )
 
-    def _given(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    def _check(self, values: Mapping[str, Any]) -> None:
+        """Raises PlanError for a plain value other than the one that the plan was made with."""
+        for name, value in values.items():
+            made_for = self._values.get(name)
+            if type(value) is not type(made_for) or value != made_for:
+                those = repr(made_for) if name in self._values else "the model's default"
+                raise PlanError(f"plan: {name} is {value!r}, but this plan was made for {those}")
+
+    def _given(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple["_Sized", list[Tensor]]:
+        """The tensors among the arguments, in order, and what runs them."""
         if len(args) > len(self._parameters):
             raise PlanError(f"plan: {len(args)} arguments were given, but it takes {', '.join(self._parameters)}")
-        named = named_tensors({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        named = named_tensors(arguments)
+        if len(named) < len(arguments):
+            self._check(named_values(arguments))
         try:
             given = [named.pop(i.name) for i in self.inputs]
         except KeyError as missing:
@@ -140,19 +174,56 @@ class Plan:
             raise PlanError(
                 f"plan: there is no input '{next(iter(named))}'; it takes {', '.join(map(str, self.inputs))}"
             )
-        if not self._guard.fits(given):
-            for i, tensor in zip(self.inputs, given, strict=True):
-                if (tensor.dtype, tuple(tensor.shape)) != (i.dtype, i.shape):
-                    raise PlanError(
-                        f"plan: {i.name} is {_text(tensor.dtype, tensor.shape)}, but this plan was made for "
-                        f"{_text(i.dtype, i.shape)}; make one for it with lamina.make_plan"
-                    )
-            given = [_as_strided_as(i, tensor) for i, tensor in zip(self.inputs, given, strict=True)]
-        return given
+        for sized in self._sized:
+            if sized.takes(given):
+                break
+        else:
+            sized = self._made_for(arguments, given)
+        if sized is not self._sized[0]:
+            self._sized = [sized, *(s for s in self._sized if s is not sized)][:_MOST_SIZES]
+        return sized, [_as_strided_as(i, tensor) for i, tensor in zip(sized.inputs, given, strict=True)]
+
+    def _made_for(self, arguments: Mapping[str, Any], given: Sequence[Tensor]) -> "_Sized":
+        """What runs inputs of sizes that did not come before."""
+        for i, tensor in zip(self.inputs, given, strict=True):
+            fits = tensor.ndim == len(i.shape) if self._other_sizes else tensor.shape == i.shape
+            if not fits or tensor.dtype is not i.dtype:
+                raise PlanError(
+                    f"plan: {i.name} is {_text(tensor.dtype, tensor.shape)}, but this plan was made for "
+                    f"{_text(i.dtype, i.shape)}; make one for it with lamina.make_plan"
+                )
+        complete = {**self._values, **arguments}
+        other = self._other_sizes({name: complete[name] for name in self._parameters if name in complete})
+        if other._form != self._form or other._parameters != self._parameters:
+            raise PlanError("plan: for inputs of these sizes the model's result has another form")
+        return other._sized[0]
 
 
-def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mapping[str, Any] | None = None) -> Plan:
-    """A plan of `model` for inputs of the sizes of `example_inputs`.
+class _Sized:
+    """A program for inputs of one size.
+
+    order: for each input of the recorded graph, which of `inputs` it is, or -1 for what needs none: a weight, or a
+    number that says a size.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[PlanInput], order: Sequence[int]) -> None:
+        self.program, self.inputs, self.order = program, tuple(inputs), list(order)
+        self.take = picker([order[i] for i in program.live])
+        self.guard = _C.Guard([torch.empty_strided(i.shape, i.strides, dtype=i.dtype) for i in self.inputs])
+
+    def takes(self, given: Sequence[Tensor]) -> bool:
+        """Whether it runs tensors of these sizes, however they lie."""
+        return all(t.dtype is i.dtype and t.shape == i.shape for i, t in zip(self.inputs, given, strict=True))
+
+
+def make_plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool = False,
+) -> Plan:
+    """A plan of `model` for inputs of the sizes of `example_inputs`, or of any.
 
     The model is captured and fused as by `torch.compile(model, backend="lamina")`, runs once, and what it called is the
     plan. Layers that were swapped or accelerated before stay as they are; the model itself is not changed.
@@ -161,6 +232,8 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
         model: in eval mode, on the CPU.
         example_inputs: tuple of positional or dict of keyword arguments.
         options: as of the compile backend: {"config": lamina.Int8Dynamic()} makes linear layers int8.
+        dynamic: whether inputs of other sizes make a layout of memory for themselves when they come, over the same
+            weights; eight are kept, and saved with the plan. The model must live as long as that is wanted.
 
     Raises CaptureError if Dynamo cannot capture the model, PlanError if it is in training mode, is not one graph (its
     control flow hangs on data), writes to its inputs or buffers, or gives what a plan cannot.
@@ -171,15 +244,27 @@ def make_plan(model: nn.Module, example_inputs: ExampleInputs, *, options: Mappi
         raise PlanError("plan: the model is in training mode, where it changes with each call; call model.eval() first")
     arguments = _by_parameter(model, example_inputs)
     before = model._compiled_call_impl
-    with torch.inference_mode(False), torch.no_grad():
+    # Of what varies only sizes count: a float that the model was made with, such as eps, stays that.
+    config = torch._dynamo.config.patch(specialize_float=True)
+    with torch.inference_mode(False), torch.no_grad(), config:
         try:
-            compile_(model, copied(example_inputs), options=options, dynamic=False)
-            inputs = copied(arguments)
-            with recorded() as calls:
-                result = model(**inputs) if isinstance(example_inputs, Mapping) else model(*inputs.values())
+            compile_(model, copied(example_inputs), options=options, dynamic=dynamic)
+            graph = model._compiled_call_impl
         finally:
             model._compiled_call_impl = before
-        return _plan_of(model, calls, inputs, result)
+
+    def plan_for(arguments: Mapping[str, Any]) -> Plan:
+        with torch.inference_mode(False), torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+            inputs = copied(dict(arguments))
+            named, values = named_tensors(inputs), named_values(inputs)
+            with recorded() as calls:
+                result = graph(**inputs) if isinstance(example_inputs, Mapping) else graph(*inputs.values())
+            return _plan_of(model, calls, named, named_tensors(inputs), result, list(inputs), values)
+
+    plan = plan_for(arguments)
+    if dynamic:
+        plan._other_sizes = plan_for
+    return plan
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -189,31 +274,40 @@ def load_plan(path: str | Path) -> Plan:
 
     >>> plan = lamina.load_plan("model.plan.safetensors"); y = plan(x)
     """
-    recording, inputs, order, form = read(Path(path))
+    sized, form, parameters, values = read(Path(path))
+    pool = _C.ArenaPool()
     try:
-        program = Program(recording, _C.ArenaPool())
+        programs = [_Sized(Program(r, pool), [PlanInput(*i) for i in inputs], order) for r, inputs, order in sized]
     except Refused as refusal:
         raise FormatError(f"{Path(path).name} is a damaged plan: {refusal}") from refusal
-    return Plan(program, [PlanInput(*i) for i in inputs], order, form)
+    return Plan(programs, form, parameters, values)
 
 
 def _plan_of(
-    model: nn.Module, calls: list[tuple[Lowered, tuple, Any]], arguments: Mapping[str, Any], result: Any
+    model: nn.Module,
+    calls: list[tuple[Lowered, tuple, Any]],
+    named: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    result: Any,
+    parameters: Sequence[str],
+    values: Mapping[str, Any],
 ) -> Plan:
+    """named, after: the tensors among the arguments before and after the call; values: those that are no tensors."""
     name = type(model).__name__
-    if len(calls) != 1 or not calls[0][0].whole:
+    if len(calls) != 1 or not (calls[0][0].whole or calls[0][0].updates):
         raise PlanError(
             f"plan: {name} is not one graph: its forward calls what Dynamo does not read, or branches on data; "
             "torch.compile and accelerate take it all the same"
         )
     lowered, given, outputs = calls[0]
-    if any(isinstance(value, int) for value in given):
-        raise PlanError(f"plan: {name} takes plain numbers that vary; give them as tensors")
-    named = named_tensors(arguments)
+    given_back = {id(tensor) for tensor in named_tensors({"": result}).values()}
+    for argument, tensor in after.items():
+        if named.get(argument) is not tensor and id(tensor) not in given_back:
+            raise PlanError(f"plan: {name} sets {argument} in its arguments to what is no part of its result")
     number_of = {id(tensor): i for i, tensor in enumerate(named.values())}
     order = [number_of.get(id(value), -1) for value in given]
     static = lowered.static
-    unknown = [i for i, number in enumerate(order) if number < 0 and i not in static]
+    unknown = [i for i, n in enumerate(order) if n < 0 and i not in static and isinstance(given[i], Tensor)]
     if unknown:
         raise PlanError(f"plan: {name} reads a tensor that is neither an argument nor one of its parameters or buffers")
     entry = lowered.specialize(given)
@@ -228,7 +322,7 @@ def _plan_of(
     tensors |= {id(tensor): len(leaves) + i for i, tensor in enumerate(named.values()) if id(tensor) not in tensors}
     form = form_of(result, lambda tensor: tensors.get(id(tensor)))
     used = [PlanInput(n, t.dtype, tuple(t.shape), tuple(t.stride())) for n, t in named.items()]
-    return Plan(entry.program, used, order, form)
+    return Plan([_Sized(entry.program, used, order)], form, parameters, values)
 
 
 def _by_parameter(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from lamina.plan.lowering import LOWERINGS, MUTATING, in_place
 
 # Views that torch does not call so.
 _VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default, torch.ops.aten.lift_fresh.default}
+# Ops that only change the form of a tensor; those that give it other memory are none of them.
+_NEW_FORM, _NEW_MEMORY = torch.Tag.inplace_view, {"aten::set_", "aten::resize_", "aten::resize_as_"}
 _BLANK = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_strided.default,
@@ -185,12 +187,20 @@ class _Run(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, mode: "_Recorder") -> None:
         super().__init__(graph, garbage_collect_values=False)
+        self.extra_traceback = False  # what is refused is said in one sentence
         self._mode = mode
 
     def run_node(self, n: fx.Node) -> Any:
         self._mode.take_calls()
         self._mode.module = where(n)
         return super().run_node(n)
+
+
+def _picks_places(func: Any, args: tuple) -> bool:
+    """Whether an op that may choose elements by truths (`x[mask]`) is given places."""
+    return func is torch.ops.aten.index.Tensor and all(
+        index is None or index.dtype in (torch.int32, torch.int64) for index in args[1]
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -224,7 +234,8 @@ class _Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0:
             return self._nothing
-        buffer = Buffer(tensor, storage.data_ptr(), storage.nbytes(), state, own, source, made)
+        # An alias: the form of the tensor itself may be changed in place.
+        buffer = Buffer(tensor.detach(), storage.data_ptr(), storage.nbytes(), state, own, source, made)
         place = bisect_right(self._starts, buffer.start)
         self._starts.insert(place, buffer.start)
         self._buffers.insert(place, buffer)
@@ -283,7 +294,7 @@ class _Recorder(TorchDispatchMode):
             self.add(out, "blank")
             return out
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func.is_view or func in _VIEWS:
+        if func.is_view or func in _VIEWS or (_NEW_FORM in func.tags and func._schema.name not in _NEW_MEMORY):
             return func(*args, **kwargs)
         written = self._written(func, args, kwargs)
         if any(not buffer.own for buffer in written):
@@ -291,7 +302,7 @@ class _Recorder(TorchDispatchMode):
         live = func not in _BY_SHAPE and any(self.buffer(t).state == "live" for t in tensors)
         if not live and torch.Tag.nondeterministic_seeded not in func.tags:
             return self._constant(func, args, kwargs, written)
-        if any(tag in func.tags for tag in _DATA_DEPENDENT):
+        if any(tag in func.tags for tag in _DATA_DEPENDENT) and not _picks_places(func, args):
             raise Refused(f"{func} gives what hangs on the values of its input, not only on its shape")
         result = self._lowered(func, args, kwargs, written)
         return self._torch_call(func, args, kwargs, written) if result is NotImplemented else result

@@ -4,6 +4,8 @@ In evaluation a batch norm is a factor and a term for each channel (Jacob et al.
 and those of a convolution's output are factors of its filters and terms of its bias. An int8 filter has a scale of its
 own, so that its codes stay what they are.
 
+Zeros that are put around an image in front of a convolution become its padding.
+
 A float convolution of torch becomes lamina's, with all that it takes in, where that measures faster than the calls it
 replaces; lamina's own, float or int8, only grow. Their outputs are channels_last, and so is then everything behind
 them: views follow, and the graph's outputs get the layout back that they had.
@@ -178,6 +180,7 @@ def convolutions(captured: Captured) -> None:
             evaluate(captured, node)
             continue
         chain = _Chain([node], values)
+        _take_padding(captured, chain)
         _extend(captured, chain, pools=of_kind != "int8_conv2d")
         op = _INT8 if of_kind == "int8_conv2d" else _FLOAT
         if of_kind == "conv2d":
@@ -219,6 +222,27 @@ def _as_ours(captured: Captured, node: fx.Node) -> dict[str, Any] | None:
         "pool": "none",
         "pool_sizes": (),
     }
+
+
+def _take_padding(captured: Captured, chain: _Chain) -> None:
+    """Takes in the zeros that the call in front of a convolution puts around its input."""
+    node, name = chain.root, "x" if "x" in chain.values else "input"
+    pad = chain.values[name]
+    if kind(pad) != "pad" or len(pad.users) != 1 or fake(pad).ndim != 4 or not captured.movable((pad,), node):
+        return
+    values = operands(pad)
+    sides = values["pad"]
+    zeros = values["mode"] == "constant" and not values["value"]
+    if not zeros or len(sides) > 4 or len(sides) % 2 or not all(isinstance(s, int) and s >= 0 for s in sides):
+        return
+    left, right, top, bottom = (*sides, 0, 0, 0, 0)[:4]
+    own = chain.values["padding"]
+    around = own if len(own) == 4 else (own[0], own[0], own[1], own[1])
+    both = tuple(a + b for a, b in zip(around, (top, bottom, left, right), strict=True))
+    symmetric = len(own) == 2 and both[0] == both[1] and both[2] == both[3]
+    chain.values |= {name: values["input"], "padding": both[::2] if symmetric else both}
+    chain.nodes.insert(0, pad)
+    chain.names.insert(0, "pad")
 
 
 def _extend(captured: Captured, chain: _Chain, *, pools: bool) -> None:
