@@ -126,17 +126,17 @@ class Plan:
     @property
     def segments(self) -> int:
         """How many runs of lamina's own calls there are, with calls of torch between them."""
-        return sum(isinstance(part, Segment) for part in self._program.parts)
+        return sum(isinstance(part, Segment) for part in self.program.parts)
 
     @property
     def left(self) -> dict[str, int]:
         """The calls of torch's ops, counted by name."""
-        return left(self._program.recording)
+        return left(self.program.recording)
 
     @property
     def arena_bytes(self) -> int:
         """The memory that what lies between the first and the last step shares; one run at a time needs it once."""
-        return self._program.arena_bytes()
+        return self.program.arena_bytes()
 
     def __str__(self) -> str:
         return table(self.program, [str(i) for i in self.inputs])
