@@ -80,6 +80,26 @@ FLOAT = {
         {"conv": nn.Conv2d(5, 5, 3, stride=2, groups=5, bias=False), "norm": trained(5)[0]},
         {"conv + batch_norm": 1, "conv + relu6": 1},
     ),
+    "zeros around it": (
+        lambda m, x: F.relu(m.norm(m.conv(F.pad(x, (0, 1, 2, 1))))),
+        {"conv": nn.Conv2d(5, 20, 3, stride=2, padding=1), "norm": trained(20)[0]},
+        {"conv + batch_norm": 1, "pad + conv + relu": 1},
+    ),
+    "other numbers around it": (
+        lambda m, x: m.conv(F.pad(x, (0, 1), value=2.0)) + m.conv(F.pad(x, (1, 1, 0, 0), "reflect"))[..., 1:],
+        {"conv": nn.Conv2d(5, 20, 3)},
+        {"conv": 2},
+    ),
+    "less than there was": (
+        lambda m, x: m.conv(F.pad(x, (0, -1))),
+        {"conv": nn.Conv2d(5, 20, 3)},
+        {"conv": 1},
+    ),
+    "zeros that others see": (
+        lambda m, x: m.conv(y := F.pad(x, (1, 0))) + y.mean(),
+        {"conv": nn.Conv2d(5, 20, 3)},
+        {"conv": 1},
+    ),
     "view of what is channels_last now": (
         lambda m, x: m.head(F.relu(m.conv(x)).view(x.shape[0], -1)),
         {"conv": nn.Conv2d(5, 4, 3), "head": nn.Linear(4 * 11 * 9, 30)},
@@ -92,6 +112,17 @@ FLOAT = {
 def test_float_chain(name):
     function, layers, fused = FLOAT[name]
     assert check(Of(function, **layers), torch.randn(IMAGES)) == fused
+
+
+@pytest.mark.parametrize("config", ["dynamic", "static"])
+def test_zeros_around_a_convolution_in_int8(config):
+    module = Of(lambda m, x: m.conv(F.pad(x, (0, 1, 2, 1))), conv=nn.Conv2d(5, 20, 3, padding=1)).eval()
+    x = torch.randn(IMAGES)
+    lamina.swap_(module, lamina.Int8Dynamic() if config == "dynamic" else lamina.Int8Static([(x,)]))
+    actual, report = compiled(module, x)
+    assert report.fused["pad + conv"] == 1
+    with torch.no_grad():
+        assert torch.equal(actual, module(x))
 
 
 def residual(m, x):

@@ -1,6 +1,7 @@
 """A plan computes what the graph's own calls compute, whatever lies between its steps."""
 
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -422,3 +423,132 @@ def test_a_dynamic_plan_refuses_what_the_model_refuses():
     with pytest.raises(Exception, match=r"shapes|size"):
         plan(torch.randn(5, 21))
     assert plan(torch.randn(3, 20)).shape == (3, 7)
+
+
+def test_what_stays_in_torch_is_said_with_its_reason():
+    net = Net(lambda m, x: m.b(torch.cumsum(m.a(x), 1)).double().mul(2.0), a=nn.Linear(8, 8), b=nn.Linear(8, 4)).eval()
+    x = torch.randn(3, 8)
+    plan = plan_of(net, x)
+    covered = plan.covered(x)
+    assert covered.steps == plan.coverage
+    assert 0 < covered.time < 1
+    assert {name: (count, why) for name, (count, _, why) in covered.left.items()} == {
+        "aten.cumsum": (1, "lamina has no op for it"),
+        "aten._to_copy": (1, "lamina's op does not take these operands, [3, 4]"),
+        "aten.mul.Tensor": (1, "lamina's op does not take these operands, float64[3, 4]"),
+    }
+    assert abs(covered.time + sum(share for _, share, _ in covered.left.values()) - 1) < 1e-6
+    assert "1 x aten.cumsum" in str(covered)
+    assert str(plan_of(mlp(), torch.randn(5, 20)).covered(torch.randn(5, 20))).startswith("lamina's: 100% of the steps")
+
+
+# -- what goes in and out
+
+
+def test_values_that_are_no_tensors_are_those_of_the_example(tmp_path):
+    net = Net(lambda m, x, flag, scale: m.a(x) * scale if flag else x, a=nn.Linear(8, 8)).eval()
+    x = torch.randn(3, 8)
+    made = plan_of(net, x, True, 2.0)
+    made.save(tmp_path / "plan.safetensors")
+    for plan in (made, lamina.load_plan(tmp_path / "plan.safetensors")):
+        assert torch.equal(plan(x, True, 2.0), plan(x))
+        with torch.no_grad():
+            close(plan(x), net(x, True, 2.0))
+        with pytest.raises(lamina.PlanError, match="argument1 is False, but this plan was made for True"):
+            plan(x, False, 2.0)
+        with pytest.raises(lamina.PlanError, match=r"argument2 is 3, but this plan was made for 2\.0"):
+            plan(x, True, 3)
+        with pytest.raises(lamina.PlanError, match="mode is 'fast', but this plan was made for the model's default"):
+            plan(x, mode="fast")
+
+
+def test_arguments_with_plain_ones_between_them():
+    net = Net(lambda m, x, flag, y: m.a(x) + y, a=nn.Linear(8, 8)).eval()
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    plan = plan_of(net, x, None, y)
+    with torch.no_grad():
+        close(plan(x, None, y), net(x, None, y))
+    with pytest.raises(lamina.PlanError, match=r"'argument2' is not given"):
+        plan(x, y)
+
+
+@dataclasses.dataclass
+class Parts:
+    first: torch.Tensor
+    rest: list
+
+
+def test_dataclasses_are_dicts():
+    net = Net(lambda m, x: Parts(m.a(x), [x + 1, None]), a=nn.Linear(8, 8)).eval()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        actual, expected = plan_of(net, x)(x), net(x)
+    close(actual["first"], expected.first)
+    assert torch.equal(actual["rest"][0], x + 1)
+    assert actual["rest"][1] is None
+
+
+def test_buffers_that_are_not_saved_and_weights_that_are_shared(tmp_path):
+    net = Net(
+        lambda m, i: F.linear(m.words(i) + m.places, m.words.weight) + m.head(m.words(i)),
+        words=nn.Embedding(10, 8),
+        head=nn.Linear(8, 10, bias=False),
+    )
+    net.head.weight = net.words.weight
+    net.register_buffer("places", torch.randn(4, 8), persistent=False)
+    ids = torch.randint(0, 10, (3, 4))
+    plan = plan_of(net.eval(), ids)
+    plan.save(tmp_path / "plan.safetensors")
+    with torch.no_grad():
+        close(plan(ids), net(ids))
+    assert torch.equal(lamina.load_plan(tmp_path / "plan.safetensors")(ids), plan(ids))
+
+
+def test_results_that_are_views_of_inputs():
+    net = Net(lambda m, x: (m.a(x), x[1:], x.t(), x), a=nn.Linear(8, 8)).eval()
+    x = torch.randn(3, 8)
+    plan = plan_of(net, x)
+    x = torch.randn(3, 8)
+    _, part, turned, same = plan(x)
+    assert part.data_ptr() == x[1:].data_ptr()
+    assert turned.data_ptr() == x.data_ptr()
+    assert same is x
+    assert torch.equal(turned, x.t())
+
+
+class Notebook:
+    """Some object of the caller's that a model writes into."""
+
+    def __init__(self):
+        self.last = torch.zeros(3, 8)
+
+    def __iter__(self):
+        yield self.last
+
+
+def test_what_a_model_sets_in_its_arguments_must_come_out():
+    def forward(m, x, book):
+        book.last = m.a(x) + book.last
+        return (book.last * 2, book) if m.tells else book.last * 2
+
+    net = Net(forward, a=nn.Linear(8, 8)).eval()
+    x, book = torch.randn(3, 8), Notebook()
+    net.tells = False
+    with pytest.raises(lamina.PlanError, match=r"sets argument1\.0 in its arguments to what is no part of its result"):
+        plan_of(net, x, book)
+    net.tells = True
+    torch._dynamo.reset()
+    plan = plan_of(net, x, book)
+    assert not book.last.any()
+    with torch.no_grad():
+        twice, (last,) = plan(x, book)
+        close(last, net.a(x))
+        close(twice, 2 * last)
+    assert not book.last.any()
+
+
+def test_inside_inference_mode():
+    model = mlp()
+    with torch.inference_mode():
+        x = torch.randn(5, 20)
+        close(plan_of(model, x)(x), model(x))

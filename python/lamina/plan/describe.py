@@ -13,8 +13,9 @@ from rich.table import Table
 
 from lamina import _C
 from lamina.plan.cost import flops, precision
+from lamina.plan.lowering import LOWERINGS
 from lamina.plan.program import Call, Program, Segment
-from lamina.plan.record import Recording, Ref, Step, TorchCall
+from lamina.plan.record import Recording, Ref, Step, TorchCall, refs_of
 
 _RUNS = 7
 _PROBE_SECONDS = 0.03
@@ -73,6 +74,41 @@ class Profile:
             f"steps, {self.in_segments:.0%} of that in lamina's\n"
         )
         return head + _printed(rows)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a plan is lamina's: shares of its steps and of the time they take, and what the rest is.
+
+    left: for each op of torch's that is called between segments, how often, its share of the time, and why.
+    """
+
+    steps: float
+    time: float
+    left: dict[str, tuple[int, float, str]]
+
+    def __str__(self) -> str:
+        head = f"lamina's: {self.steps:.0%} of the steps, {self.time:.0%} of the time"
+        rest = [f"{count} x {name} ({share:.1%} of the time): {why}" for name, (count, share, why) in self.left.items()]
+        return "\n".join([head, *rest])
+
+
+def covered(recording: Recording, profile: Profile) -> Coverage:
+    """What a profile of a plan says about who does the work."""
+    total = sum(step.seconds for step in profile.steps) or 1.0
+    rest: dict[str, tuple[int, float, str]] = {}
+    for step, measured in zip(recording.steps, profile.steps, strict=True):
+        if isinstance(step, TorchCall):
+            count, share, why = rest.get(name_of(step), (0, 0.0, _why(step)))
+            rest[name_of(step)] = (count + 1, share + measured.seconds / total, why)
+    return Coverage(coverage(recording), profile.in_segments, rest)
+
+
+def _why(step: TorchCall) -> str:
+    if step.op not in LOWERINGS:
+        return "lamina has no op for it"
+    given = ", ".join(_text(ref) for ref in refs_of((step.args, step.kwargs)))
+    return f"lamina's op does not take these operands, {given}"
 
 
 def coverage(recording: Recording) -> float:

@@ -21,7 +21,7 @@ from lamina import _C
 from lamina.compile import compile_
 from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
-from lamina.plan.describe import Profile, coverage, left, profile, table
+from lamina.plan.describe import Coverage, Profile, coverage, covered, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program, Segment, picker
 from lamina.plan.record import Refused, TorchCall
@@ -129,14 +129,16 @@ class Plan:
         return sum(isinstance(part, Segment) for part in self.program.parts)
 
     @property
-    def left(self) -> dict[str, int]:
-        """The calls of torch's ops, counted by name."""
-        return left(self.program.recording)
-
-    @property
     def arena_bytes(self) -> int:
         """The memory that what lies between the first and the last step shares; one run at a time needs it once."""
         return self.program.arena_bytes()
+
+    def covered(self, *args: Any, **kwargs: Any) -> Coverage:
+        """How much of the steps and of the time is lamina's on these inputs, and why the rest stays in torch.
+
+        >>> print(plan.covered(x))
+        """
+        return covered(self.program.recording, self.profile(*args, **kwargs))
 
     def __str__(self) -> str:
         return table(self.program, [str(i) for i in self.inputs])
