@@ -962,9 +962,9 @@ def some_plans() -> list[dict]:
         "refused": "",
         "threads": 2,
         "seconds": 5e-6,
-        "segments": 2,
         "arena_bytes": 23_600,
-        "left": {"aten.cumsum": 1},
+        "covered": [0.67, 0.75],
+        "left": {"aten.cumsum": [1, 0.25, "lamina has no op for it"]},
         "steps": [
             a_step("conv2d", "features.<0>", 2e-6),
             a_step("aten.cumsum", "", 1e-6, isa="", of_peak=0.0),
@@ -1104,7 +1104,7 @@ def test_the_page_shows_plans(html):
     row = re.sub(r"(<[^>]*>|\s|&ensp;)+", " ", shown[shown.index("<tbody>") : shown.index("</tbody>")])
     assert "LeNet 1 image 5.00 us 60.0 us 12.0x 20.0 us 4.00x 10.0 us 2.00x ort 3 67% of steps 75% of time" in row
     assert "MiniLM 16 sentences MiniLM is not &lt;one&gt; graph" in row
-    assert "leaves to PyTorch what no op of lamina's does: 1 × <code>aten.cumsum</code>" in shown
+    assert "leaves to PyTorch: 1 × <code>aten.cumsum</code> (25.0% of the time; lamina has no op for it)." in shown
     assert "features.&lt;0&gt;" in shown
     assert '<details class="plan" open>' in shown
     assert "plan/lenet" not in section_of(html, "ops", "machine"), "a plan is no single op"

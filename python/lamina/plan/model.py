@@ -23,7 +23,7 @@ from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
 from lamina.plan.describe import Coverage, Profile, coverage, covered, left, profile, table
 from lamina.plan.file import read, write
-from lamina.plan.program import Program, Segment, picker
+from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, TorchCall
 from lamina.plan.structure import build, form_of, named_tensors, named_values
 from lamina.running import ExampleInputs, copied
@@ -122,16 +122,6 @@ class Plan:
     def coverage(self) -> float:
         """The share of the calls that are lamina's own; the others are torch's, between two segments."""
         return coverage(self.program.recording)
-
-    @property
-    def segments(self) -> int:
-        """How many runs of lamina's own calls there are, with calls of torch between them."""
-        return sum(isinstance(part, Segment) for part in self.program.parts)
-
-    @property
-    def left(self) -> dict[str, int]:
-        """The calls of torch's ops, counted by name."""
-        return left(self.program.recording)
 
     @property
     def arena_bytes(self) -> int:

@@ -26,7 +26,7 @@ from lamina.bench.suite import model as suite
 from lamina.bench.suite import plan as plans
 from lamina.compile import CaptureError
 from lamina.errors import FormatError, PlanError
-from lamina.plan.describe import StepProfile
+from lamina.plan.describe import StepProfile, covered
 from lamina.swap import swap_
 
 # Imported by name in one place so that a missing extra is found before minutes of work, not after.
@@ -84,8 +84,8 @@ class PlanSection:
     """What the page says about the plan of one model, beside its measurements.
 
     `workload`: the id of those; `refused`: why there is no plan, "" where there is one. `threads`, `seconds`, `steps`:
-    of a profile, see lamina.plan.describe. `segments`: of steps that are lamina's; `arena_bytes`: what lies between
-    steps; `left`: torch's op -> how many calls of it the plan has.
+    of a profile, see lamina.plan.describe. `arena_bytes`: what lies between steps; `covered`: the shares of the steps
+    and of the time that are lamina's; `left`: torch's op -> how many calls of it, their share of the time, why.
     """
 
     name: str
@@ -96,9 +96,9 @@ class PlanSection:
     refused: str = ""
     threads: int = 1
     seconds: float = 0.0
-    segments: int = 0
     arena_bytes: int = 0
-    left: Mapping[str, int] = field(default_factory=dict)
+    covered: tuple[float, float] = (0.0, 0.0)
+    left: Mapping[str, tuple[int, float, str]] = field(default_factory=dict)
     steps: Sequence[StepProfile] = ()
 
 
@@ -349,16 +349,19 @@ class _Job:
         except (CaptureError, PlanError) as refusal:
             self.plans.append(PlanSection(**about, refused=str(refusal)))
             return
+        given = prepared.example_inputs
+        args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
         with timing.threads(self.threads):
-            profile = planned.plan.profile(*_arguments(prepared), **_keywords(prepared))
+            profile = planned.plan.profile(*args, **kwargs)
+        share = covered(planned.plan.program.recording, profile)
         self.plans.append(
             PlanSection(
                 **about,
                 threads=profile.threads,
                 seconds=profile.seconds,
-                segments=planned.plan.segments,
                 arena_bytes=planned.plan.arena_bytes,
-                left=planned.plan.left,
+                covered=(share.steps, share.time),
+                left=share.left,
                 steps=profile.steps,
             )
         )
@@ -435,14 +438,6 @@ class _Job:
         self.console.print(
             f"[{self.step}/{self.steps}] {title}: {summary}", highlight=False, markup=False, soft_wrap=True
         )
-
-
-def _arguments(prepared: suite.Inputs) -> tuple:
-    return () if isinstance(prepared.example_inputs, dict) else tuple(prepared.example_inputs)
-
-
-def _keywords(prepared: suite.Inputs) -> dict[str, Any]:
-    return prepared.example_inputs if isinstance(prepared.example_inputs, dict) else {}
 
 
 def _other_inputs(prepared: suite.Inputs, example_inputs: tuple | dict) -> suite.Inputs:

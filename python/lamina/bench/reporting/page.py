@@ -411,8 +411,6 @@ class View:
     def _plan(self, section: Mapping[str, Any]) -> dict:
         item = self._find(section["workload"], self.threads)
         steps = section["steps"]
-        seconds = sum(step["seconds"] for step in steps)
-        own = [step for step in steps if step["isa"]]
         return {
             **section,
             "label": _counted(section["batch"], section["unit"]),
@@ -424,9 +422,7 @@ class View:
             ],
             "swapped": (item.times[SWAPPED].q50, item.speedup(SWAPPED)) if item and SWAPPED in item.times else None,
             "eager": (item.times["eager"].q50, item.speedup("eager")) if item and "eager" in item.times else None,
-            "share_of_steps": len(own) / len(steps) if steps else None,
-            "share_of_time": sum(step["seconds"] for step in own) / seconds if seconds else None,
-            "in_steps": seconds,
+            "in_steps": sum(step["seconds"] for step in steps),
             "open": (section["name"], section["batch"]) in DRAWN,
             "kinds": timeline.shares(steps),
         }
