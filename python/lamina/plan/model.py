@@ -21,7 +21,7 @@ from lamina import _C
 from lamina.compile import compile_
 from lamina.compile.lower import Lowered, recorded
 from lamina.errors import FormatError, PlanError
-from lamina.plan.describe import Coverage, Profile, coverage, covered, left, profile, table
+from lamina.plan.describe import Coverage, Profile, coverage, covered, profile, table
 from lamina.plan.file import read, write
 from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, TorchCall
