@@ -29,6 +29,8 @@ from lamina.plan.lowering import LOWERINGS, MUTATING, in_place
 
 # Views that torch does not call so.
 _VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default, torch.ops.aten.lift_fresh.default}
+# What changes how a tensor looks at its memory, and nothing in it: the end of a global average pool of channels_last.
+_RESTRIDING = {torch.ops.aten.as_strided_.default}
 _BLANK = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_strided.default,
@@ -288,6 +290,8 @@ class _Recorder(TorchDispatchMode):
         written = self._written(func, args, kwargs)
         if any(not buffer.own for buffer in written):
             raise Refused(f"{func} writes to memory of the model or its caller")
+        if func in _RESTRIDING:
+            return func(*args, **kwargs)
         live = func not in _BY_SHAPE and any(self.buffer(t).state == "live" for t in tensors)
         if not live and torch.Tag.nondeterministic_seeded not in func.tags:
             return self._constant(func, args, kwargs, written)
