@@ -104,6 +104,17 @@ def test_ends_have_the_same_bits_on_every_isa(size, channels, activation):
     bits_on_every_isa(call(residual=codes, residual_scale=out_scale, out_scale=out_scale))
 
 
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 47, 64])
+def test_planes_of_three_channels_are_read_as_pixels(width, isa):
+    g = torch.Generator().manual_seed(width)
+    x = codes_of(2, 3, 5, width, generator=g)
+    packed = pack_int8_conv_weight(torch.randn(8, 3, 3, 3, generator=g))
+    with lamina.force_isa(isa):
+        planes = int8_conv2d(x, packed, padding=1, x_scale=ONE)
+        pixels = int8_conv2d(x.contiguous(memory_format=torch.channels_last), packed, padding=1, x_scale=ONE)
+    assert_exact(planes.contiguous(), pixels.contiguous())
+
+
 @pytest.mark.parametrize("groups", [1, 70])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extremes_do_not_saturate(sign, groups, isa):
