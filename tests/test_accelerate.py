@@ -709,7 +709,18 @@ def race(monkeypatch):
 def runs_a_graph(model, *args, **kwargs) -> bool:
     """Whether a call goes through the compiled graph."""
     compiled, calls = model._compiled_call_impl._compiled, []
-    model._compiled_call_impl._compiled = lambda *args, **kwargs: (calls.append(1), compiled(*args, **kwargs))[1]
+
+    class Counting:
+        def __call__(self, *args, **kwargs):
+            calls.append(1)
+            return compiled(*args, **kwargs)
+
+        def quick(self, args):
+            result = compiled.quick(args)
+            calls.extend([] if result is None else [1])
+            return result
+
+    model._compiled_call_impl._compiled = Counting()
     model(*args, **kwargs)
     model._compiled_call_impl._compiled = compiled
     return bool(calls)

@@ -6,16 +6,24 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/kernels/interleave_codes.h"
 #include "cpu/kernels/quantize_rows.h"
 #include "cpu/tuning/int8_conv.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 
 namespace lamina {
+
+constinit const KernelTable<void(const InterleaveCodesArgs&)> interleave_codes_table;
+
 namespace {
 
 // [channels][width] -> [width][channels], in squares that stay in L1.
 void transpose_codes(const int8_t* from, int64_t channels, int64_t width, int8_t* to) {
+  if (channels == 3) {
+    interleave_codes_table.get()({.planes = {from, from + width, from + 2 * width}, .pixels = width, .to = to});
+    return;
+  }
   constexpr int64_t kSquare = 32;
   for (int64_t x0 = 0; x0 < width; x0 += kSquare) {
     const int64_t x1 = std::min(width, x0 + kSquare);

@@ -371,6 +371,8 @@ class _ForSizes:
         self._like = _describe_call(example)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # somebody else's graph gets the layers
+            return self._plain(*args, **kwargs)
         if not kwargs:
             result = self._compiled.quick(args)
             if result is not None:

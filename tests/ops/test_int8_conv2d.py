@@ -66,6 +66,55 @@ def test_integer_sums_are_exact_on_every_isa(data):
         assert_exact(out.contiguous(), expected, isa)
 
 
+def bits_on_every_isa(call) -> None:
+    """What is not finite among the bits, too."""
+    with lamina.force_isa("generic"):
+        expected = call()
+    for isa in _C.available_isas():
+        with lamina.force_isa(isa):
+            got = call()
+        same = got.view(torch.int16) == expected.view(torch.int16) if got.dtype is torch.bfloat16 else got == expected
+        if got.dtype is torch.bfloat16:
+            same |= got.isnan() & expected.isnan()
+        assert same.all(), isa
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("channels", [32, 64, 96, 128, 200])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 7), (2, 29)])
+def test_ends_have_the_same_bits_on_every_isa(size, channels, activation):
+    """bfloat16 out, residuals of bfloat16 (with values that no code holds) and of int8, with both shapes of tiles."""
+    g = torch.Generator().manual_seed(channels)
+    x = codes_of(1, 12, *size, generator=g).contiguous(memory_format=torch.channels_last)
+    packed = pack_int8_conv_weight(torch.randn(channels, 12, 1, 1, generator=g))
+    bias = torch.randn(channels, generator=g)
+    shape = (1, channels, *size)
+    floats = (100 * torch.randn(shape, generator=g)).bfloat16().contiguous(memory_format=torch.channels_last)
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, -3e38)):
+        floats[:, i] = value
+    codes = codes_of(*shape, generator=g).contiguous(memory_format=torch.channels_last)
+    scale, out_scale = torch.tensor(0.05), torch.tensor(0.7)
+
+    def call(bias=bias, **ends):
+        return lambda: int8_conv2d(x, packed, bias, activation=activation, x_scale=scale, **ends)
+
+    bits_on_every_isa(call(out_dtype=torch.bfloat16))
+    bits_on_every_isa(call(bias.clone().index_fill_(0, torch.tensor([3]), torch.nan), out_dtype=torch.bfloat16))
+    bits_on_every_isa(call(residual=floats, out_scale=out_scale))
+    bits_on_every_isa(call(residual=codes, residual_scale=out_scale, out_scale=out_scale))
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 47, 64])
+def test_planes_of_three_channels_are_read_as_pixels(width, isa):
+    g = torch.Generator().manual_seed(width)
+    x = codes_of(2, 3, 5, width, generator=g)
+    packed = pack_int8_conv_weight(torch.randn(8, 3, 3, 3, generator=g))
+    with lamina.force_isa(isa):
+        planes = int8_conv2d(x, packed, padding=1, x_scale=ONE)
+        pixels = int8_conv2d(x.contiguous(memory_format=torch.channels_last), packed, padding=1, x_scale=ONE)
+    assert_exact(planes.contiguous(), pixels.contiguous())
+
+
 @pytest.mark.parametrize("groups", [1, 70])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extremes_do_not_saturate(sign, groups, isa):

@@ -110,6 +110,17 @@ def test_a_call_of_torch_stands_between_two_segments():
         close(plan(x), net(x))
 
 
+def test_a_global_pool_of_channels_last_needs_no_call_of_torch():
+    """Torch gives its result other strides afterwards, in place."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    net = net.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    plan = plan_of(net, x)
+    assert not torch_calls(plan)
+    with torch.no_grad():
+        close(plan(x), net(x))
+
+
 def test_writes_to_what_the_graph_made_itself():
     def forward(m, x):
         y = m.a(x).sort(dim=1).values

@@ -6,6 +6,10 @@
 // of the input in another format. What the flips add to a sum is subtracted where it starts, and depends only on which
 // rows of taps the tile has.
 //
+// Where the epilogue is folded, a tile is 7 pixels x 64 channels: as many accumulators and 5% faster with a residual
+// and on small images, since lines of the output and of the residual are whole, and pixels' addresses stay in
+// registers.
+//
 // All panels that fit L2 together pass over a tile before the next tile comes: its pixels stay in L1, and the weights
 // come from L2 at a line in 14 cycles.
 #include "cpu/kernels/int8_conv_folded.h"
@@ -22,6 +26,25 @@ LAMINA_INLINE __m512i flipped(const int8_t* x, __m512i signs) {
 }
 LAMINA_INLINE void dot4(__m512i& acc, __m512i a, __m512i b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+LAMINA_INLINE void dot4_memory(__m512i& acc, __m512i a, const int8_t* b) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "m"(*reinterpret_cast<const int8_t (*)[64]>(b)));
+}
+
+// The lines of a tile's residual and output come while its sums are made; a store that misses holds up the next tile.
+template <int MR>
+LAMINA_INLINE void prefetch_ends(const ConvEpilogue& end, const ConvTile& tile, int64_t first, int64_t channels) {
+  const auto fetch = [&](const ConvImages& m, const int64_t* at) __attribute__((always_inline)) {
+    const int64_t bytes = channels * m.format;
+    const char* base = static_cast<const char*>(m.data) + first * m.format;
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+      LAMINA_UNROLL
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(base + at[i] * m.format + byte);
+    }
+  };
+  if (end.residual.data) fetch(end.residual, tile.residual);
+  fetch(end.out, tile.out);
 }
 
 // MR pixels x 16 NR channels from `first` on: all of their sums, and what becomes of them.
@@ -45,6 +68,7 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
       for (int j = 0; j < NR; ++j) acc[i][j] = acc[0][j];
     }
   }
+  prefetch_ends<MR>(a.end, tile, first, channels);
   __m512i signs = _mm512_set1_epi32(int32_t(0x80808080u));
   __asm__("" : "+v"(signs));  // keeps it in a register
   w += tile.tap_begin * a.taps_x * a.length * 16 * NR;
@@ -77,9 +101,18 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
     }
   }
   if constexpr (NR == 2) {
-    if (a.end.folded && channels == 32) {
-      return store_folded<MR>(
-          a.end, tile, [&](int i, int j) __attribute__((always_inline)) { return acc[i][j]; }, first);
+    const auto of = [&](int i, int j) __attribute__((always_inline)) { return acc[i][j]; };
+    const ConvEpilogue& end = a.end;
+    const bool none = end.activation == Activation::none;
+    if (channels == 32) {
+      if (end.folded) return store_folded<MR>(end, tile, of, first);
+      if (end.out.format == EpilogueMatrix::b16 && none && !end.residual.data) {
+        return store_bf16_of_sums<MR>(end, tile, of, first);
+      }
+      if (end.out.format == EpilogueMatrix::int8 && end.residual.data && end.residual.format == EpilogueMatrix::b16 &&
+          (none || end.activation == Activation::relu)) {
+        return store_codes_of_sums<MR>(end, tile, of, first);
+      }
     }
   }
   alignas(64) int32_t sums[MR * kConvPanel];
@@ -90,6 +123,69 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
   }
   finish_conv_tile(a.end, tile, sums, first, channels);
 }
+
+// MR pixels x two panels whose epilogue is folded. Half of the weights are operands in memory, or there would be more
+// than 32 registers of them and of sums.
+template <int MR>
+__attribute__((noinline)) void wide_tile(const Int8ConvArgs& a, const ConvTile& tile, const int8_t* w, int64_t first) {
+  const int64_t depth = a.taps_y * a.taps_x * a.length;
+  __m512i acc[MR][4];
+  {
+    const int32_t* compensation = a.compensation + tile.tap_begin * a.ld_compensation + first;
+    LAMINA_UNROLL
+    for (int j = 0; j < 4; ++j) acc[0][j] = _mm512_setzero_si512();
+    for (int t = tile.tap_begin; t < tile.tap_end; ++t, compensation += a.ld_compensation) {
+      LAMINA_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        acc[0][j] = _mm512_sub_epi32(acc[0][j], _mm512_loadu_si512(compensation + 16 * j));
+      }
+    }
+    LAMINA_UNROLL
+    for (int i = 1; i < MR; ++i) {
+      LAMINA_UNROLL
+      for (int j = 0; j < 4; ++j) acc[i][j] = acc[0][j];
+    }
+  }
+  prefetch_ends<MR>(a.end, tile, first, 64);
+  __m512i signs = _mm512_set1_epi32(int32_t(0x80808080u));
+  __asm__("" : "+v"(signs));  // keeps it in a register
+  w += tile.tap_begin * a.taps_x * a.length * kConvPanel;
+  const int8_t* second = w + depth * kConvPanel;
+  const int8_t* x[MR];
+  LAMINA_UNROLL
+  for (int i = 0; i < MR; ++i) x[i] = tile.x[i];
+  const auto step = [&](int64_t k, int64_t at) __attribute__((always_inline)) {
+    const __m512i b0 = _mm512_loadu_si512(w + at), b1 = _mm512_loadu_si512(w + at + 64);
+    LAMINA_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      const __m512i v = flipped(x[i] + k, signs);
+      dot4(acc[i][0], v, b0);
+      dot4(acc[i][1], v, b1);
+      dot4_memory(acc[i][2], v, second + at);
+      dot4_memory(acc[i][3], v, second + at + 64);
+    }
+  };
+  for (int ty = 0; ty < tile.tap_end - tile.tap_begin; ++ty) {
+    for (int tx = 0; tx < a.taps_x; ++tx) {
+      int64_t k = ty * a.dilation_y * a.row + tx * a.tap_x;
+      const int64_t end = k + a.length;
+      for (; k + 16 <= end; k += 16, w += 512, second += 512) {
+        step(k, 0);
+        step(k + 4, 128);
+        step(k + 8, 256);
+        step(k + 12, 384);
+      }
+      for (; k < end; k += 4, w += 128, second += 128) step(k, 0);
+    }
+  }
+  store_folded_lines<MR>(a.end, tile, [&](int i, int j) __attribute__((always_inline)) { return acc[i][j]; }, first);
+}
+
+using WideTile = void (*)(const Int8ConvArgs&, const ConvTile&, const int8_t*, int64_t);
+
+constexpr int kWidePixels = 7, kWideChannels = 2 * kConvPanel;
+constexpr WideTile kWideTiles[kWidePixels] = {wide_tile<1>, wide_tile<2>, wide_tile<3>, wide_tile<4>,
+                                              wide_tile<5>, wide_tile<6>, wide_tile<7>};
 
 using Tile = void (*)(const Int8ConvArgs&, const ConvTile&, const int8_t*, int64_t, int);
 
@@ -103,8 +199,20 @@ void int8_conv(const Int8ConvArgs& a) {
   const int64_t depth = a.taps_y * a.taps_x * a.length;
   int64_t most = tuning::kInt8ConvWeightBytes / (depth > 0 ? depth : 1) / kConvPanel * kConvPanel;
   if (most < kConvPanel) most = kConvPanel;
+  const int64_t pixels = (a.row_end - a.row_begin) * a.out_width;
+  const bool shallow = depth <= tuning::kInt8ConvShallowDepth || pixels <= tuning::kInt8ConvFewPixels;
+  const bool wide = a.end.folded && a.channels % kWideChannels == 0 && (a.end.residual.data || shallow);
+  if (wide) most = most < kWideChannels ? kWideChannels : most / kWideChannels * kWideChannels;
   for (int64_t begin = 0; begin < a.channels; begin += most) {
     const int64_t end = begin + most < a.channels ? begin + most : a.channels;
+    if (wide) {
+      for_each_conv_tile(a, kWidePixels, [&](const ConvTile& tile) {
+        for (int64_t first = begin; first < end; first += kWideChannels) {
+          kWideTiles[tile.count - 1](a, tile, a.panels + first * depth, first);
+        }
+      });
+      continue;
+    }
     for_each_conv_tile(a, kConvMaxPixels, [&](const ConvTile& tile) {
       for_each_conv_panel(a, begin, end, [&](const int8_t* panel, int64_t first, int channels, int width) {
         (width == 32 ? kTiles<2> : kTiles<1>)[tile.count - 1](a, tile, panel, first, channels);

@@ -10,6 +10,11 @@ inline constexpr int kInt8ConvPanelChannels = 32;
 // Bytes of weights that stay in L2 while all pixels pass over them.
 inline constexpr long kInt8ConvWeightBytes = 256 * 1024;
 
+// Tiles of 64 channels instead of 32: 3 to 5% faster with a residual, 1 to 3% for filters of up to so many products, 7%
+// for so few pixels (a 7 x 7 map). Elsewhere twice the weights pass through L1 for nothing: 2% slower at 512 products.
+inline constexpr long kInt8ConvShallowDepth = 256;
+inline constexpr long kInt8ConvFewPixels = 64;
+
 // Fewer multiply-adds than this are not worth waking a second thread for, fewer than this of a depthwise convolution,
 // and fewer values to quantize or copy.
 inline constexpr long kInt8ConvWorkPerThread = 1L << 20;
