@@ -24,8 +24,9 @@ install: $(VENV)/.installed
 report: $(VENV)/.onnx
 	$(BIN)/lamina report --out report
 
+# One process for each core; waiting OpenMP threads sleep, or those of one process would keep the other's from running.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
 bench: $(VENV)/.openvino
 	$(BIN)/lamina bench --targets benchmarks/targets.toml

@@ -35,8 +35,8 @@ def tagged(tag: str, most: int | None = None):
 def _first_of_each_tag():
     chosen = []
     for suite in SUITES.values():
-        firsts = {tag: case for case in reversed(suite.cases) for tag in case.tags}
-        chosen += [(suite, case) for case in {case.id: case for case in firsts.values()}.values()]
+        firsts = {tag: case.id for case in reversed(suite.cases) for tag in case.tags}
+        chosen += [(suite, case) for case in suite.cases if case.id in firsts.values()]
     return pytest.mark.parametrize(("suite", "case"), chosen, ids=[f"{suite.op}-{case.id}" for suite, case in chosen])
 
 

@@ -436,7 +436,7 @@ def test_quantized_projections(size, same, kind):
             assert_lossy(found, dequantized(*inputs)[0], min_sqnr_db=INT8_MODEL_SQNR_DB)
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.ReLU(), F.silu], ids=str)
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.ReLU(), F.silu], ids=["relu", "gelu", "ReLU", "silu"])
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
 def test_the_activation_of_a_quantized_feed_forward(kind, activation):
     """Inside the op where it can be, and the same as behind it; hooks still see the layer called."""
