@@ -1018,3 +1018,13 @@ def test_a_wrong_config_is_refused(config):
 def test_compile_is_auto_or_false():
     with pytest.raises(ValueError, match="compile is 'always'; use 'auto' or False"):
         lamina.accelerate(mlp(), (torch.randn(4, 20),), compile="always")
+
+
+def test_an_accelerated_model_is_explained_and_compiled_by_its_layers():
+    model, x = Fused().eval(), torch.randn(4, 32)
+    fast = lamina.accelerate(model, (x,)).model
+    lamina.compile.compile_(fast, (x,), options={"measure": False})
+    assert lamina.compile.explain(fast, (x,), options={"measure": False}).fused
+    with torch.no_grad():
+        for actual, expected in zip(torch.compile(fast, backend="eager")(x), fast(x), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

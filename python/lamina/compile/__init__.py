@@ -326,7 +326,10 @@ def explain(
     >>> print(lamina.compile.explain(model, (input_ids,)))
     """
     report = CompileReport()
-    compiled = torch.compile(model, backend=_Reporting(dict(options or {}), report))
+    # Of an accelerated model, whose call is a graph already, the layers.
+    accelerated = isinstance(model, nn.Module) and model._compiled_call_impl is not None
+    call = _own_frame(model._call_impl) if accelerated else model
+    compiled = torch.compile(call, backend=_Reporting(dict(options or {}), report))
     try:
         with torch.no_grad():
             if isinstance(example_inputs, Mapping):
