@@ -153,7 +153,7 @@ class FusedConv(Config):
 ConfigLike = Config | Sequence[Config] | Mapping[str, Config | Sequence[Config] | None]
 
 AUTO: tuple[Config, ...] = (
-    *(Int8Dynamic(), FusedAttention(), FusedRNN(), FusedConv(winograd=4)),
+    *(Int8Dynamic(), FusedAttention(), FusedRNN(), Int8RNN(), FusedConv(winograd=4)),
     Sparse("auto", rows=None),
 )
 
