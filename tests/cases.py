@@ -3217,8 +3217,8 @@ def group_norm_check(actual: Tensor, inputs: tuple) -> None:
     truth = group_norm_truth(*inputs)
     if x.numel() == 0:
         return tolerances.assert_exact(actual, truth.to(x.dtype))
-    # torch refuses bfloat16 parameters beside a float32 input.
-    floats = [t if t is None else t.float() for t in (weight, bias)]
+    # torch refuses bfloat16 parameters beside a float32 input, and takes any for contiguous.
+    floats = [t if t is None else t.float().contiguous() for t in (weight, bias)]
     eager = lamina.reference.int8_linear.ACTIVATIONS[activation](
         torch.native_group_norm(x.float().contiguous(), *floats, *x.shape[:2], x[0, 0].numel(), groups, eps)[0]
     )
