@@ -69,10 +69,9 @@ template <int MR, class Sums>
 LAMINA_INLINE void store_folded_lines(const ConvEpilogue& end, const ConvTile& tile, const Sums& sums, int64_t first) {
   const float* scale = tile.scale + first;
   const float* bias = end.bias + first;
-  const Scales<4> s = {{_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16), _mm512_loadu_ps(scale + 32),
-                        _mm512_loadu_ps(scale + 48)},
-                       {_mm512_loadu_ps(bias), _mm512_loadu_ps(bias + 16), _mm512_loadu_ps(bias + 32),
-                        _mm512_loadu_ps(bias + 48)}};
+  const Scales<4> s = {
+      {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16), _mm512_loadu_ps(scale + 32), _mm512_loadu_ps(scale + 48)},
+      {_mm512_loadu_ps(bias), _mm512_loadu_ps(bias + 16), _mm512_loadu_ps(bias + 32), _mm512_loadu_ps(bias + 48)}};
   const __m512 factor = _mm512_set1_ps(end.residual_scale);
   const __m512i lowest = _mm512_set1_epi8(char(int(end.lowest))), highest = _mm512_set1_epi8(char(int(end.highest)));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
