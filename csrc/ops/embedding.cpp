@@ -21,20 +21,9 @@ namespace {
 constexpr const char* kOp = "embedding";
 
 int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64: return 8;
-    case DType::float32:
-    case DType::int32: return 4;
-    case DType::float16:
-    case DType::bfloat16:
-    case DType::int16: return 2;
-    case DType::int8:
-    case DType::uint8:
-    case DType::boolean: return 1;
-    case DType::other: break;
-  }
-  fail(kOp, "weight is ", dtype_name(dtype), ", but its elements must be numbers of 1 to 8 bytes");
+  check(dtype != DType::other, kOp, "weight is ", dtype_name(dtype),
+        ", but its elements must be numbers of 1 to 8 bytes");
+  return dtype_bytes(dtype);
 }
 
 // The rows of the table brought together where their elements are apart: in `to`, [count, size].

@@ -19,25 +19,9 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // What kernels may read behind the end of a tensor.
 constexpr size_t kSlack = 64;
 
-int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64: return 8;
-    case DType::float32:
-    case DType::int32: return 4;
-    case DType::float16:
-    case DType::bfloat16:
-    case DType::int16: return 2;
-    case DType::int8:
-    case DType::uint8:
-    case DType::boolean: return 1;
-    case DType::other: break;
-  }
-  throw FormatError("plan: a tensor has a dtype that no op knows");
-}
-
 // Whether all elements of an operand lie within `bytes` bytes.
 bool lies_within(const Operand& operand, int64_t bytes) {
+  if (operand.dtype == DType::other) return false;
   int64_t last = 0;
   for (size_t i = 0; i < operand.shape.size(); ++i) {
     if (operand.shape[i] < 0 || operand.strides[i] < 0) return false;
@@ -47,7 +31,7 @@ bool lies_within(const Operand& operand, int64_t bytes) {
     if (__builtin_add_overflow(last, reach, &last)) return false;
   }
   int64_t end;
-  if (__builtin_mul_overflow(last + 1, bytes_of(operand.dtype), &end)) return false;
+  if (__builtin_mul_overflow(last + 1, int64_t{dtype_bytes(operand.dtype)}, &end)) return false;
   if (__builtin_add_overflow(end, operand.offset, &end)) return false;
   return operand.offset >= 0 && end <= bytes;
 }

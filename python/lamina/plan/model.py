@@ -140,12 +140,10 @@ class Plan:
 
     def _as_made_for(self, sized: "_Sized", args: tuple) -> bool:
         """Whether the arguments are the inputs, one tensor for each name."""
-        return (
-            self._plain
-            and len(args) == len(sized.inputs)
-            and all(isinstance(argument, Tensor) for argument in args)
-            and sized.guard.fits(args)
-        )
+        try:
+            return self._plain and sized.guard.fits(args)
+        except TypeError:  # one of them is no tensor
+            return False
 
     def _check(self, values: Mapping[str, Any]) -> None:
         """Raises PlanError for a plain value other than the one that the plan was made with."""
