@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lamina.compile import CaptureError, compile_
-from lamina.compile.bound import Bound
+from lamina.compile.bound import Bound, settings
 from lamina.configs import ConfigLike
 from lamina.running import ExampleInputs, caller, copied, floats, outputs, relative_error
 from lamina.swap import Candidate, FilterFn, LayerDecision, SwapReport, candidates, is_compile_wrapper, ordered
@@ -394,12 +394,7 @@ class _ForSizes:
 
 def _describe_call(arguments: Mapping[Any, Any]) -> tuple[Any, ...]:
     """What a graph is compiled for: the arguments, sizes of tensors, and torch's state as far as results hang on it."""
-    state = (
-        torch.is_autocast_enabled("cpu"),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    return {key: _describe(value) for key, value in arguments.items() if value is not None}, state
+    return {key: _describe(value) for key, value in arguments.items() if value is not None}, settings()
 
 
 def _ordinary(value: Any) -> Any:

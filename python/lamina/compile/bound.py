@@ -97,20 +97,21 @@ class _Binding:
         """What calls like this one need of the binding, if a plan runs them and they give nothing but tensors."""
         if not args or not all(type(argument) is Tensor for argument in args):
             return None
-        inputs = self._inputs.copy()
-        for position, leaf in self._places:
-            inputs[position] = args[leaf]
-        program = self._graph.program_for(inputs)
+        program = self._graph.program_for(self._inputs_with(args))
         if program is None:
             return None
         return _Planned(program, self._inputs, self._places, self._rebuild, self._dicts, self._graph.static, args)
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         leaves = tree_leaves((args, kwargs)) if kwargs or not all(type(a) is Tensor for a in args) else args
+        return self._rebuild(self._graph(*self._inputs_with(leaves)), leaves)
+
+    def _inputs_with(self, leaves: Sequence[Any]) -> list[Any]:
+        """The graph's inputs for the leaves of a call's arguments."""
         inputs = self._inputs.copy()
         for position, leaf in self._places:
             inputs[position] = leaves[leaf]
-        return self._rebuild(self._graph(*inputs), leaves)
+        return inputs
 
 
 class _Planned:
@@ -131,7 +132,7 @@ class _Planned:
         self._take = picker([leaf_of[position] for position in program.live])
         self._guard = _C.Guard(args)
         self._watch = _C.Watch(dicts, [inputs[i] for i in static])
-        self._settings = _settings()
+        self._settings = settings()
 
     def fits(self, args: tuple) -> bool:
         return (
@@ -139,7 +140,7 @@ class _Planned:
             and _C.skips_dispatcher(args)
             and all(type(argument) is Tensor for argument in args)
             and self._guard.fits(args)
-            and _settings() == self._settings
+            and settings() == self._settings
             and not self._watch.changed()
         )
 
@@ -147,7 +148,7 @@ class _Planned:
         return self._rebuild(self._program.run(self._take(args)), args)
 
 
-def _settings() -> tuple:
+def settings() -> tuple:
     """What of torch's state results hang on, besides the threads' number."""
     return (
         torch.is_autocast_enabled("cpu"),

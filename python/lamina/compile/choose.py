@@ -29,21 +29,27 @@ def fastest(key: tuple, candidates: dict[str, Callable[[], Any]]) -> str:
     """
     key = (*key, torch.get_num_threads(), _C.active_isa())
     if key not in _chosen:
-        best = dict.fromkeys(candidates, float("inf"))
-        with torch.no_grad():
-            for run in candidates.values():
-                run()
-            end, rounds = time.perf_counter() + _SECONDS, 0
-            while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-                for name, run in candidates.items():
-                    start = time.perf_counter()
-                    run()
-                    best[name] = min(best[name], time.perf_counter() - start)
-                rounds += 1
+        best = best_times(candidates, _SECONDS)
         incumbent = next(iter(candidates))
         winner = min(best, key=best.__getitem__)
         _chosen[key] = winner if best[winner] <= _CLEARLY * best[incumbent] else incumbent
     return _chosen[key]
+
+
+def best_times(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """The best time of each, called in turn for so long, but for a few rounds at least, after one call for nothing."""
+    best = dict.fromkeys(candidates, float("inf"))
+    with torch.no_grad():
+        for run in candidates.values():
+            run()
+        end, rounds = time.perf_counter() + seconds, 0
+        while rounds < _MIN_ROUNDS or time.perf_counter() < end:
+            for name, run in candidates.items():
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+            rounds += 1
+    return best
 
 
 def describe(args: Any) -> tuple:

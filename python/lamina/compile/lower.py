@@ -22,7 +22,7 @@ from torch._C._autograd import _profiler_enabled
 from lamina.compile.capture import Captured, Fold, fake
 from lamina.ops.library import CPU_IMPLEMENTATIONS
 from lamina.plan.plans import Plans, Specialized
-from lamina.plan.program import Program
+from lamina.plan.program import Program, picker
 
 _version = operator.attrgetter("_version")
 
@@ -47,7 +47,7 @@ class _Sources:
     """The tensors behind the constants, as they were when the constants were made."""
 
     def __init__(self, positions: Sequence[int], inputs: Sequence[Any]) -> None:
-        self._get = operator.itemgetter(*positions, positions[0]) if positions else lambda inputs: ()
+        self._get = picker(positions)
         self._tensors = self._get(inputs)
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(Tensor.data_ptr, self._tensors))

@@ -7,7 +7,6 @@ for the third time. After a few plans that were all faster, or none, the next on
 
 import logging
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import fx
 from torch.utils._pytree import tree_unflatten
 
 from lamina import _C
+from lamina.compile.choose import best_times
 from lamina.plan.fusion import fuse_chains
 from lamina.plan.program import Program, picker
 from lamina.plan.record import Refused, record
@@ -26,9 +26,8 @@ _log = logging.getLogger(__name__)
 
 # Forms of inputs whose plans are kept; the one not used for longest goes first.
 _MOST = 8
-# A plan is timed against the graph's own calls for this long, but for at least so many rounds.
+# A plan is timed against the graph's own calls for this long.
 _SECONDS = 0.03
-_MIN_ROUNDS = 3
 # So often a later form runs the graph's own calls first; so many forms are counted.
 _CALLS_BEFORE = 2
 _MOST_COUNTED = 256
@@ -136,14 +135,6 @@ def _result(program: Program, inputs: tuple) -> Any:
 
 
 def _is_faster(program: Program, direct: Callable[..., Any], inputs: tuple) -> bool:
-    best = [float("inf"), float("inf")]
     given = program.take(inputs)
-    program.run(given), direct(*inputs)
-    end, rounds = time.perf_counter() + _SECONDS, 0
-    while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-        for i, run in enumerate((lambda: program.run(given), lambda: direct(*inputs))):
-            start = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - start)
-        rounds += 1
-    return best[0] <= best[1]
+    best = best_times({"plan": lambda: program.run(given), "calls": lambda: direct(*inputs)}, _SECONDS)
+    return best["plan"] <= best["calls"]
