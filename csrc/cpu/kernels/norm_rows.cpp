@@ -11,32 +11,15 @@
 // It costs one addition a vector, and a constant row comes out as zeros at any offset.
 #include "cpu/kernels/norm_rows.h"
 
+#include "cpu/kernels/row_chains.h"
 #include "cpu/vec/vec.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
 
-constexpr int kLanes = F32::lanes;
 // Rows that go together: the sums, the division and the square root of one hide behind the other's, and both share a
 // load of weight and bias.
 constexpr int kTogether = 2;
-// Sums of a row run in so many chains, which with two rows hide the latency of an addition, and over so many elements
-// at most before they join the total in float64: chains stay short in rows of any length.
-constexpr int kChains = 2;
-constexpr int64_t kBlock = 2048;
-
-LAMINA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Calls each(chain, index, count) over the vectors of [begin, end), the chains taking turns.
-template <class Each>
-LAMINA_INLINE void over_chains(int64_t begin, int64_t end, const Each& each) {
-  int64_t i = begin;
-  for (; i + kChains * kLanes <= end; i += kChains * kLanes) {
-    LAMINA_UNROLL
-    for (int c = 0; c < kChains; ++c) each(c, i + c * kLanes, kLanes);
-  }
-  for (; i < end; i += kLanes) each(0, i, int(smaller(end - i, kLanes)));
-}
 
 // Calls load(row, index, count) for each vector of n elements of R rows; total is the sum of what it gives (kSquares:
 // of its squares).
