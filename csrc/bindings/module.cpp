@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/cuda.h"
 #include "bindings/dispatcher.h"
 #include "bindings/plan.h"
 #include "bindings/recorder.h"
@@ -48,9 +49,6 @@
 #include "ops/token_panels.h"
 #include "ops/weight_only_linear.h"
 #include "ops/workspace.h"
-#ifdef LAMINA_WITH_CUDA
-#include "cuda/device.h"
-#endif
 
 namespace py = pybind11;
 using namespace lamina;
@@ -211,11 +209,5 @@ PYBIND11_MODULE(_C, m) {
 
   define_plan(m);
   define_watch(m);
-
-#ifdef LAMINA_WITH_CUDA
-  m.attr("with_cuda") = true;
-  m.def("cuda_devices", &cuda_devices, no_gil);
-#else
-  m.attr("with_cuda") = false;
-#endif
+  define_cuda(m);
 }

@@ -64,11 +64,8 @@ DType dtype_of(dlpack::DataType type) {
 // Keeps `object` alive until the bound function has returned.
 void keep_for_call(const py::object& object) { py::detail::loader_life_support::add_patient(object); }
 
-TensorView view_of(const dlpack::Tensor& t) {
-  if (t.device.type != dlpack::kCPU && t.device.type != dlpack::kCUDAHost) {
-    throw py::type_error(
-        "lamina: this function runs on the CPU, but a tensor is on another device; move it with .cpu()");
-  }
+// Wherever its data is.
+TensorView layout_of(const dlpack::Tensor& t) {
   TensorView view;
   view.ndim = t.ndim;
   view.shape = t.shape;
@@ -88,6 +85,14 @@ TensorView view_of(const dlpack::Tensor& t) {
     throw py::type_error("lamina: a tensor has a shape but no data (a fake or meta tensor); use real tensors");
   }
   return view;
+}
+
+TensorView view_of(const dlpack::Tensor& t) {
+  if (t.device.type != dlpack::kCPU && t.device.type != dlpack::kCUDAHost) {
+    throw py::type_error(
+        "lamina: this function runs on the CPU, but a tensor is on another device; move it with .cpu()");
+  }
+  return layout_of(t);
 }
 
 // A new thread starts with OpenMP's default number of threads; torch gives it its own setting (torch.set_num_threads)
@@ -122,6 +127,24 @@ TensorView tensor_view_of(py::handle object) {
   auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   return view_of(managed->tensor);
+}
+
+CudaTensorView cuda_tensor_view_of(py::handle object) {
+  const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(object.ptr()));
+  if (!api) {
+    throw py::type_error("lamina: expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
+  }
+  dlpack::Tensor tensor;
+  if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (tensor.device.type != dlpack::kCUDA) {
+    throw py::type_error(
+        "lamina: this function runs on CUDA devices, but a tensor is on another device; move it with .cuda()");
+  }
+  CudaTensorView view;
+  static_cast<TensorView&>(view) = layout_of(tensor);
+  view.device = tensor.device.id;
+  if (api->current_work_stream(dlpack::kCUDA, view.device, &view.stream) != 0) throw py::error_already_set();
+  return view;
 }
 
 }  // namespace lamina

@@ -12,6 +12,8 @@ namespace lamina {
 
 // Throws pybind11::type_error in one sentence for objects that are no tensors, live on another device, or have no data.
 TensorView tensor_view_of(pybind11::handle object);
+// The same for tensors on a CUDA device.
+CudaTensorView cuda_tensor_view_of(pybind11::handle object);
 
 }  // namespace lamina
 
@@ -23,6 +25,16 @@ struct type_caster<lamina::TensorView> {
 
   bool load(handle source, bool) {
     value = lamina::tensor_view_of(source);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<lamina::CudaTensorView> {
+  PYBIND11_TYPE_CASTER(lamina::CudaTensorView, const_name("torch.Tensor"));
+
+  bool load(handle source, bool) {
+    value = lamina::cuda_tensor_view_of(source);
     return true;
   }
 };

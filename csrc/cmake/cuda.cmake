@@ -1,4 +1,4 @@
-# Compiles csrc/cuda/*.cu into the module _C when LAMINA_CUDA is ON, or AUTO and nvcc is found.
+# Compiles csrc/cuda/*.cu (kernels) and csrc/ops/cuda/*.cpp (checks, and which kernel runs) into the module _C when LAMINA_CUDA is ON, or AUTO and nvcc is found.
 # The CUDA runtime is linked statically: the module then loads on machines without a driver.
 # Included, not called: enable_language only works at the scope of the project.
 string(TOUPPER "${LAMINA_CUDA}" lamina_cuda)
@@ -20,7 +20,7 @@ if(lamina_with_cuda)
   endif()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
-  file(GLOB lamina_cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+  file(GLOB lamina_cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/ops/cuda/*.cpp)
   target_sources(_C PRIVATE ${lamina_cuda_sources})
   set_target_properties(_C PROPERTIES CUDA_STANDARD 20 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
   target_compile_definitions(_C PRIVATE LAMINA_WITH_CUDA)

@@ -31,6 +31,13 @@ struct TensorView {
   bool is_contiguous() const;
 };
 
+// A tensor on a CUDA device, with the stream its work is to be put on. Another type than TensorView, not another value
+// in it: a function of the CPU can't be handed a pointer that it must not follow.
+struct CudaTensorView : TensorView {
+  int device = 0;
+  void* stream = nullptr;  // a cudaStream_t: PyTorch's current one on that device
+};
+
 // "float32[2, 3]", for error messages.
 std::string describe(const TensorView& tensor);
 

@@ -38,6 +38,11 @@ def force_isa(name: str) -> Iterator[None]:
         _C.force_isa(before)
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed; nothing is imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def info() -> dict[str, Any]:
     """What lamina runs on here.
 
@@ -48,7 +53,7 @@ def info() -> dict[str, Any]:
     backends = ["cpu"]
     if devices:
         backends.append("cuda")
-    if importlib.util.find_spec("triton") is not None and torch.cuda.is_available():
+    if has_triton() and torch.cuda.is_available():
         backends.append("triton")
     return {
         "version": version("lamina"),

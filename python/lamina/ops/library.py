@@ -17,11 +17,15 @@ LIBRARY = torch.library.Library("lamina", "DEF")
 # The CPU implementation of each op: what a compiled graph calls where nothing needs the dispatcher.
 CPU_IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable] = {}
 
+# The CUDA implementations there are, by the name of the op ("attention.with_lse").
+CUDA_IMPLEMENTATIONS: dict[str, Callable] = {}
 
-def define(schema: str, *, cpu: Callable, fake: Callable) -> Callable:
-    """Define `lamina::<schema>` with its CPU and fake implementation; returns the function to call.
 
-    It takes all arguments of the schema, by position.
+def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None = None) -> Callable:
+    """Define `lamina::<schema>` with its implementations; returns the function to call.
+
+    It takes all arguments of the schema, by position. `cuda` imports `lamina.kernels.<op>` when it is called, not
+    before: Triton is not a dependency, and importing lamina must not load it.
 
     The name may be that of an overload ("layer_norm.with_sum"): one op, several results.
 
@@ -34,6 +38,9 @@ def define(schema: str, *, cpu: Callable, fake: Callable) -> Callable:
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.lamina, packet), overload or "default")
     CPU_IMPLEMENTATIONS[op] = cpu
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
+        CUDA_IMPLEMENTATIONS[name] = cuda
 
     def call(*arguments):
         if not torch.compiler.is_compiling() and _C.skips_dispatcher(arguments):

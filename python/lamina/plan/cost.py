@@ -8,14 +8,14 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from torch.utils.flop_counter import flop_registry
-
 from lamina.plan.record import Ref, Step, TorchCall
 
 
 def flops(step: Step | TorchCall) -> int:
     """Operations of one run of a step, 0 where nobody counts them."""
     if isinstance(step, TorchCall):
+        from torch.utils.flop_counter import flop_registry  # here: it imports Triton where that is installed
+
         count = flop_registry.get(step.op.overloadpacket)
         if count is None:
             return 0

@@ -1,0 +1,25 @@
+#include "bindings/cuda.h"
+
+#ifdef LAMINA_WITH_CUDA
+#include <pybind11/stl.h>
+
+#include "bindings/tensor_view.h"
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace lamina {
+
+// A name ends in _cuda where the CPU has a function of that name as well.
+void define_cuda(py::module_& m) {
+#ifdef LAMINA_WITH_CUDA
+  [[maybe_unused]] const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.attr("with_cuda") = true;
+  m.def("cuda_devices", &cuda_devices, no_gil);
+#else
+  m.attr("with_cuda") = false;
+#endif
+}
+
+}  // namespace lamina
