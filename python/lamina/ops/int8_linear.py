@@ -67,9 +67,26 @@ def pack_int8_weight(weight: Tensor, scale: Tensor | None = None) -> PackedInt8W
 
 def unpack_int8_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
     """The int8 codes [N, in_features] of a packed weight; `pack_int8_weight(codes, packed.scale)` is the inverse."""
+    if packed.data.ndim == 2:
+        return packed.data.clone()
     weight = torch.empty(packed.scale.shape[0], in_features, dtype=torch.int8)
     _C.int8_linear_unpack(packed.data, weight)
     return weight
+
+
+def move_int8_weight(packed: PackedInt8Weight, in_features: int, device: torch.device | str) -> PackedInt8Weight:
+    """A packed weight on `device`, in the form that the kernels there read: on a GPU the codes [N, in_features].
+
+    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
+
+    >>> packed = lamina.ops.move_int8_weight(packed, linear.in_features, "cuda")
+    """
+    device = torch.device(device)
+    if (packed.data.ndim == 2) == (device.type == "cuda"):
+        return PackedInt8Weight(*(t.to(device) for t in packed))
+    if device.type == "cuda":
+        return PackedInt8Weight(*(t.to(device) for t in packed._replace(data=unpack_int8_weight(packed, in_features))))
+    return pack_int8_weight(packed.data.to(device), packed.scale.to(device))
 
 
 def int8_output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype | None:

@@ -12,6 +12,9 @@ from lamina.ops.library import define
 # Patterns the float kernels know, output channels x inputs of a block.
 PATTERNS = ("unstructured", "2x1", "4x1")
 
+# Patterns that GPUs have kernels for, and what the CPU packs them as.
+GPU_PATTERNS: dict[str, str] = {}
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -23,6 +26,7 @@ class PackedSparseWeight(NamedTuple):
 
     data: Tensor
     out_features: int
+    index: Tensor | None = None
 
 
 class SparseInfo(NamedTuple):
@@ -71,6 +75,15 @@ def unpack_sparse_weight(packed: PackedSparseWeight) -> Tensor:
     weight = torch.empty(info.out_features, info.in_features, dtype=info.dtype)
     _C.sparse_linear_unpack(packed.data, weight)
     return weight
+
+
+def move_sparse_weight(
+    packed: PackedSparseWeight, in_features: int, pattern: str, device: torch.device | str
+) -> PackedSparseWeight:
+    """A packed weight [N, in_features] in the layout of `device`, on that device; `pattern` as it was packed with."""
+    if torch.device(device).type == "cuda":
+        raise NotImplementedError("move_sparse_weight: sparse kernels run on the CPU")
+    return packed._replace(data=packed.data.to(device))
 
 
 def sparse_info(data: Tensor) -> SparseInfo:
@@ -182,5 +195,5 @@ def sparse_linear(
 
     >>> y = lamina.ops.sparse_linear(x, lamina.ops.pack_sparse_weight(linear.weight, "4x1"), linear.bias)
     """
-    data, out_features = packed_weight
+    data, out_features, _ = packed_weight
     return call_sparse_linear(x, data, bias, out_features, activation or "none")
