@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lamina.nn.packed_weight import PackedWeight
 from lamina.ops.sparse_linear import (
+    GPU_PATTERNS,
     PATTERNS,
     PackedSparseWeight,
     SparseInfo,
@@ -25,8 +26,9 @@ class SparseWeight(PackedWeight):
     """
 
     def _set_pattern(self, pattern: str) -> None:
-        if pattern not in PATTERNS:
-            raise ValueError(f"{type(self).__name__}: pattern '{pattern}' is unknown; use one of {', '.join(PATTERNS)}")
+        known = *PATTERNS, *GPU_PATTERNS
+        if pattern not in known:
+            raise ValueError(f"{type(self).__name__}: pattern '{pattern}' is unknown; use one of {', '.join(known)}")
         self.pattern = pattern
 
     @property
@@ -55,8 +57,10 @@ class SparseWeight(PackedWeight):
 
     def _set_packed(self, packed: PackedSparseWeight) -> None:
         self.register_buffer("_packed", packed.data, persistent=False)
-        # A packed weight brings its own pattern.
-        self.pattern = self.sparse_info.pattern
+        # A packed weight brings its own pattern; blocks that only GPUs have kernels for are packed in smaller ones.
+        own = self.sparse_info.pattern
+        if GPU_PATTERNS.get(self.pattern, self.pattern) != own:
+            self.pattern = own
 
     def pack_saved(self, weight: Tensor, scale: Tensor | None, name: str = "weight") -> PackedSparseWeight:
         if weight.is_floating_point():

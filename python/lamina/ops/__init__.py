@@ -55,8 +55,10 @@ from lamina.ops.sparse_int8_linear import (
 from lamina.ops.sparse_linear import (
     PackedSparseWeight,
     SparseInfo,
+    move_sparse_weight,
     pack_sparse_weight,
     sparse_info,
+    sparse_kernel,
     sparse_linear,
     unpack_sparse_weight,
 )
@@ -112,6 +114,7 @@ __all__ = [
     "lstm",
     "max_pool1d",
     "max_pool2d",
+    "move_sparse_weight",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
@@ -132,6 +135,7 @@ __all__ = [
     "sparse_info",
     "sparse_int8_linear",
     "sparse_int8_linear_panels",
+    "sparse_kernel",
     "sparse_linear",
     "token_panels",
     "token_rows",

@@ -172,5 +172,5 @@ def sparse_conv2d(
     """
     kernel, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
     geometry = (*kernel, *stride, *dilation, *four_paddings(padding, kernel, stride, dilation))
-    data, out_channels = packed_weight
+    data, out_channels, _ = packed_weight
     return call_sparse_conv2d(x, data, bias, out_channels, geometry, activation or "none")
