@@ -39,7 +39,7 @@ def sparse_tile(block: int, rows: int, item: int, architecture: int) -> SparseTi
         return SparseTile(16 if rows <= 16 else 32 if rows <= 32 else 64, min(block, 32), group, 4, 4, False)
     # Compiled for sm_80, four stages of 128 rows would leave room for one program.
     if item == 4:  # three products of tf32 hold twice the registers
-        return SparseTile(64, block, group, 4 if architecture >= 90 or block < 64 else 8, 2, False)
+        return SparseTile(64 if architecture >= 90 or block < 64 else 32, block, group, 4, 2, False)
     # 168 registers of 128 threads and 72 KiB: three times each in a multiprocessor.
     return SparseTile(128, block, group, 4, 3, block == 64 and architecture >= 90, 168)
 
