@@ -62,6 +62,10 @@ def _split_for(tiles: int, steps: int, programs: int, least_steps: int, most: in
 
 def int8_linear_tile(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> Int8LinearTile:
     """For a product [rows, k] x [columns, k]."""
+    if k % 16:
+        # Rows begin anywhere and are read byte by byte: small blocks, or the bytes do not fit into registers.
+        odd = Int8LinearTile(32, 64, 64, 8, 1, False, 2, 4)
+        return odd._replace(split=_split_for(_tiles(odd, rows, columns), -(-k // odd.k), 2 * multiprocessors, 4, 8))
     if rows <= 64:
         return _int8_stream(rows, columns, k, chip, multiprocessors)
     # A warp group's widest instruction has 64 rows and 256 channels: two groups hold 128 x 256 sums in 128 registers a

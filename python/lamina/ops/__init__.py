@@ -23,7 +23,13 @@ from lamina.ops.int8_conv2d import (
     unpack_int8_conv_weight,
 )
 from lamina.ops.int8_gru import int8_gru
-from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
+from lamina.ops.int8_linear import (
+    PackedInt8Weight,
+    int8_linear,
+    move_int8_weight,
+    pack_int8_weight,
+    unpack_int8_weight,
+)
 from lamina.ops.int8_lstm import int8_lstm
 from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, int8_max_pool2d, int8_pool2d
 from lamina.ops.layer_norm import NormCodes, layer_norm, layer_norm_codes, layer_norm_panels
@@ -114,6 +120,7 @@ __all__ = [
     "lstm",
     "max_pool1d",
     "max_pool2d",
+    "move_int8_weight",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
