@@ -1,10 +1,133 @@
-"""Block sizes, warps and pipeline stages of the Triton kernels: a section for each op. Importable without Triton.
-
-Sizes are chosen by what a kernel is compiled for (dtype, architecture, pattern) and by buckets of what changes from
-call to call, so that a change of shape compiles nothing.
-"""
+"""Every number that is tuned for GPUs, with its reason: one section for each op. Importable without Triton."""
 
 from typing import NamedTuple
+
+# -- rows: quantize_rows, layer_norm, rms_norm
+
+
+class RowTile(NamedTuple):
+    """rows and columns of a program, and its warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+# A row up to this long stays in the registers of one program: 16 warps hold 32 values a thread. Longer ones are read
+# again, from L2, 8192 values at a time.
+_LONGEST_WHOLE_ROW = 16384
+# Values of a program with short rows: 16 bytes a thread of 8 warps in bfloat16. Less leaves loads too few in flight,
+# more leaves multiprocessors without work at a few hundred rows.
+_VALUES_OF_ROWS = 2048
+
+
+def row_tile(k: int) -> RowTile:
+    """For rows of k values."""
+    if k > _LONGEST_WHOLE_ROW:
+        return RowTile(1, 8192, 16)
+    block = max(16, 1 << (max(k, 1) - 1).bit_length())
+    rows = max(1, _VALUES_OF_ROWS // block)
+    # 8 values a thread up to 1024 threads in long rows; more warps only make reductions across them dearer.
+    warps = min(16, max(4, rows * block // 512))
+    return RowTile(min(rows, 32), block, warps)
+
+
+# -- int8_linear
+
+
+class Int8LinearTile(NamedTuple):
+    """What a program of int8_linear computes and how.
+
+    rows, columns, k: the block; group: blocks of rows that go through the channels together; split: programs that share
+    a sum over k; swap: channels in the place of rows; stages: of the pipeline; warps.
+    """
+
+    rows: int
+    columns: int
+    k: int
+    group: int
+    split: int
+    swap: bool
+    stages: int
+    warps: int
+
+
+def _split_for(tiles: int, steps: int, programs: int, least_steps: int, most: int) -> int:
+    """Into how many shares a sum of so many steps goes so that about `programs` programs run; a power of two."""
+    split = 1
+    while split < most and tiles * split * 2 <= programs and steps >= 2 * split * least_steps:
+        split *= 2
+    return split
+
+
+def int8_linear_tile(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> Int8LinearTile:
+    """For a product [rows, k] x [columns, k]."""
+    if k % 16:
+        # Rows begin anywhere and are read byte by byte: small blocks, or the bytes do not fit into registers.
+        odd = Int8LinearTile(32, 64, 64, 8, 1, False, 2, 4)
+        return odd._replace(split=_split_for(_tiles(odd, rows, columns), -(-k // odd.k), 2 * multiprocessors, 4, 8))
+    if rows <= 64:
+        return _int8_stream(rows, columns, k, chip, multiprocessors)
+    # A warp group's widest instruction has 64 rows and 256 channels: two groups hold 128 x 256 sums in 128 registers a
+    # thread. 128 bytes of k are one swizzled line of shared memory, and 3 (4) stages of 48 KiB are what fits beside a
+    # finished tile in 163 (227) KiB.
+    large = Int8LinearTile(128, 256, 128, 8, 1, False, 3 if chip < 90 else 4, 8)
+    medium = Int8LinearTile(128, 128, 128, 8, 1, False, 4, 8)
+    small = Int8LinearTile(64, 128, 128, 8, 1, False, 4, 4)
+    for tile in (large, medium):
+        # The last wave of tiles should not be all there is to a third of the work.
+        if _tiles(tile, rows, columns) >= 2 * multiprocessors:
+            return tile
+    if _tiles(medium, rows, columns) >= 3 * multiprocessors // 4:
+        return medium
+    steps = -(-k // small.k)
+    return small._replace(split=_split_for(_tiles(small, rows, columns), steps, 2 * multiprocessors, 8, 8))
+
+
+def _tiles(tile: Int8LinearTile, rows: int, columns: int) -> int:
+    return -(-rows // tile.rows) * -(-columns // tile.columns)
+
+
+def _int8_stream(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> Int8LinearTile:
+    """Few rows: what counts is that all of memory's bandwidth is asked for. By Little's law 4.8 TB/s at 0.8 us are 29
+    KiB in flight for each of 132 multiprocessors: two programs with 4 stages of 16 KiB have four times that, so that a
+    stage that is waited for does not leave the others empty."""
+    block = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    tile = Int8LinearTile(block, 64, 256 if block < 64 else 128, 1, 1, True, 4, 4)
+    if chip < 90:
+        # mma.m16n8k32 of a warp: no group of warps to fill, and 163 KiB of shared memory.
+        tile = tile._replace(stages=3 if block == 16 else 4)
+    steps = -(-k // tile.k)
+    return tile._replace(split=_split_for(_tiles(tile, rows, columns), steps, 2 * multiprocessors, 2, 16))
+
+
+def int8_linear_candidates(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> list[Int8LinearTile]:
+    """Tiles worth measuring on a GPU, the one that is taken first."""
+    taken = int8_linear_tile(rows, columns, k, chip, multiprocessors)
+    found = [taken]
+    if rows <= 64:
+        for width in (32, 64, 128):
+            for depth in (128, 256, 512):
+                for split in (1, 2, 4, 8, 16):
+                    for stages in (3, 4, 6):
+                        if width * depth * stages <= (160 if chip < 90 else 220) * 1024 and split * depth <= max(k, 1):
+                            found.append(taken._replace(columns=width, k=depth, split=split, stages=stages))
+        return list(dict.fromkeys(found))
+    for height, width, warps in (
+        (128, 256, 8),
+        (256, 128, 8),
+        (128, 128, 8),
+        (128, 128, 4),
+        (64, 256, 4),
+        (64, 128, 4),
+    ):
+        for depth in (64, 128):
+            for stages in (3, 4, 5):
+                for group in (4, 8, 16):
+                    if (height + width) * depth * stages <= (160 if chip < 90 else 220) * 1024:
+                        found.append(Int8LinearTile(height, width, depth, group, 1, False, stages, warps))
+    return list(dict.fromkeys(found))
+
 
 # -- sparse_linear, sparse_int8_linear
 
