@@ -227,7 +227,7 @@ def test_auto_measures():
 
 def test_auto_leaves_a_layer_dense_when_it_would_lose(monkeypatch):
     """Whatever machine this is: the clock says 10 dense, 12 sparse, 2 with an empty weight."""
-    monkeypatch.setattr("lamina.sparsity._medians", lambda calls: [10.0, 12.0, 2.0])
+    monkeypatch.setattr("lamina.sparsity._medians", lambda calls, stopwatch: [10.0, 12.0, 2.0])
     weight = torch.ones(40, 50)
     weight[:, ::2] = 0
     model = nn.Sequential(nn.Linear(50, 40))

@@ -156,6 +156,9 @@ AUTO: tuple[Config, ...] = (
     *(Int8Dynamic(), FusedAttention(), FusedRNN(), Int8RNN(), FusedConv(winograd=4)),
     Sparse("auto", rows=None),
 )
+# Of a model on a GPU: what lamina has kernels for there. Between rows that are quantized too and weights only, which
+# pay where rows are few, time decides.
+AUTO_ON_GPU: tuple[Config, ...] = (Int8Dynamic(), Int8WeightOnly(), FusedAttention(), Sparse("auto", rows=None))
 
 
 def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:

@@ -1,6 +1,5 @@
 """Whether a layer's zeros are worth a sparse kernel, and in which pattern: counted, then measured on this machine."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.ops.sparse_int8_linear import block_density
-from lamina.ops.sparse_linear import PATTERNS, pack_sparse_weight, sparse_linear
+from lamina.ops.sparse_linear import GPU_PATTERNS, PATTERNS, pack_sparse_weight, sparse_linear
+from lamina.stopwatch import Stopwatch, in_turns, stopwatch_of
 
+# The share of blocks with a nonzero from which a GPU, whose dense products are that much faster than what they read,
+# need not be asked.
+_GPU_DENSITY = 0.5
 # What a value costs beside the others where 4, 2 or 1 output channels share an input: registers loaded a product.
 _COST = {"unstructured": 1.5, "2x1": 1.2, "4x1": 1.0}
 # Fewer zeros than this cannot pay for the indices, and are not measured; blocks of four channels broke even at less
@@ -46,15 +49,22 @@ def choose_pattern(weight: Tensor, rows: int | None = 128) -> Choice:
     zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
     if zeros < _FEWEST_ZEROS:
         return Choice(None, f"{zeros:.0%} of its weight is zeros, too few for a sparse kernel", 1 - zeros)
-    densities = {p: block_density(weight, "1x1" if p == "unstructured" else p) for p in PATTERNS}
-    pattern = min(PATTERNS, key=lambda p: densities[p] * _COST[p])
+    # On a GPU the larger of two blocks that hold as much.
+    patterns = [*reversed(GPU_PATTERNS)] if weight.is_cuda else PATTERNS
+    if not patterns:
+        return Choice(None, "there are no sparse kernels for GPUs", 1 - zeros)
+    densities = {p: block_density(weight, "1x1" if p == "unstructured" else p) for p in patterns}
+    pattern = min(patterns, key=lambda p: densities[p] * _COST.get(p, 1.0))
     density = densities[pattern]
+    if weight.is_cuda and density > _GPU_DENSITY:
+        return Choice(None, f"{density:.0%} of its {pattern} blocks hold a nonzero, too many for a GPU", density)
     if rows is None:
         return Choice(pattern, f"{zeros:.0%} of its weight is zeros", density)
-    x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
+    x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
     packed, empty = pack_sparse_weight(weight, pattern), pack_sparse_weight(torch.zeros_like(weight), pattern)
     dense, sparse, nothing = _medians(
-        [lambda: F.linear(x, weight), lambda: sparse_linear(x, packed), lambda: sparse_linear(x, empty)]
+        [lambda: F.linear(x, weight), lambda: sparse_linear(x, packed), lambda: sparse_linear(x, empty)],
+        stopwatch_of(weight.device),
     )
     # Time beyond that of an empty weight goes with the stored values.
     slope = max(sparse - nothing, 1e-9) / max(density, 1e-9)
@@ -66,16 +76,9 @@ def choose_pattern(weight: Tensor, rows: int | None = 128) -> Choice:
     return Choice(pattern, measured, density, speedup, break_even)
 
 
-def _medians(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+def _medians(calls: Sequence[Callable[[], Tensor]], stopwatch: Stopwatch) -> list[float]:
     """Median seconds of each, called in turn."""
+    named = {str(i): call for i, call in enumerate(calls)}
     with torch.no_grad():
-        for call in calls:
-            call()
-        times: list[list[float]] = [[] for _ in calls]
-        end = time.perf_counter() + _SECONDS * len(calls)
-        while time.perf_counter() < end or len(times[0]) < 3:
-            for call, record in zip(calls, times, strict=True):
-                start = time.perf_counter()
-                call()
-                record.append(time.perf_counter() - start)
-    return [sorted(record)[len(record) // 2] for record in times]
+        times = in_turns(named, _SECONDS * len(calls), 3, stopwatch)
+    return [sorted(record)[len(record) // 2] for record in times.values()]

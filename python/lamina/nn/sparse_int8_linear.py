@@ -10,6 +10,7 @@ from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     block_density,
     call_sparse_int8_linear,
+    move_sparse_int8_weight,
     pack_sparse_int8_weight,
     traced_sparse_int8_weight,
     unpack_sparse_int8_weight,
@@ -40,6 +41,7 @@ class SparseInt8Linear(Int8ProductLinear):
     _unpack = staticmethod(unpack_sparse_int8_weight)
     _trace = staticmethod(traced_sparse_int8_weight)
     _call = staticmethod(call_sparse_int8_linear)
+    _move = staticmethod(move_sparse_int8_weight)
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class SparseInt8Linear(Int8ProductLinear):
     @property
     def density(self) -> float:
         """The share of blocks that are kept."""
-        return block_density(self._unpack(self.packed_weight, self.in_features), self.pattern)
+        return block_density(self._codes(), self.pattern)
 
     def _pack(self, weight: Tensor, scale: Tensor | None) -> PackedSparseInt8Weight:
         return pack_sparse_int8_weight(weight, scale, pattern=self.pattern)

@@ -65,9 +65,10 @@ class SparseLinear(SparseWeight, PackedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], float32 or bfloat16."""
         # Straight to the op and past nn.Module.__getattr__, as in Int8Linear.
-        return call_sparse_linear(
-            input, self._buffers["_packed"], self._parameters["bias"], self.out_features, self._op_activation
-        )
+        buffers, bias = self._buffers, self._parameters["bias"]
+        if (index := buffers["_index"]) is None:
+            return call_sparse_linear(input, buffers["_packed"], bias, self.out_features, self._op_activation)
+        return call_sparse_linear(input, buffers["_packed"], bias, self.out_features, self._op_activation, index)
 
     @property
     def rows_shape(self) -> tuple[int, int]:

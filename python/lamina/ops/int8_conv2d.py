@@ -58,6 +58,13 @@ def pack_int8_conv_weight(weight: Tensor, scale: Tensor | None = None, *, groups
     return packed
 
 
+def move_int8_conv_weight(packed: PackedInt8ConvWeight, device: torch.device | str) -> PackedInt8ConvWeight:
+    """A packed weight on `device`, in the form that the kernels there read."""
+    if torch.device(device).type == "cuda":
+        raise NotImplementedError("move_int8_conv_weight: int8 convolutions run on the CPU")
+    return packed._replace(data=packed.data.to(device), scale=packed.scale.to(device))
+
+
 def unpack_int8_conv_weight(packed: PackedInt8ConvWeight) -> Tensor:
     """The int8 codes [N, C / groups, KH, KW] of a packed weight."""
     return _unpack(packed.data, packed.size, packed.groups)

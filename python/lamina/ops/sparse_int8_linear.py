@@ -73,6 +73,15 @@ def pack_sparse_int8_weight(
     return packed
 
 
+def move_sparse_int8_weight(
+    packed: PackedSparseInt8Weight, in_features: int, device: torch.device | str
+) -> PackedSparseInt8Weight:
+    """A packed weight on `device`, in the form that the kernels there read."""
+    if torch.device(device).type == "cuda":
+        raise NotImplementedError("move_sparse_int8_weight: sparse int8 kernels run on the CPU")
+    return PackedSparseInt8Weight(*(t.to(device) for t in packed))
+
+
 def unpack_sparse_int8_weight(packed: PackedSparseInt8Weight, in_features: int) -> Tensor:
     """The int8 codes [N, in_features] of a packed weight, zeros included.
 

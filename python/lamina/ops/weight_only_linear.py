@@ -60,6 +60,13 @@ def unpack_int4_weight(packed: PackedInt4Weight, in_features: int) -> tuple[Tens
     return codes, scale
 
 
+def move_int4_weight(packed: PackedInt4Weight, in_features: int, device: torch.device | str) -> PackedInt4Weight:
+    """A packed weight on `device`, in the form that the kernels there read."""
+    if torch.device(device).type == "cuda":
+        raise NotImplementedError("move_int4_weight: int4 kernels run on the CPU")
+    return packed._replace(data=packed.data.to(device))
+
+
 def _cpu(
     x: Tensor,
     data: Tensor,
