@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.ops.sparse_linear import PATTERNS as SPARSE_PATTERNS
+from lamina.ops.sparse_linear import GPU_PATTERNS, PATTERNS
 from lamina.quant.calibration import Calibration, check_calibration
 from lamina.quant.observers import check_observer
 
@@ -93,8 +93,9 @@ class Sparse(Config):
     """nn.Linear, Conv2d -> lamina.nn.SparseLinear, SparseConv2d, for pruned models: of their weights only blocks that
     hold other values than zero are stored and multiplied.
 
-    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1" or "4x1"; or "auto": the one in which
-        the layer is fastest, and none, with the reason in the report, where the dense layer is faster.
+    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or "64x64" (the
+        last three as they are on a GPU, as "4x1" on the CPU); or "auto": the one in which the layer is fastest, and
+        none, with the reason in the report, where the dense layer is faster.
     rows: of input on which "auto" times a linear layer, on torch's threads; None counts zeros only, for those who
         measure by themselves, as `accelerate` does.
 
@@ -107,10 +108,9 @@ class Sparse(Config):
     rows: int | None = 128
 
     def __post_init__(self) -> None:
-        if self.pattern not in (*SPARSE_PATTERNS, "auto"):
-            raise ValueError(
-                f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(SPARSE_PATTERNS)} or auto"
-            )
+        known = *PATTERNS, *GPU_PATTERNS
+        if self.pattern not in (*known, "auto"):
+            raise ValueError(f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(known)} or auto")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"Sparse: rows is {self.rows}, but must be positive or None")
 

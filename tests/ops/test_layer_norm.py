@@ -11,7 +11,15 @@ from tolerances import assert_composite, assert_exact
 
 import lamina
 from lamina import _C
-from lamina.ops import layer_norm, layer_norm_panels, quantize_panels, token_panels, token_rows
+from lamina.ops import (
+    layer_norm,
+    layer_norm_codes,
+    layer_norm_panels,
+    quantize_panels,
+    quantize_rows,
+    token_panels,
+    token_rows,
+)
 from lamina.reference.layer_norm import layer_norm as reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -312,3 +320,29 @@ def test_panels_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             layer_norm_panels(*arguments)
+
+
+# -- the codes as well
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_layer_norm_codes_are_quantize_rows_of_the_norm(dtype, with_residual):
+    x = torch.randn(3, 5, 12).to(dtype)
+    x[1, 2, 3] = math.nan
+    residual = torch.randn(5, 12).to(dtype) if with_residual else None
+    operands = (12,), torch.randn(12), torch.randn(12), 1e-5
+    norm, total, codes, scales = layer_norm_codes(x, *operands, residual=residual)
+    assert_exact(norm, layer_norm(x, *operands, residual=residual))
+    assert_exact((codes, scales), quantize_rows(norm))
+    if with_residual:
+        assert_exact(total, x + residual)
+    else:
+        assert total.numel() == 0
+
+
+def test_layer_norm_with_codes_passes_opcheck():
+    op = torch.ops.lamina.layer_norm.with_codes
+    x = torch.randn(3, 5, 12).transpose(0, 1)
+    torch.library.opcheck(op, (x, [12], torch.randn(12), torch.randn(12), 1e-5, None))
+    torch.library.opcheck(op, (x, [12], torch.randn(12), torch.randn(12), 1e-5, torch.randn(5, 3, 12)))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tolerances import assert_composite, assert_exact
 
 from lamina import _C
-from lamina.ops import rms_norm
+from lamina.ops import quantize_rows, rms_norm, rms_norm_codes
 from lamina.reference.rms_norm import rms_norm as reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -108,3 +108,29 @@ def test_rms_norm_leaves_the_rest_to_torch():
 def test_rms_norm_refuses_in_one_sentence(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         rms_norm(torch.randn(4, 6), *arguments, **options)
+
+
+# -- the codes as well
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_codes_are_quantize_rows_of_the_norm(dtype, with_residual):
+    x = torch.randn(3, 5, 12).to(dtype)
+    x[1, 2, 3] = math.nan
+    residual = torch.randn(5, 12).to(dtype) if with_residual else None
+    operands = (12,), torch.randn(12), 1e-6
+    norm, total, codes, scales = rms_norm_codes(x, *operands, residual=residual)
+    assert_exact(norm, rms_norm(x, *operands, residual=residual))
+    assert_exact((codes, scales), quantize_rows(norm))
+    if with_residual:
+        assert_exact(total, x + residual)
+    else:
+        assert total.numel() == 0
+
+
+def test_rms_norm_with_codes_passes_opcheck():
+    op = torch.ops.lamina.rms_norm.with_codes
+    x = torch.randn(3, 5, 12).transpose(0, 1)
+    torch.library.opcheck(op, (x, [12], torch.randn(12), 1e-6, None))
+    torch.library.opcheck(op, (x, [12], torch.randn(12), 1e-6, torch.randn(5, 3, 12)))

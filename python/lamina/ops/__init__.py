@@ -23,10 +23,16 @@ from lamina.ops.int8_conv2d import (
     unpack_int8_conv_weight,
 )
 from lamina.ops.int8_gru import int8_gru
-from lamina.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8_weight, unpack_int8_weight
+from lamina.ops.int8_linear import (
+    PackedInt8Weight,
+    int8_linear,
+    move_int8_weight,
+    pack_int8_weight,
+    unpack_int8_weight,
+)
 from lamina.ops.int8_lstm import int8_lstm
 from lamina.ops.int8_pool2d import int8_adaptive_avg_pool2d, int8_avg_pool2d, int8_max_pool2d, int8_pool2d
-from lamina.ops.layer_norm import layer_norm, layer_norm_panels
+from lamina.ops.layer_norm import NormCodes, layer_norm, layer_norm_codes, layer_norm_panels
 from lamina.ops.linear import PackedLinearWeight, linear, pack_linear_weight, unpack_linear_weight
 from lamina.ops.lstm import lstm
 from lamina.ops.pool2d import (
@@ -40,7 +46,7 @@ from lamina.ops.pool2d import (
 )
 from lamina.ops.quantize_rows import quantize_rows
 from lamina.ops.reduce import reduce
-from lamina.ops.rms_norm import rms_norm
+from lamina.ops.rms_norm import rms_norm, rms_norm_codes
 from lamina.ops.rnn_relu import rnn_relu
 from lamina.ops.rnn_tanh import rnn_tanh
 from lamina.ops.softmax import softmax
@@ -55,8 +61,10 @@ from lamina.ops.sparse_int8_linear import (
 from lamina.ops.sparse_linear import (
     PackedSparseWeight,
     SparseInfo,
+    move_sparse_weight,
     pack_sparse_weight,
     sparse_info,
+    sparse_kernel,
     sparse_linear,
     unpack_sparse_weight,
 )
@@ -70,6 +78,7 @@ from lamina.ops.weight_only_linear import (
 
 __all__ = [
     "AttentionGradients",
+    "NormCodes",
     "PackedInt4Weight",
     "PackedInt8ConvTransposeWeight",
     "PackedInt8ConvWeight",
@@ -107,11 +116,14 @@ __all__ = [
     "int8_max_pool2d",
     "int8_pool2d",
     "layer_norm",
+    "layer_norm_codes",
     "layer_norm_panels",
     "linear",
     "lstm",
     "max_pool1d",
     "max_pool2d",
+    "move_int8_weight",
+    "move_sparse_weight",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
@@ -125,6 +137,7 @@ __all__ = [
     "quantize_rows",
     "reduce",
     "rms_norm",
+    "rms_norm_codes",
     "rnn_relu",
     "rnn_tanh",
     "softmax",
@@ -132,6 +145,7 @@ __all__ = [
     "sparse_info",
     "sparse_int8_linear",
     "sparse_int8_linear_panels",
+    "sparse_kernel",
     "sparse_linear",
     "token_panels",
     "token_rows",

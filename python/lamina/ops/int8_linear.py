@@ -26,10 +26,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# What float operands of kernels on a GPU may be.
+GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# 127 * 127 * K must stay below 2^31, or an int32 sum of extreme codes would wrap; 128 * 127 * K where x holds codes of
+# -128.
+_MAX_FEATURES = (2**31 - 1) // (127 * 127)
+_MAX_FEATURES_OF_CODES = (2**31 - 1) // (128 * 127)
+
+
 class PackedInt8Weight(NamedTuple):
     """An int8 weight [N, K] in the order the kernels read it. One layout serves every instruction set.
 
-    data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32 [N rounded up to 16].
+    data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32 [N rounded up to 16]. On a
+    GPU data are the codes themselves, [N, K], and compensation, which they do not need, is empty.
     """
 
     data: Tensor
@@ -41,20 +51,25 @@ def pack_int8_weight(weight: Tensor, scale: Tensor | None = None) -> PackedInt8W
     """Pack a weight [N, K] for `int8_linear`.
 
     `weight` is floating point and quantized per output channel here (symmetric, [-127, 127]), or int8 with its `scale`
-    [N]. Raises ValueError for NaN or infinite values or scales and for codes of -128.
+    [N]. The packed weight lies where `weight` does, `move_int8_weight` takes it elsewhere. Raises ValueError for NaN
+    or infinite values or scales and for codes of -128.
 
     >>> packed = lamina.ops.pack_int8_weight(torch.randn(3072, 768))
     """
     if weight.ndim != 2:
         raise ValueError(f"pack_int8_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
-    if weight.device.type != "cpu":
-        raise ValueError(f"pack_int8_weight: weight is on {weight.device}, but int8 kernels run on the CPU")
+    if not (weight.is_cpu or weight.is_cuda):
+        raise ValueError(
+            f"pack_int8_weight: weight is on {weight.device}, but int8 kernels run on the CPU and on NVIDIA GPUs"
+        )
     if weight.is_floating_point():
         if scale is not None:
             raise ValueError("pack_int8_weight: scale goes with an int8 weight, but the weight is floating point")
         weight, scale = quantize_weight(weight.detach())
     elif scale is None:
         raise ValueError("pack_int8_weight: an int8 weight needs its scale")
+    if weight.is_cuda:
+        return plain_int8_weight(weight, scale)
     n, k = weight.shape
     packed = PackedInt8Weight(
         data=torch.empty(_C.int8_linear_packed_size(n, k), dtype=torch.int8),
@@ -68,25 +83,49 @@ def pack_int8_weight(weight: Tensor, scale: Tensor | None = None) -> PackedInt8W
 def unpack_int8_weight(packed: PackedInt8Weight, in_features: int) -> Tensor:
     """The int8 codes [N, in_features] of a packed weight; `pack_int8_weight(codes, packed.scale)` is the inverse."""
     if packed.data.ndim == 2:
-        return packed.data.clone()
+        return _plain_codes(packed.data, in_features).clone()
     weight = torch.empty(packed.scale.shape[0], in_features, dtype=torch.int8)
     _C.int8_linear_unpack(packed.data, weight)
     return weight
 
 
+def _plain_codes(data: Tensor, in_features: int) -> Tensor:
+    if data.shape[1] != in_features:
+        raise ValueError(f"int8_linear: {in_features} features, but packed_weight was packed for {data.shape[1]}")
+    return data
+
+
+def plain_int8_weight(codes: Tensor, scale: Tensor) -> PackedInt8Weight:
+    """Codes [N, K] and their scale [N] in the layout of GPUs: `pack_int8_weight` of a weight that lies on one."""
+    n, k = codes.shape
+    if codes.dtype is not torch.int8:
+        raise ValueError(f"pack_int8_weight: weight is {codes.dtype}, but must be int8 or floating point")
+    if scale.shape != (n,):
+        raise ValueError(f"pack_int8_weight: scale has shape {list(scale.shape)}, but must be [{n}]")
+    if k > _MAX_FEATURES:
+        raise ValueError(f"pack_int8_weight: in_features is {k}, but int32 sums are exact only up to {_MAX_FEATURES}")
+    scale = scale.detach().to(codes.device, torch.float32).contiguous().clone()
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise ValueError("pack_int8_weight: scale must be finite and not negative")
+    if bool((codes == -128).any()):
+        raise ValueError("pack_int8_weight: weight holds -128, but codes must lie in [-127, 127]")
+    return PackedInt8Weight(codes.contiguous().clone(), scale, codes.new_empty(0, dtype=torch.int32))
+
+
 def move_int8_weight(packed: PackedInt8Weight, in_features: int, device: torch.device | str) -> PackedInt8Weight:
-    """A packed weight on `device`, in the form that the kernels there read: on a GPU the codes [N, in_features].
+    """A packed weight [N, in_features] on another device, in the layout that its kernels read; itself if it is there.
 
-    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
-
-    >>> packed = lamina.ops.move_int8_weight(packed, linear.in_features, "cuda")
+    >>> packed = lamina.ops.move_int8_weight(packed, 768, "cuda")
     """
     device = torch.device(device)
-    if (packed.data.ndim == 2) == (device.type == "cuda"):
+    if packed.data.device == device:
+        return packed
+    if device.type == "cpu":
+        return pack_int8_weight(unpack_int8_weight(packed, in_features).cpu(), packed.scale.cpu())
+    if packed.data.ndim == 2:
         return PackedInt8Weight(*(t.to(device) for t in packed))
-    if device.type == "cuda":
-        return PackedInt8Weight(*(t.to(device) for t in packed._replace(data=unpack_int8_weight(packed, in_features))))
-    return pack_int8_weight(packed.data.to(device), packed.scale.to(device))
+    codes = unpack_int8_weight(packed, in_features).to(device)
+    return PackedInt8Weight(codes, packed.scale.to(device), codes.new_empty(0, dtype=torch.int32))
 
 
 def int8_output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -118,13 +157,10 @@ class Int8Product(NamedTuple):
     traced_weight: Callable[[tuple[Tensor, Tensor, Tensor], int], Tensor]
 
 
-def define_int8_product(name: str, kernel: Callable, unpack: Callable[[Tensor, Tensor, int], Tensor]) -> Int8Product:
-    """Defines `lamina::<name>` and `lamina::<name>_backward`: int8_linear, whatever the packed weight holds.
+def _on_tensors(name: str, kernel: Callable) -> Callable[..., Tensor]:
+    """An implementation of the op `name`, of x [..., K], by a kernel that takes rows [M, K] and writes into out."""
 
-    kernel: of _C, which takes rows [M, K]; unpack: (data, scale, K) -> the int8 codes [N, K].
-    """
-
-    def cpu(
+    def run(
         x: Tensor,
         data: Tensor,
         scale: Tensor,
@@ -166,6 +202,21 @@ def define_int8_product(name: str, kernel: Callable, unpack: Callable[[Tensor, T
         kernel(x, data, scale, compensation, bias, activation, residual, x_scale, out_scale, out.view(rows, n))
         return out
 
+    return run
+
+
+def define_int8_product(
+    name: str,
+    kernel: Callable,
+    unpack: Callable[[Tensor, Tensor, int], Tensor],
+    cuda_kernel: Callable | None = None,
+) -> Int8Product:
+    """Defines `lamina::<name>` and `lamina::<name>_backward`: int8_linear, whatever the packed weight holds.
+
+    kernel: of _C, which takes rows [M, K]; unpack: (data, scale, K) -> the int8 codes [N, K]; cuda_kernel: as kernel,
+    for tensors on a GPU.
+    """
+
     def fake(
         x: Tensor,
         data: Tensor,
@@ -179,17 +230,19 @@ def define_int8_product(name: str, kernel: Callable, unpack: Callable[[Tensor, T
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         torch._check(x.ndim >= 1, lambda: f"{name}: x must have at least one dimension")
-        torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"{name}: x is {x.dtype}")
+        known = x.dtype in (torch.float32, torch.bfloat16, torch.int8) or (x.dtype is torch.float16 and not x.is_cpu)
+        torch._check(known, lambda: f"{name}: x is {x.dtype}")
         return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=int8_output_dtype(x, out_scale, out_dtype))
 
     op = define(
         f"{name}(Tensor x, Tensor data, Tensor scale, Tensor compensation, Tensor? bias, str activation, "
         "Tensor? residual=None, Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
-        cpu=cpu,
+        cpu=_on_tensors(name, kernel),
         fake=fake,
+        cuda=None if cuda_kernel is None else _on_tensors(name, cuda_kernel),
     )
 
-    def backward_cpu(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    def backward(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
         return input_gradient(grad, unpack(data, scale, in_features), scale)
 
     def backward_fake(grad: Tensor, data: Tensor, scale: Tensor, in_features: int) -> Tensor:
@@ -197,8 +250,9 @@ def define_int8_product(name: str, kernel: Callable, unpack: Callable[[Tensor, T
 
     backward_op = define(
         f"{name}_backward(Tensor grad, Tensor data, Tensor scale, SymInt in_features) -> Tensor",
-        cpu=backward_cpu,
+        cpu=backward,
         fake=backward_fake,
+        cuda=None if cuda_kernel is None else backward,
     )
 
     class WithGradient(torch.autograd.Function):
@@ -255,16 +309,128 @@ def define_int8_product(name: str, kernel: Callable, unpack: Callable[[Tensor, T
 
     def traced_weight(packed: tuple[Tensor, Tensor, Tensor], in_features: int) -> Tensor:
         data, scale, _ = packed
-        return backward_op(torch.eye(scale.shape[0]), data, scale, in_features)  # the gradient of the identity
+        one = torch.eye(scale.shape[0], device=scale.device)
+        return backward_op(one, data, scale, in_features)  # the gradient of the identity
 
     return Int8Product(call, traced_weight)
 
 
 def _unpack(data: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    if data.ndim == 2:
+        return _plain_codes(data, in_features)
     return unpack_int8_weight(PackedInt8Weight(data, scale, data), in_features)
 
 
-call_int8_linear, traced_weight = define_int8_product("int8_linear", _C.int8_linear, _unpack)
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_gpu_operands(
+    op: str,
+    x: Tensor,
+    n: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """What the CPU checks in csrc/ops/int8_operands.cpp, but for the values of scales: a GPU would have to be waited
+    for."""
+
+    def check_float(name: str, t: Tensor | None) -> None:
+        if t is not None and t.dtype not in GPU_FLOATS:
+            raise ValueError(f"{op}: {name} is {_dtype_name(t.dtype)}, but must be float32, bfloat16 or float16")
+
+    if x.dtype is not torch.int8:
+        check_float("x", x)
+    elif x_scale is None:
+        raise ValueError(f"{op}: x is int8, but x_scale, which says what its codes mean, is missing")
+    elif x.shape[1] > _MAX_FEATURES_OF_CODES:
+        raise ValueError(
+            f"{op}: x has {x.shape[1]} features, but int32 sums of int8 codes are exact only up to "
+            f"{_MAX_FEATURES_OF_CODES}"
+        )
+    for name, t in (("x_scale", x_scale), ("out_scale", out_scale), ("packed_weight.scale", scale)):
+        if t is not None and t.dtype is not torch.float32:
+            raise ValueError(f"{op}: {name} is {_dtype_name(t.dtype)}, but must be float32")
+    if x_scale is not None and x_scale.ndim and x.dtype is not torch.int8:
+        raise ValueError(f"{op}: x_scale has shape {list(x_scale.shape)}, but must be []")
+    if out_scale is not None and out_scale.ndim:
+        raise ValueError(f"{op}: out_scale has shape {list(out_scale.shape)}, but must be []")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: bias has shape {list(bias.shape)}, but must be [{n}]")
+    check_float("bias", bias)
+    check_float("residual", residual)
+    if out_scale is None:
+        check_float("out", out)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation '{activation}' is unknown; use {', '.join(ACTIVATIONS)}")
+
+
+def int8_product(
+    codes: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """The product of codes [M, K] and weight [N, K], int8 on a GPU, into out [M, N]: by CUTLASS, whose tiles want K and
+    N in steps of 16 bytes, or else by Triton. x_scale: [] or [M]."""
+    if (
+        _C.with_cuda
+        and codes.is_cuda
+        and getattr(_C, "with_cutlass", False)
+        and codes.shape[1] % 16 == 0
+        and weight.shape[0] % 16 == 0
+    ):
+        _C.int8_linear_cuda(codes, weight, x_scale, w_scale, bias, residual, activation, out_scale, out)
+        return
+    from lamina.kernels.int8_linear import int8_linear as launch
+
+    launch(codes, x_scale, weight, w_scale, bias, activation, residual, out_scale, out)
+
+
+def _cuda_kernel(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    if data.ndim != 2 or data.dtype is not torch.int8 or data.shape[0] != scale.shape[0]:
+        raise ValueError(
+            f"int8_linear: packed_weight.data is {_dtype_name(data.dtype)} {list(data.shape)}, but on a GPU must be "
+            f"int8 [{scale.shape[0]}, K], as move_int8_weight gives it"
+        )
+    if data.shape[1] != x.shape[1]:
+        raise ValueError(f"int8_linear: x has {x.shape[1]} features, but packed_weight was packed for {data.shape[1]}")
+    check_gpu_operands("int8_linear", x, data.shape[0], scale, bias, activation, residual, x_scale, out_scale, out)
+    if x.dtype is torch.int8:
+        codes = x if x.stride(1) == 1 else x.contiguous()
+    else:
+        from lamina.kernels.quantize_rows import quantize_rows as quantize
+
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        quantize(x, x_scale, codes, scales)
+        x_scale = scales
+    bias = None if bias is None else bias.contiguous()
+    int8_product(codes, x_scale, data, scale, bias, activation, residual, out_scale, out)
+
+
+call_int8_linear, traced_weight = define_int8_product("int8_linear", _C.int8_linear, _unpack, _cuda_kernel)
 
 
 def int8_linear(
@@ -285,9 +451,9 @@ def int8_linear(
     rounded once. A row of x that holds NaN or infinity gives NaN. The gradient for x, bias and residual is the
     straight-through one, as if nothing had been rounded or clamped; an int8 output has none.
 
-    The sums, and everything before the activation, are the same bits on every instruction set and for every number of
-    threads; so are int8 outputs with activation None, "relu" or "relu6". Other activations differ between instruction
-    sets within their error.
+    The sums, and everything before the activation, are the same bits on every instruction set, on GPUs, and for every
+    number of threads; so are int8 outputs with activation None, "relu" or "relu6". Other activations differ between
+    instruction sets within their error. On a GPU floats may be float16 too, and the values of scales are not checked.
 
     Args:
         x: [..., K] float32 or bfloat16, any strides; or int8 codes with their `x_scale`.

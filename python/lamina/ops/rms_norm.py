@@ -1,5 +1,6 @@
 """rms_norm: root mean square norm of a sum, in one pass over memory."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina import _C
-from lamina.ops.layer_norm import check_return_sum, new_result, runs_here, same_shape
+from lamina.ops.layer_norm import (
+    NormCodes,
+    as_rows,
+    check_return_sum,
+    launch_with_codes,
+    new_norm_codes,
+    new_result,
+    runs_here,
+    same_shape,
+)
 from lamina.ops.library import define
 
 # What torch takes for eps=None: it computes in float32.
@@ -23,6 +33,21 @@ def _cpu(
 ) -> Tensor:
     out = new_result(input, residual)
     _C.rms_norm(input, normalized_shape, weight, _DEFAULT_EPS if eps is None else eps, residual, out, None)
+    return out
+
+
+def _cuda(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    from lamina.kernels.rms_norm import rms_norm as launch
+
+    rows, weight, _, added = as_rows("rms_norm", input, normalized_shape, weight, None, residual)
+    out = new_result(input, residual)
+    launch(rows, weight, _DEFAULT_EPS if eps is None else eps, added, out.view(rows.shape))
     return out
 
 
@@ -44,6 +69,18 @@ def _sum_cpu(
     return out, total
 
 
+def _sum_cuda(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    from lamina.kernels.rms_norm import rms_norm as launch
+
+    rows, weight, _, added = as_rows("rms_norm", input, normalized_shape, weight, None, residual)
+    out, total = new_result(input, residual), new_result(input, residual)
+    eps = _DEFAULT_EPS if eps is None else eps
+    launch(rows, weight, eps, added, out.view(rows.shape), total.view(rows.shape))
+    return out, total
+
+
 def _sum_fake(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -55,12 +92,14 @@ _op = define(
     "-> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 _with_sum = define(
     "rms_norm.with_sum(Tensor input, SymInt[] normalized_shape, Tensor? weight, float? eps, Tensor residual) "
     "-> (Tensor norm, Tensor sum)",
     cpu=_sum_cpu,
     fake=_sum_fake,
+    cuda=_sum_cuda,
 )
 
 
@@ -80,7 +119,7 @@ def rms_norm(
     The same inputs give the same bits on every run and for every number of threads.
 
     What the kernels do not cover goes to torch's own op: calls that need gradients, dtypes other than float32 and
-    bfloat16, other devices than the CPU.
+    bfloat16 (on a GPU also float16), other devices than the CPU and NVIDIA GPUs.
 
     Args:
         input: [..., *normalized_shape] float32 or bfloat16, any strides.
@@ -106,3 +145,61 @@ def rms_norm(
     total = input if residual is None else input + residual
     norm = F.rms_norm(total, normalized_shape, weight, eps)
     return (norm, total) if return_sum else norm
+
+
+def _codes_cpu(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = new_norm_codes(input, normalized_shape, residual)
+    norm, total, codes, scales = results
+    eps = _DEFAULT_EPS if eps is None else eps
+    _C.rms_norm(input, normalized_shape, weight, eps, residual, norm, None if residual is None else total)
+    shape = (scales.numel(), math.prod(normalized_shape))
+    _C.quantize_rows(norm.view(shape), None, codes.view(shape), scales.view(-1))
+    return results
+
+
+def _codes_cuda(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from lamina.kernels.rms_norm import rms_norm as launch
+
+    rows, weight, _, added = as_rows("rms_norm", input, normalized_shape, weight, None, residual)
+    results = new_norm_codes(input, normalized_shape, residual)
+    launch_with_codes(launch, rows, results, weight, _DEFAULT_EPS if eps is None else eps, added)
+    return results
+
+
+def _codes_fake(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return new_norm_codes(input, normalized_shape, residual)
+
+
+_with_codes = define(
+    "rms_norm.with_codes(Tensor input, SymInt[] normalized_shape, Tensor? weight, float? eps, Tensor? residual) "
+    "-> (Tensor norm, Tensor sum, Tensor codes, Tensor scales)",
+    cpu=_codes_cpu,
+    fake=_codes_fake,
+    cuda=_codes_cuda,
+)
+
+
+def rms_norm_codes(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+) -> NormCodes:
+    """`rms_norm` with its sum, and the codes that the int8 layers behind it take: on a GPU one pass over memory.
+
+    Args as in `rms_norm`. Returns NormCodes; without a residual its sum is empty. No gradient. Raises ValueError when
+    shapes or dtypes do not fit.
+
+    >>> norm, hidden, codes, scales = lamina.ops.rms_norm_codes(attended, (4096,), norm.weight, residual=hidden)
+    """
+    if residual is not None:
+        input, residual = same_shape(input, residual)
+    return NormCodes(*_with_codes(input, normalized_shape, weight, eps, residual))

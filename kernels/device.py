@@ -1,0 +1,46 @@
+"""What launchers ask of the device that their tensors lie on.
+
+Without a GPU two answers are made up: a machine that interprets kernels says it is a Hopper GPU, and tensors of the
+meta device, with which kernels are only compiled, say what they are compiled for.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+# The multiprocessors of an H200, for tensors that are on no GPU.
+_MULTIPROCESSORS = 132
+
+
+@cache
+def _of_gpu(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return 10 * found.major + found.minor, found.multi_processor_count
+
+
+def capability(tensor: Tensor) -> int:
+    """The compute capability of the tensor's GPU: 80, 90, 100."""
+    if tensor.is_cuda:
+        return _of_gpu(tensor.device.index)[0]
+    return triton.runtime.driver.active.get_current_target().arch if tensor.is_meta else 90
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    return _of_gpu(tensor.device.index)[1] if tensor.is_cuda else _MULTIPROCESSORS
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one, to which Triton launches."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def check_same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Refuses operands that are not where x is: a kernel would read a wrong address."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{op}: {name} is on {other.device}, but x is on {x.device}")

@@ -1,0 +1,198 @@
+"""Every number that is tuned for GPUs, with its reason: one section for each op. Importable without Triton."""
+
+from typing import NamedTuple
+
+# -- rows: quantize_rows, layer_norm, rms_norm
+
+
+class RowTile(NamedTuple):
+    """rows and columns of a program, and its warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+# A row up to this long stays in the registers of one program: 16 warps hold 32 values a thread. Longer ones are read
+# again, from L2, 8192 values at a time.
+_LONGEST_WHOLE_ROW = 16384
+# Values of a program with short rows: 16 bytes a thread of 8 warps in bfloat16. Less leaves loads too few in flight,
+# more leaves multiprocessors without work at a few hundred rows.
+_VALUES_OF_ROWS = 2048
+
+
+def row_tile(k: int) -> RowTile:
+    """For rows of k values."""
+    if k > _LONGEST_WHOLE_ROW:
+        return RowTile(1, 8192, 16)
+    block = max(16, 1 << (max(k, 1) - 1).bit_length())
+    rows = max(1, _VALUES_OF_ROWS // block)
+    # 8 values a thread up to 1024 threads in long rows; more warps only make reductions across them dearer.
+    warps = min(16, max(4, rows * block // 512))
+    return RowTile(min(rows, 32), block, warps)
+
+
+# -- int8_linear
+
+
+class Int8LinearTile(NamedTuple):
+    """What a program of int8_linear computes and how.
+
+    rows, columns, k: the block; group: blocks of rows that go through the channels together; split: programs that share
+    a sum over k; swap: channels in the place of rows; stages: of the pipeline; warps.
+    """
+
+    rows: int
+    columns: int
+    k: int
+    group: int
+    split: int
+    swap: bool
+    stages: int
+    warps: int
+
+
+def _split_for(tiles: int, steps: int, programs: int, least_steps: int, most: int) -> int:
+    """Into how many shares a sum of so many steps goes so that about `programs` programs run; a power of two."""
+    split = 1
+    while split < most and tiles * split * 2 <= programs and steps >= 2 * split * least_steps:
+        split *= 2
+    return split
+
+
+def int8_linear_tile(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> Int8LinearTile:
+    """For a product [rows, k] x [columns, k]."""
+    if k % 16:
+        # Rows begin anywhere and are read byte by byte: small blocks, or the bytes do not fit into registers.
+        odd = Int8LinearTile(32, 64, 64, 8, 1, False, 2, 4)
+        return odd._replace(split=_split_for(_tiles(odd, rows, columns), -(-k // odd.k), 2 * multiprocessors, 4, 8))
+    if rows <= 64:
+        return _int8_stream(rows, columns, k, chip, multiprocessors)
+    # A warp group's widest instruction has 64 rows and 256 channels: two groups hold 128 x 256 sums in 128 registers a
+    # thread. 128 bytes of k are one swizzled line of shared memory, and 3 (4) stages of 48 KiB are what fits beside a
+    # finished tile in 163 (227) KiB.
+    large = Int8LinearTile(128, 256, 128, 8, 1, False, 3 if chip < 90 else 4, 8)
+    medium = Int8LinearTile(128, 128, 128, 8, 1, False, 4, 8)
+    small = Int8LinearTile(64, 128, 128, 8, 1, False, 4, 4)
+    for tile in (large, medium):
+        # The last wave of tiles should not be all there is to a third of the work.
+        if _tiles(tile, rows, columns) >= 2 * multiprocessors:
+            return tile
+    if _tiles(medium, rows, columns) >= 3 * multiprocessors // 4:
+        return medium
+    steps = -(-k // small.k)
+    return small._replace(split=_split_for(_tiles(small, rows, columns), steps, 2 * multiprocessors, 8, 8))
+
+
+def _tiles(tile: Int8LinearTile, rows: int, columns: int) -> int:
+    return -(-rows // tile.rows) * -(-columns // tile.columns)
+
+
+def _int8_stream(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> Int8LinearTile:
+    """Few rows: what counts is that all of memory's bandwidth is asked for. By Little's law 4.8 TB/s at 0.8 us are 29
+    KiB in flight for each of 132 multiprocessors: two programs with 4 stages of 16 KiB have four times that, so that a
+    stage that is waited for does not leave the others empty."""
+    block = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    tile = Int8LinearTile(block, 64, 256 if block < 64 else 128, 1, 1, True, 4, 4)
+    if chip < 90:
+        # mma.m16n8k32 of a warp: no group of warps to fill, and 163 KiB of shared memory.
+        tile = tile._replace(stages=3 if block == 16 else 4)
+    steps = -(-k // tile.k)
+    return tile._replace(split=_split_for(_tiles(tile, rows, columns), steps, 2 * multiprocessors, 2, 16))
+
+
+def int8_linear_candidates(rows: int, columns: int, k: int, chip: int, multiprocessors: int) -> list[Int8LinearTile]:
+    """Tiles worth measuring on a GPU, the one that is taken first."""
+    taken = int8_linear_tile(rows, columns, k, chip, multiprocessors)
+    found = [taken]
+    if rows <= 64:
+        for width in (32, 64, 128):
+            for depth in (128, 256, 512):
+                for split in (1, 2, 4, 8, 16):
+                    for stages in (3, 4, 6):
+                        if width * depth * stages <= (160 if chip < 90 else 220) * 1024 and split * depth <= max(k, 1):
+                            found.append(taken._replace(columns=width, k=depth, split=split, stages=stages))
+        return list(dict.fromkeys(found))
+    for height, width, warps in (
+        (128, 256, 8),
+        (256, 128, 8),
+        (128, 128, 8),
+        (128, 128, 4),
+        (64, 256, 4),
+        (64, 128, 4),
+    ):
+        for depth in (64, 128):
+            for stages in (3, 4, 5):
+                for group in (4, 8, 16):
+                    if (height + width) * depth * stages <= (160 if chip < 90 else 220) * 1024:
+                        found.append(Int8LinearTile(height, width, depth, group, 1, False, stages, warps))
+    return list(dict.fromkeys(found))
+
+
+# -- sparse_linear, sparse_int8_linear
+
+
+class SparseTile(NamedTuple):
+    """How a product with a block-sparse weight is cut.
+
+    rows, outputs: of x and of one block that a program computes; group: neighbouring blocks of a block row that one
+    product takes; descriptor: whether x and the weight come by the copy engine, whole blocks at a time; registers: the
+    most of a thread, None for what the compiler likes.
+    """
+
+    rows: int
+    outputs: int
+    group: int
+    warps: int
+    stages: int
+    descriptor: bool
+    registers: int | None = None
+
+
+def sparse_tile(block: int, rows: int, item: int, architecture: int) -> SparseTile:
+    """block: size of the square blocks; rows: of x; item: bytes of a value of x; architecture: 80, 90, ...
+
+    A product of tensor cores takes 64 inputs: one block of 64, two of 32 or four of 16, 32 inputs of float32. A program
+    multiplies few blocks, a tenth of a row, so that its beginning and its end weigh much: tiles are small enough for
+    three programs a multiprocessor, of which one loads while others multiply.
+    """
+    group = max(64 // block // max(item // 2, 1), 1)
+    if rows <= 64:
+        # Few rows: the weight is read once, and the outputs of a block are spread over programs to read it faster.
+        return SparseTile(16 if rows <= 16 else 32 if rows <= 32 else 64, min(block, 32), group, 4, 4, False)
+    # Compiled for sm_80, four stages of 128 rows would leave room for one program.
+    if item == 4:  # three products of tf32 hold twice the registers
+        return SparseTile(64 if architecture >= 90 or block < 64 else 32, block, group, 4, 2, False)
+    # 168 registers of 128 threads and 72 KiB: three times each in a multiprocessor.
+    return SparseTile(128, block, group, 4, 3, block == 64 and architecture >= 90, 168)
+
+
+def sparse_tile_candidates(block: int, rows: int, item: int, architecture: int) -> list[SparseTile]:
+    """What a sweep on a new GPU tries: `sparse_tile` holds the winners."""
+    heights = (16, 32, 64) if rows <= 64 else (64, 128, 256)
+    return [
+        SparseTile(height, outputs, group, warps, stages, descriptor)
+        for height in heights
+        for outputs in sorted({min(block, 16), min(block, 32), block})
+        for group in (1, 2, 4)
+        if 32 <= group * block <= 128
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        for descriptor in (False, True)
+        if not descriptor or (group == 1 and architecture >= 90)
+        # Shared memory of the stages.
+        if stages * (height + outputs) * group * block * item <= 200 * 1024
+    ]
+
+
+class SparseGradientTile(NamedTuple):
+    """rows: of x and of the gradient that one product of the weight's gradient sums over."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def sparse_gradient_tile(block: int, item: int) -> SparseGradientTile:
+    """A program sums one block over all rows: tiles of 64 rows of two operands, deep in flight."""
+    return SparseGradientTile(32 if item == 4 else 64, 4 if block == 64 else 2 if block == 32 else 1, 4)
