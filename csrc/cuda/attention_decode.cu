@@ -114,11 +114,9 @@ __device__ __forceinline__ void accumulate_by_element(float (&sums)[kColumns / 1
 }
 
 struct Float {
-  static constexpr int kBytes = 4;
   static __device__ __forceinline__ float load(const char* row, int i) { return read<float>(row + 4 * i); }
 };
 struct Bfloat16 {
-  static constexpr int kBytes = 2;
   static __device__ __forceinline__ float load(const char* row, int i) {
     return bf16_to_float(read<uint16_t>(row + 2 * i));
   }
@@ -128,7 +126,6 @@ struct Bfloat16 {
   }
 };
 struct Float16 {
-  static constexpr int kBytes = 2;
   static __device__ __forceinline__ float load(const char* row, int i) {
     return f16_to_float(read<uint16_t>(row + 2 * i));
   }
@@ -141,10 +138,9 @@ struct Float16 {
 struct FloatMath {
   static constexpr int kBytes = 4;
   static constexpr bool kCodes = false;
-  static constexpr bool kFiniteValues = false;
   static __device__ __forceinline__ int column(int i, int g, int half) { return 16 * i + g + 8 * half; }
 
-  static __device__ __forceinline__ void store_query(const DecodeArgs& a, const char* from, char* row, int i) {
+  static __device__ __forceinline__ void store_query(const DecodeArgs&, const char* from, char* row, int i) {
     reinterpret_cast<float*>(row)[i] = from ? read<float>(from) : 0.0f;
   }
 
@@ -196,10 +192,9 @@ template <class Element>
 struct HalfMath {
   static constexpr int kBytes = 2;
   static constexpr bool kCodes = false;
-  static constexpr bool kFiniteValues = false;
   static __device__ __forceinline__ int column(int i, int g, int half) { return 16 * i + g + 8 * half; }
 
-  static __device__ __forceinline__ void store_query(const DecodeArgs& a, const char* from, char* row, int i) {
+  static __device__ __forceinline__ void store_query(const DecodeArgs&, const char* from, char* row, int i) {
     reinterpret_cast<uint16_t*>(row)[i] = from ? read<uint16_t>(from) : uint16_t(0);
   }
 
@@ -277,14 +272,12 @@ __device__ __forceinline__ void expand_codes(uint32_t word, uint32_t& first, uin
 struct Int8Math {
   static constexpr int kBytes = 1;
   static constexpr bool kCodes = true;
-  static constexpr bool kFiniteValues = true;
   static __device__ __forceinline__ int column(int i, int g, int half) { return 16 * i + 2 * g + half; }
 
   // Parts whose sum is the query: each is what the ones before have left, rounded to bfloat16.
   static __device__ __forceinline__ void store_query(const DecodeArgs& a, const char* from, char* row, int i) {
-    const int parts = a.q_type == DecodeType::bfloat16 ? 1 : a.q_type == DecodeType::float16 ? 2 : 3;
     float rest = from ? load_as_float(a.q_type, from) : 0.0f;
-    for (int part = 0; part < parts; ++part) {
+    for (int part = 0; part < a.room.query_parts; ++part) {
       const uint32_t x = float_to_bf16(rest);
       reinterpret_cast<uint16_t*>(row + part * a.block_rows * a.room.q_pitch)[i] = uint16_t(x);
       rest -= bf16_to_float(x);
@@ -297,7 +290,6 @@ struct Int8Math {
                                                 const char* q, int lane) {
     const DecodeRoom& room = a.room;
     const int g = lane / 4, t = lane % 4;
-    const int parts = a.q_type == DecodeType::bfloat16 ? 1 : a.q_type == DecodeType::float16 ? 2 : 3;
     const char *k0 = k + g * room.k_pitch + 8 * t, *k1 = k0 + 8 * room.k_pitch, *q0 = q + g * room.q_pitch + 16 * t;
 #pragma unroll 2
     for (int d = 0; d < a.k.size; d += 32) {
@@ -308,7 +300,7 @@ struct Int8Math {
       expand_codes<false>(upper.y, y[0], y[2]);
       expand_codes<false>(lower.y, y[1], y[3]);
 #pragma unroll 1
-      for (int part = 0; part < parts; ++part) {
+      for (int part = 0; part < a.room.query_parts; ++part) {
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
           const uint4 z = read<uint4>(q0 + (part * 8 * kGroups + 8 * n) * room.q_pitch + 2 * d);
@@ -512,9 +504,9 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
   for (int row = int(threadIdx.x); row < kRows; row += threads) {
     const int r = first_row + smaller(row, some_rows - 1);
     row_position[row] = position + r / a.group;
-    row_slope[row] = a.slopes ? kLog2E * read<float>(a.slopes + b * a.slopes_batch +
-                                                     (head * a.group + r % a.group) * a.slopes_head)
-                              : 0.0f;
+    row_slope[row] =
+        a.slopes ? kLog2E * read<float>(a.slopes + b * a.slopes_batch + (head * a.group + r % a.group) * a.slopes_head)
+                 : 0.0f;
   }
   __syncthreads();
 
@@ -596,13 +588,12 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
         maximum[n][j] = largest;
         const float x = exp2_approx(s[n][j] - base), y = exp2_approx(s[n][2 + j] - base);
         total[n][j] = total[n][j] * shrink[n][j] + (x + y);
-        if (!Math::kFiniteValues && partial) {
-          // What a row does not take is marked: see accumulate_taken.
-          s[n][j] = s[n][j] == -infinity() ? -1.0f : x;
-          s[n][2 + j] = s[n][2 + j] == -infinity() ? -1.0f : y;
-        } else {
-          s[n][j] = Math::kCodes && x != 0.0f ? x * v_scale[0] : x;
-          s[n][2 + j] = Math::kCodes && y != 0.0f ? y * v_scale[1] : y;
+        if constexpr (Math::kCodes) {  // a scale that is NaN must not meet the zero of a key that is not taken
+          s[n][j] = x == 0.0f ? 0.0f : x * v_scale[0];
+          s[n][2 + j] = y == 0.0f ? 0.0f : y * v_scale[1];
+        } else {  // marked for accumulate_taken
+          s[n][j] = partial && s[n][j] == -infinity() ? -1.0f : x;
+          s[n][2 + j] = partial && s[n][2 + j] == -infinity() ? -1.0f : y;
         }
       }
     }
@@ -618,7 +609,7 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
     }
 
     const char* const v = stage + room.v;
-    if constexpr (!Math::kFiniteValues) {
+    if constexpr (!Math::kCodes) {
       if (partial) {
         // Zero times a NaN in the value of a key that only other rows take would be NaN.
         bool finite = true;
@@ -692,8 +683,7 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
       sum += weight_of(warp_maximum[w * kRows + r], largest) * warp_total[w * kRows + r];
     }
     if (a.splits == 1 && a.sinks) {
-      const float sink =
-          kLog2E * read<float>(a.sinks + (head * a.group + (first_row + r) % a.group) * a.sinks_head);
+      const float sink = kLog2E * read<float>(a.sinks + (head * a.group + (first_row + r) % a.group) * a.sinks_head);
       const float both = fmaxf(largest, sink), weight = weight_of(largest, both);
       sum = weight * sum + weight_of(sink, both);
       largest = both;
@@ -705,8 +695,7 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
     if (a.splits == 1 && a.lse && r < some_rows) {
       const int row = first_row + r;
       *reinterpret_cast<float*>(a.lse + b * a.lse_batch + (head * a.group + row % a.group) * a.lse_head +
-                                row / a.group * a.lse_query) =
-          sum == 0.0f ? -infinity() : largest * kLn2 + logf(sum);
+                                row / a.group * a.lse_query) = sum == 0.0f ? -infinity() : largest * kLn2 + logf(sum);
     }
   }
   __syncthreads();
@@ -738,8 +727,8 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
     attention_decode_merge_kernel(const __grid_constant__ DecodeArgs a) {
   LAMINA_DYNAMIC_SHARED(shared);
   constexpr int kThreads = tuning::kDecodeMergeThreads, kWarps = kThreads / 32;
-  float* const weights = reinterpret_cast<float*>(shared);  // [splits]
-  float* const extra = weights + a.splits;                  // [kWarps]
+  float* const weights = reinterpret_cast<float*>(shared);                      // [splits]
+  float* const extra = weights + a.splits;                                      // [kWarps]
   float* const warp_sums = extra + kWarps + (4 - (a.splits + kWarps) % 4) % 4;  // [kWarps][partial_pitch]
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t record = int64_t(blockIdx.x) * a.splits;
@@ -857,7 +846,8 @@ __global__ void __launch_bounds__(32 * tuning::kAppendWarps)
     largest_bits = larger(largest_bits, int(__float_as_uint(x) & 0x7fffffffu));
   }
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) largest_bits = larger(largest_bits, __shfl_xor_sync(kAll, largest_bits, mask));
+  for (int mask = 16; mask > 0; mask /= 2)
+    largest_bits = larger(largest_bits, __shfl_xor_sync(kAll, largest_bits, mask));
   const float largest = __uint_as_float(unsigned(largest_bits));
   const bool tiny = largest < 1e-36f, bad = largest_bits >= 0x7f800000;
   const float inverse = tiny || bad ? 0.0f : __fdiv_rn(127.0f, largest);
@@ -869,8 +859,7 @@ __global__ void __launch_bounds__(32 * tuning::kAppendWarps)
   if (lane == 0) {
     char* scale = reinterpret_cast<char*>(cache.scale) + first * cache.scale_first + token * cache.scale_token +
                   head * cache.scale_head;
-    *reinterpret_cast<float*>(scale) =
-        bad ? __uint_as_float(0x7fc00000u) : tiny ? 0.0f : __fdiv_rn(largest, 127.0f);
+    *reinterpret_cast<float*>(scale) = bad ? __uint_as_float(0x7fc00000u) : tiny ? 0.0f : __fdiv_rn(largest, 127.0f);
   }
 }
 

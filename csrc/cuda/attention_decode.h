@@ -13,7 +13,7 @@ struct DecodeCache {
   char* data;                           // [batch or blocks, tokens, heads, size]
   int64_t first, token, head, element;  // strides
   int size;
-  int copy;     // rows are copied so many bytes at a time, to which all of them are aligned: 16, 8, 4, or 0: by element
+  int copy;  // rows are copied so many bytes at a time, to which all of them are aligned: 16, 8, 4, or 0: by element
   float* scale;  // int8: [batch or blocks, tokens, heads]; else null
   int64_t scale_first, scale_token, scale_head;
 };
@@ -33,6 +33,7 @@ struct DecodeSequences {
 // bytes apart: eight of them, as a tensor core reads them, lie in different banks.
 struct DecodeRoom {
   int q_pitch, k_pitch, v_pitch;
+  int query_parts;  // an int8 cache meets bfloat16 numbers whose sum is the query: one after the other, [parts][rows]
   int rows;         // position and slope of each row, behind q
   int ring;         // the stages of each warp; at the end, the sums of the block
   int v, scales;    // in a stage, behind k
@@ -51,8 +52,8 @@ struct DecodeArgs {
   int batch, queries, heads, kv_heads;
   // Row r of a key/value head is query r / group of its head r % group. A block takes 8 or 16 of them.
   int group, rows, block_rows, row_blocks;
-  int splits;  // parts of the keys that the rows of a block take, each with a block of its own
-  int window;  // 0: none
+  int splits;            // parts of the keys that the rows of a block take, each with a block of its own
+  int window;            // 0: none
   float scale, softcap;  // softcap 0: none
   const char* slopes;    // float32, or null
   int64_t slopes_batch, slopes_head;
@@ -77,12 +78,6 @@ struct AppendArgs {
   DecodeSequences sequences;
   int batch, tokens, heads;
 };
-
-// Rows of q in shared memory: an int8 cache meets sums of so many bfloat16 parts, which are the query exactly.
-inline int decode_query_parts(DecodeType q, DecodeType cache) {
-  if (cache != DecodeType::int8) return 1;
-  return q == DecodeType::bfloat16 ? 1 : q == DecodeType::float16 ? 2 : 3;
-}
 
 void attention_decode_launch(const DecodeArgs& args, bool overlaps, void* stream);
 void attention_decode_append_launch(const AppendArgs& args, void* stream);

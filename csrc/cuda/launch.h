@@ -38,8 +38,8 @@ class DeviceGuard {
 };
 
 #if defined(__CUDACC__) || defined(LAMINA_CUDA_EMULATOR)
-// Where and in which order a kernel runs. `overlaps`: it may start before the kernel in front of it has ended, for whose
-// results it asks by wait_for_the_kernel_before() (ptx.h); only from compute capability 9.0 on.
+// Where and in which order a kernel runs. `overlaps`: it may start before the kernel in front of it has ended, for
+// whose results it asks by wait_for_the_kernel_before() (ptx.h); only from compute capability 9.0 on.
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;

@@ -153,7 +153,8 @@ DecodeRoom room_of(DecodeType q_type, DecodeType cache_type, int block_rows, int
   r.k_pitch = pitch_of(head_size, element);
   r.v_pitch = pitch_of(value_size, element);
   r.q_pitch = pitch_of(head_size, codes ? 2 : element);
-  r.rows = cuda::decode_query_parts(q_type, cache_type) * block_rows * r.q_pitch;
+  r.query_parts = !codes || q_type == DecodeType::bfloat16 ? 1 : q_type == DecodeType::float16 ? 2 : 3;
+  r.rows = r.query_parts * block_rows * r.q_pitch;
   r.ring = r.rows + 8 * block_rows;
   r.v = tuning::kDecodeKeys * r.k_pitch;
   r.scales = r.v + tuning::kDecodeKeys * r.v_pitch;
@@ -189,8 +190,8 @@ void attention_decode_cuda(const CudaTensorView& q, const CudaTensorView& k_cach
   constexpr const char* op = kAttentionDecode;
   check_attention_decode(q, k_cache, v_cache, window, softcap, pointer(alibi_slopes), pointer(sinks), pointer(k_scale),
                          pointer(v_scale), out, pointer(lse));
-  check_device(op, "q is", q.device, k_cache, v_cache, cache_seqlens, block_table, alibi_slopes, sinks, k_scale, v_scale,
-               out, lse, workspace);
+  check_device(op, "q is", q.device, k_cache, v_cache, cache_seqlens, block_table, alibi_slopes, sinks, k_scale,
+               v_scale, out, lse, workspace);
   const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), kv_heads = k_cache.size(2);
   const DecodeSequences sequences = decode_sequences(op, k_cache, cache_seqlens, block_table, batch);
   if (batch == 0 || queries == 0 || heads == 0) return;
@@ -208,53 +209,52 @@ void attention_decode_cuda(const CudaTensorView& q, const CudaTensorView& k_cach
   const DecodeType q_type = decode_type(q.dtype), cache_type = decode_type(k_cache.dtype);
   const int slopes_head = alibi_slopes ? alibi_slopes->ndim - 1 : 0;
   cuda::attention_decode_launch(
-      DecodeArgs{
-          .q_type = q_type,
-          .cache_type = cache_type,
-          .q = q.as<char>(),
-          .q_batch = bytes_between(q, 0),
-          .q_query = bytes_between(q, 1),
-          .q_head = bytes_between(q, 2),
-          .q_element = bytes_between(q, 3),
-          .k = decode_cache(k_cache, k_scale),
-          .v = decode_cache(v_cache, v_scale),
-          .sequences = sequences,
-          .batch = int(batch),
-          .queries = int(queries),
-          .heads = int(heads),
-          .kv_heads = int(kv_heads),
-          .group = int(heads / kv_heads),
-          .rows = int(shares.rows),
-          .block_rows = shares.block_rows,
-          .row_blocks = int(shares.row_blocks),
-          .splits = int(shares.splits),
-          // Wider than a cache is no window.
-          .window = window && *window < sequences.capacity + queries ? int(*window) : 0,
-          .scale = float(scale),
-          .softcap = float(softcap.value_or(0)),
-          .slopes = alibi_slopes ? alibi_slopes->as<char>() : nullptr,
-          .slopes_batch = slopes_head == 1 ? bytes_between(*alibi_slopes, 0) : 0,
-          .slopes_head = alibi_slopes ? bytes_between(*alibi_slopes, slopes_head) : 0,
-          .sinks = sinks ? sinks->as<char>() : nullptr,
-          .sinks_head = sinks ? bytes_between(*sinks, 0) : 0,
-          .out = out.as<char>(),
-          .out_batch = bytes_between(out, 0),
-          .out_query = bytes_between(out, 1),
-          .out_head = bytes_between(out, 2),
-          .lse = lse ? lse->as<char>() : nullptr,
-          .lse_batch = lse ? bytes_between(*lse, 0) : 0,
-          .lse_query = lse ? bytes_between(*lse, 2) : 0,
-          .lse_head = lse ? bytes_between(*lse, 1) : 0,
-          .partial = workspace.as<float>(),
-          .partial_pitch = int(shares.partial_pitch),
-          .room = room_of(q_type, cache_type, shares.block_rows, int(q.size(3)), int(v_cache.size(3)))},
+      DecodeArgs{.q_type = q_type,
+                 .cache_type = cache_type,
+                 .q = q.as<char>(),
+                 .q_batch = bytes_between(q, 0),
+                 .q_query = bytes_between(q, 1),
+                 .q_head = bytes_between(q, 2),
+                 .q_element = bytes_between(q, 3),
+                 .k = decode_cache(k_cache, k_scale),
+                 .v = decode_cache(v_cache, v_scale),
+                 .sequences = sequences,
+                 .batch = int(batch),
+                 .queries = int(queries),
+                 .heads = int(heads),
+                 .kv_heads = int(kv_heads),
+                 .group = int(heads / kv_heads),
+                 .rows = int(shares.rows),
+                 .block_rows = shares.block_rows,
+                 .row_blocks = int(shares.row_blocks),
+                 .splits = int(shares.splits),
+                 // Wider than a cache is no window.
+                 .window = window && *window < sequences.capacity + queries ? int(*window) : 0,
+                 .scale = float(scale),
+                 .softcap = float(softcap.value_or(0)),
+                 .slopes = alibi_slopes ? alibi_slopes->as<char>() : nullptr,
+                 .slopes_batch = slopes_head == 1 ? bytes_between(*alibi_slopes, 0) : 0,
+                 .slopes_head = alibi_slopes ? bytes_between(*alibi_slopes, slopes_head) : 0,
+                 .sinks = sinks ? sinks->as<char>() : nullptr,
+                 .sinks_head = sinks ? bytes_between(*sinks, 0) : 0,
+                 .out = out.as<char>(),
+                 .out_batch = bytes_between(out, 0),
+                 .out_query = bytes_between(out, 1),
+                 .out_head = bytes_between(out, 2),
+                 .lse = lse ? lse->as<char>() : nullptr,
+                 .lse_batch = lse ? bytes_between(*lse, 0) : 0,
+                 .lse_query = lse ? bytes_between(*lse, 2) : 0,
+                 .lse_head = lse ? bytes_between(*lse, 1) : 0,
+                 .partial = workspace.as<float>(),
+                 .partial_pitch = int(shares.partial_pitch),
+                 .room = room_of(q_type, cache_type, shares.block_rows, int(q.size(3)), int(v_cache.size(3)))},
       device_attribute(cudaDevAttrComputeCapabilityMajor, q.device) >= 9, q.stream);
 }
 
 void attention_decode_append_cuda(const CudaTensorView& k_cache, const CudaTensorView& v_cache,
-                                  const CudaTensorView& cache_seqlens, const CudaTensorView& k,
-                                  const CudaTensorView& v, const OptionalView& block_table,
-                                  const OptionalView& k_scale, const OptionalView& v_scale) {
+                                  const CudaTensorView& cache_seqlens, const CudaTensorView& k, const CudaTensorView& v,
+                                  const OptionalView& block_table, const OptionalView& k_scale,
+                                  const OptionalView& v_scale) {
   constexpr const char* op = kAttentionDecodeAppend;
   check_attention_decode_append(k_cache, v_cache, k, v, pointer(k_scale), pointer(v_scale));
   check_device(op, "k is", k.device, k_cache, v_cache, cache_seqlens, v, block_table, k_scale, v_scale);

@@ -1,6 +1,6 @@
-// attention_decode on CUDA devices: see ops/attention_decode.h for the operands. Nothing waits for the device, so what is
-// in cache_seqlens and block_table is not checked: a length beyond the cache counts as the cache's, an entry that is no
-// block as the nearest block, and of a sequence that new keys do not fit into nothing is written.
+// attention_decode on CUDA devices: see ops/attention_decode.h for the operands. Nothing waits for the device, so what
+// is in cache_seqlens and block_table is not checked: a length beyond the cache counts as the cache's, an entry that is
+// no block as the nearest block, and of a sequence that new keys do not fit into nothing is written.
 #pragma once
 
 #include <optional>
@@ -24,8 +24,8 @@ void attention_decode_cuda(const CudaTensorView& q, const CudaTensorView& k_cach
                            const std::optional<CudaTensorView>& lse, const CudaTensorView& workspace);
 
 void attention_decode_append_cuda(const CudaTensorView& k_cache, const CudaTensorView& v_cache,
-                                  const CudaTensorView& cache_seqlens, const CudaTensorView& k,
-                                  const CudaTensorView& v, const std::optional<CudaTensorView>& block_table,
+                                  const CudaTensorView& cache_seqlens, const CudaTensorView& k, const CudaTensorView& v,
+                                  const std::optional<CudaTensorView>& block_table,
                                   const std::optional<CudaTensorView>& k_scale,
                                   const std::optional<CudaTensorView>& v_scale);
 

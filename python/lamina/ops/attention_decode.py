@@ -84,9 +84,7 @@ def _run_on_cuda(lse: Tensor | None, q, k_cache, v_cache, cache_seqlens, block_t
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if not _C.with_cuda:
         return _composite(q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest, out, lse)
-    workspace = q.new_empty(
-        _C.attention_decode_workspace_cuda(q, k_cache, v_cache, block_table), dtype=torch.float32
-    )
+    workspace = q.new_empty(_C.attention_decode_workspace_cuda(q, k_cache, v_cache, block_table), dtype=torch.float32)
     _C.attention_decode_cuda(q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest, out, lse, workspace)
     return out
 

@@ -49,8 +49,7 @@ extern "C" {
 void take_turns_backwards(int on) { emulator::backwards = on != 0; }
 
 int64_t attention_decode_workspace(const View* q, const View* k_cache, const View* v_cache, const View* table) {
-  return lamina::attention_decode_workspace_cuda(view_of(*q), view_of(*k_cache), view_of(*v_cache),
-                                                 optional_of(table));
+  return lamina::attention_decode_workspace_cuda(view_of(*q), view_of(*k_cache), view_of(*v_cache), optional_of(table));
 }
 
 const char* attention_decode(const View* q, const View* k_cache, const View* v_cache, const View* lengths,

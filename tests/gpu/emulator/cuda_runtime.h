@@ -164,7 +164,7 @@ inline void barrier() {
 }
 
 // Every lane shows `bytes` and sees those of all the others. `kind` tells one instruction from another.
-inline const char (*exchange(int kind, const void* data, int bytes))[kSlot] {
+inline const char (*exchange(int kind, const void* data, int bytes)) [kSlot] {
   Fiber* self = block.now;
   const int thread = int(self - block.fibers.data()), lane = thread % kWarp;
   Warp& warp = block.warps[size_t(thread / kWarp)];
@@ -184,7 +184,14 @@ inline const char (*exchange(int kind, const void* data, int bytes))[kSlot] {
   return slots;
 }
 
-enum Kind { kSync = 1, kShuffle, kVote, kLoadMatrix, kMoveMatrix, kMultiply };
+enum Kind {
+  kSync = 1,
+  kShuffle,
+  kVote,
+  kLoadMatrix,
+  kMoveMatrix,
+  kMultiply
+};
 
 template <class T>
 T shuffle(T value, int source) {

@@ -37,9 +37,8 @@ def compile_library(folder: Path, *flags: str) -> Path:
     for source in SOURCES:
         objects.append(folder / f"{source.stem}{source.suffix}.{source.parent.name}.o")
         subprocess.run(
-            ["g++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-             "-Wno-unknown-pragmas", "-DLAMINA_CUDA_EMULATOR", f"-I{HERE}", f"-I{CSRC}", *flags,
-             "-c", "-o", objects[-1], "-x", "c++", source],
+            ["g++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-DLAMINA_CUDA_EMULATOR", f"-I{HERE}",
+             f"-I{CSRC}", *flags, "-c", "-o", objects[-1], "-x", "c++", source],
             check=True,
         )  # fmt: skip
     library = folder / "emulated_attention_decode.so"
@@ -60,10 +59,8 @@ class _View(ctypes.Structure):
 def _view(t: Tensor | None):
     if t is None:
         return None
-    sizes = (ctypes.c_int64 * max(t.ndim, 1))
-    return ctypes.byref(
-        _View(t.data_ptr(), sizes(*t.shape), sizes(*t.stride()), t.ndim, DTYPES.index(t.dtype))
-    )
+    sizes = ctypes.c_int64 * max(t.ndim, 1)
+    return ctypes.byref(_View(t.data_ptr(), sizes(*t.shape), sizes(*t.stride()), t.ndim, DTYPES.index(t.dtype)))
 
 
 class Emulated:
