@@ -5,6 +5,7 @@
 
 #include "bindings/tensor_view.h"
 #include "cuda/device.h"
+#include "ops/cuda/attention_decode.h"
 #endif
 
 namespace py = pybind11;
@@ -17,6 +18,9 @@ void define_cuda(py::module_& m) {
   [[maybe_unused]] const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.attr("with_cuda") = true;
   m.def("cuda_devices", &cuda_devices, no_gil);
+  m.def("attention_decode_append_cuda", &attention_decode_append_cuda, no_gil);
+  m.def("attention_decode_cuda", &attention_decode_cuda, no_gil);
+  m.def("attention_decode_workspace_cuda", &attention_decode_workspace_cuda, no_gil);
 #else
   m.attr("with_cuda") = false;
 #endif

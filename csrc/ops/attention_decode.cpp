@@ -9,6 +9,7 @@
 #include "cpu/tuning/attention.h"
 #include "cpu/tuning/attention_decode.h"
 #include "cpu/tuning/quantize_rows.h"
+#include "ops/attention_decode_checks.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 #include "ops/workspace.h"
@@ -25,8 +26,10 @@ constinit const KernelTable<void(const DecodeMergeArgs&)> attention_decode_merge
 
 namespace {
 
-constexpr const char* kOp = "attention_decode";
-constexpr const char* kAppend = "attention_decode.append";
+constexpr const char* kOp = kAttentionDecode;
+constexpr const char* kAppend = kAttentionDecodeAppend;
+
+const TensorView* pointer(const std::optional<TensorView>& t) { return t ? &*t : nullptr; }
 
 int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2; }
 
@@ -49,20 +52,8 @@ class Sequences {
   Sequences(const char* op, const TensorView& k_cache, const TensorView& lengths,
             const std::optional<TensorView>& block_table, int64_t batch)
       : op_(op), lengths_(lengths), table_(block_table ? &*block_table : nullptr), blocks_(k_cache.size(0)) {
-    check_dtype(op, "cache_seqlens", lengths, {DType::int32, DType::int64});
-    check_shape(op, "cache_seqlens", lengths, {batch});
-    if (table_) {
-      check_dtype(op, "block_table", *table_, {DType::int32});
-      check_shape(op, "block_table", *table_, {batch, -1});
-      check(table_->size(1) <= 1 || table_->stride(1) == 1, op, "block_table must be contiguous in its last dimension");
-      block_size_ = k_cache.size(1);
-      check(block_size_ > 0, op, "k_cache is ", describe(k_cache), ", but its blocks must hold at least one key");
-      capacity_ = table_->size(1) * block_size_;
-    } else {
-      check(k_cache.size(0) == batch, op, "k_cache is ", describe(k_cache), ", but must have the ", batch,
-            " sequences of q; give a block_table for a cache of blocks");
-      capacity_ = k_cache.size(1);
-    }
+    capacity_ = check_sequences(op, k_cache, lengths, table_, batch);
+    if (table_) block_size_ = k_cache.size(1);
   }
 
   // Keys of sequence b once `more` are added, checked against the cache and its blocks.
@@ -93,35 +84,6 @@ class Sequences {
   const TensorView* table_;
   int64_t blocks_, block_size_ = 1, capacity_;
 };
-
-void check_scale(const char* op, const char* what, const char* cache_name, const TensorView& cache,
-                 const std::optional<TensorView>& scale) {
-  if (cache.dtype != DType::int8) {
-    check(!scale, op, what, " goes with an int8 cache, but ", cache_name, " is ", dtype_name(cache.dtype));
-    return;
-  }
-  check(scale.has_value(), op, cache_name, " is int8, so ", what, " must say what its codes are worth");
-  check_dtype(op, what, *scale, {DType::float32});
-  check_shape(op, what, *scale, {cache.size(0), cache.size(1), cache.size(2)});
-}
-
-// Both caches; `dtype` is that of the tensors they meet.
-void check_caches(const char* op, const char* other, DType dtype, const TensorView& k_cache, const TensorView& v_cache,
-                  const std::optional<TensorView>& k_scale, const std::optional<TensorView>& v_scale) {
-  check_shape(op, "k_cache", k_cache, {-1, -1, -1, -1});
-  check_shape(op, "v_cache", v_cache, {k_cache.size(0), k_cache.size(1), k_cache.size(2), -1});
-  check(k_cache.dtype == dtype || k_cache.dtype == DType::int8, op, "k_cache is ", dtype_name(k_cache.dtype),
-        ", but must be int8 or of the dtype of ", other, ", ", dtype_name(dtype));
-  check(v_cache.dtype == k_cache.dtype, op, "v_cache is ", dtype_name(v_cache.dtype), ", but must be ",
-        dtype_name(k_cache.dtype), " like k_cache");
-  check_scale(op, "k_scale", "k_cache", k_cache, k_scale);
-  check_scale(op, "v_scale", "v_cache", v_cache, v_scale);
-  const int64_t most = tuning::kAttentionMaxHeadSize;
-  for (const TensorView* t : {&k_cache, &v_cache}) {
-    check(t->size(3) >= 1 && t->size(3) <= most, op, t == &k_cache ? "k_cache" : "v_cache", " is ", describe(*t),
-          ", but its head size must be 1 to ", most);
-  }
-}
 
 DecodeCache decode_cache(const Cache& c, const Sequences& sequences, int64_t b, int64_t head) {
   const bool paged = sequences.paged();
@@ -154,37 +116,11 @@ void attention_decode(const TensorView& q, const TensorView& k_cache, const Tens
                       const std::optional<TensorView>& alibi_slopes, const std::optional<TensorView>& sinks,
                       const std::optional<TensorView>& k_scale, const std::optional<TensorView>& v_scale,
                       const TensorView& out, const std::optional<TensorView>& lse) {
-  check_dtype(kOp, "q", q, {DType::float32, DType::bfloat16, DType::float16});
-  check_shape(kOp, "q", q, {-1, -1, -1, -1});
-  check_caches(kOp, "q", q.dtype, k_cache, v_cache, k_scale, v_scale);
+  check_attention_decode(q, k_cache, v_cache, window, softcap, pointer(alibi_slopes), pointer(sinks), pointer(k_scale),
+                         pointer(v_scale), out, pointer(lse));
   const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), head_size = q.size(3);
   const int64_t kv_heads = k_cache.size(2), value_size = v_cache.size(3);
-  check(k_cache.size(3) == head_size, kOp, "k_cache is ", describe(k_cache), ", but must have the head size of q, ",
-        head_size);
-  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, kOp, "q has ", heads, " heads and k_cache has ", kv_heads,
-        ", but the first must be a multiple of the second");
-  check(!window || *window > 0, kOp, "window is ", window.value_or(0), ", but must be positive");
-  check(!softcap || *softcap > 0, kOp, "softcap is ", softcap.value_or(0), ", but must be positive");
-  if (alibi_slopes) {
-    check_dtype(kOp, "alibi_slopes", *alibi_slopes, {DType::float32});
-    if (alibi_slopes->ndim == 2) {
-      check_shape(kOp, "alibi_slopes", *alibi_slopes, {batch, heads});
-    } else {
-      check_shape(kOp, "alibi_slopes", *alibi_slopes, {heads});
-    }
-  }
-  if (sinks) {
-    check_dtype(kOp, "sinks", *sinks, {DType::float32});
-    check_shape(kOp, "sinks", *sinks, {heads});
-  }
   const Sequences sequences(kOp, k_cache, cache_seqlens, block_table, batch);
-  check(out.dtype == q.dtype, kOp, "out is ", dtype_name(out.dtype), ", but must be ", dtype_name(q.dtype));
-  check_shape(kOp, "out", out, {batch, queries, heads, value_size});
-  check(value_size <= 1 || out.stride(3) == 1, kOp, "out must be contiguous in its last dimension");
-  if (lse) {
-    check_dtype(kOp, "lse", *lse, {DType::float32});
-    check_shape(kOp, "lse", *lse, {batch, heads, queries});
-  }
 
   const Cache keys{k_cache, k_scale ? &*k_scale : nullptr}, values{v_cache, v_scale ? &*v_scale : nullptr};
   const int64_t group = kv_heads ? heads / kv_heads : 1;
@@ -354,15 +290,8 @@ void append_row(const T* from, int64_t col, int64_t size, const Cache& to, int64
 void attention_decode_append(const TensorView& k_cache, const TensorView& v_cache, const TensorView& cache_seqlens,
                              const TensorView& k, const TensorView& v, const std::optional<TensorView>& block_table,
                              const std::optional<TensorView>& k_scale, const std::optional<TensorView>& v_scale) {
-  check_dtype(kAppend, "k", k, {DType::float32, DType::bfloat16, DType::float16});
-  check(k.dtype != DType::float16 || k_cache.dtype != DType::int8, kAppend,
-        "k is float16, but what goes into an int8 cache must be float32 or bfloat16");
-  check_shape(kAppend, "k", k, {-1, -1, -1, -1});
-  check_caches(kAppend, "k", k.dtype, k_cache, v_cache, k_scale, v_scale);
+  check_attention_decode_append(k_cache, v_cache, k, v, pointer(k_scale), pointer(v_scale));
   const int64_t batch = k.size(0), more = k.size(1), heads = k_cache.size(2);
-  check_shape(kAppend, "k", k, {-1, -1, heads, k_cache.size(3)});
-  check(v.dtype == k.dtype, kAppend, "v is ", dtype_name(v.dtype), ", but must be ", dtype_name(k.dtype), " like k");
-  check_shape(kAppend, "v", v, {batch, more, heads, v_cache.size(3)});
   const Sequences sequences(kAppend, k_cache, cache_seqlens, block_table, batch);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t end = sequences.length(b, more);

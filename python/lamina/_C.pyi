@@ -97,6 +97,39 @@ def attention_decode_append(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None: ...
+def attention_decode_append_cuda(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None: ...
+def attention_decode_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    workspace: Tensor,
+) -> None: ...
+def attention_decode_workspace_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+) -> int: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,

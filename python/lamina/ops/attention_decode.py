@@ -6,6 +6,7 @@ from torch import Tensor
 from lamina import _C
 from lamina.ops.attention import _window_sides
 from lamina.ops.library import define
+from lamina.reference.quantize_rows import quantize_rows as quantize_rows_reference
 
 _ARGUMENTS = (
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, float? scale, int? window, "
@@ -78,9 +79,84 @@ def _lse_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_) -> tuple[Tensor, 
     return _new_output(q, v_cache), _new_lse(q)
 
 
-_attention_decode = define(f"attention_decode{_ARGUMENTS} -> Tensor", cpu=_cpu, fake=_fake)
+def _run_on_cuda(lse: Tensor | None, q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest) -> Tensor:
+    out = _new_output(q, v_cache)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if not _C.with_cuda:
+        return _composite(q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest, out, lse)
+    workspace = q.new_empty(_C.attention_decode_workspace_cuda(q, k_cache, v_cache, block_table), dtype=torch.float32)
+    _C.attention_decode_cuda(q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest, out, lse, workspace)
+    return out
+
+
+def _cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table, scale, *rest) -> Tensor:
+    return _run_on_cuda(None, q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest)
+
+
+def _lse_cuda(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table, scale, *rest
+) -> tuple[Tensor, Tensor]:
+    lse = _new_lse(q)
+    return _run_on_cuda(lse, q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest), lse
+
+
+def _composite(
+    q, k_cache, v_cache, cache_seqlens, block_table, scale, window, softcap, alibi_slopes, sinks, k_scale, v_scale, out,
+    lse,
+) -> Tensor:  # fmt: skip
+    """The same in PyTorch's operations, for builds without CUDA kernels. It reads whole caches, but never waits for
+    the device."""
+    queries, heads = q.shape[1:3]
+    if 0 in q.shape[:3] or k_cache.shape[2] == 0:
+        if lse is not None:
+            lse.fill_(-torch.inf)
+        return out.zero_()
+
+    def of_sequences(cache: Tensor, scales: Tensor | None) -> Tensor:
+        """[B, S, Hkv, size], float32."""
+        if block_table is not None:
+            # Entries behind a sequence's end may be anything.
+            blocks = block_table.long().clamp(0, max(cache.shape[0] - 1, 0))
+            cache = cache[blocks].flatten(1, 2)
+            scales = scales if scales is None else scales[blocks].flatten(1, 2)
+        return cache.float() if scales is None else cache.float() * scales[..., None]
+
+    keys, values = of_sequences(k_cache, k_scale), of_sequences(v_cache, v_scale)
+    group = heads // keys.shape[2]
+    token = torch.arange(keys.shape[1], device=q.device)
+    position = cache_seqlens.long()[:, None] - queries + torch.arange(queries, device=q.device)  # [B, L]
+    distance = position[..., None] - token  # [B, L, S]
+    keep = distance >= 0
+    if window is not None:
+        keep = keep & (distance < window)
+    # [B, Hkv, L, group, ...]: the heads of a group meet the same keys.
+    scores = torch.einsum("blhgd,bshd->bhlgs", q.float().unflatten(2, (-1, group)) * scale, keys)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.expand(q.shape[0], heads).unflatten(1, (-1, group))
+        scores = scores - slopes[:, :, None, :, None] * distance[:, None, :, None]
+    keep = keep[:, None, :, None]
+    scores = torch.where(keep, scores, -torch.inf)
+    if sinks is not None:
+        sink = sinks.unflatten(0, (-1, group))[None, :, None, :, None]
+        scores = torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), -1)
+    total = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+    weights = torch.exp(scores - total.nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)[..., None])
+    weights = weights[..., : keys.shape[1]]
+    # Zero times a value that is not finite would be NaN where a query does not take it.
+    finite = values.isfinite()
+    result = torch.einsum("bhlgs,bshd->bhlgd", weights, values.where(finite, 0))
+    touched = torch.einsum("bls,bshd->bhld", keep[:, 0, :, 0].float(), (~finite).float()) > 0
+    result = torch.where(touched[:, :, :, None], torch.nan, result)
+    if lse is not None:
+        lse.copy_(total.transpose(2, 3).flatten(1, 2))
+    return out.copy_(result.permute(0, 2, 1, 3, 4).flatten(2, 3))
+
+
+_attention_decode = define(f"attention_decode{_ARGUMENTS} -> Tensor", cpu=_cpu, fake=_fake, cuda=_cuda)
 _attention_decode_with_lse = define(
-    f"attention_decode.with_lse{_ARGUMENTS} -> (Tensor, Tensor)", cpu=_lse_cpu, fake=_lse_fake
+    f"attention_decode.with_lse{_ARGUMENTS} -> (Tensor, Tensor)", cpu=_lse_cpu, fake=_lse_fake, cuda=_lse_cuda
 )
 
 
@@ -97,6 +173,44 @@ def _append_cpu(
     _C.attention_decode_append(k_cache, v_cache, cache_seqlens, k, v, block_table, k_scale, v_scale)
 
 
+def _append_cuda(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    if _C.with_cuda:
+        _C.attention_decode_append_cuda(k_cache, v_cache, cache_seqlens, k, v, block_table, k_scale, v_scale)
+        return
+    token = cache_seqlens.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [B, L]
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if 0 in k.shape[:3] or capacity == 0:
+        return
+    fits = ((token[:, :1] >= 0) & (token[:, -1:] < capacity)).expand_as(token)
+    token = token.clamp(0, capacity - 1)
+    first = torch.arange(k.shape[0], device=k.device)[:, None].expand_as(token)
+    if block_table is not None:
+        first = block_table.long().gather(1, token // k_cache.shape[1])
+        fits = fits & (first >= 0) & (first < k_cache.shape[0])
+        first, token = first.clamp(0, max(k_cache.shape[0] - 1, 0)), token % k_cache.shape[1]
+    # Without waiting for the device nobody knows how many there are to write. What does not fit writes once more what
+    # another row does or, where none fits, what is there already.
+    fits, first, token = fits.flatten(), first.flatten(), token.flatten()
+    another = fits.long().argmax()
+    row = torch.where(fits, torch.arange(fits.numel(), device=k.device), another)
+    first, token, fits = first[row], token[row], fits[another]
+    for cache, scales, new in ((k_cache, k_scale, k), (v_cache, v_scale, v)):
+        new = new.flatten(0, 1)[row]
+        if scales is not None:
+            new, of_rows = quantize_rows_reference(new)
+            scales[first, token] = torch.where(fits, of_rows, scales[first, token])
+        cache[first, token] = torch.where(fits, new, cache[first, token])
+
+
 def _append_fake(*_) -> None:
     return None
 
@@ -106,13 +220,14 @@ _append = define(
     "Tensor? block_table, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()",
     cpu=_append_cpu,
     fake=_append_fake,
+    cuda=_append_cuda,
 )
 
 
 def _lengths(cache_seqlens: Tensor | int, q: Tensor) -> Tensor:
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens
-    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32)
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def attention_decode(
@@ -214,7 +329,8 @@ def append_to_cache_(
         k: [B, L, Hkv, D] of the cache's dtype, or float32 or bfloat16 for an int8 cache; any strides.
         v: [B, L, Hkv, Dv].
 
-    Raises ValueError, before anything is written, when shapes or dtypes do not fit, or a sequence not into its cache.
+    Raises ValueError, before anything is written, when shapes or dtypes do not fit, or a sequence not into its cache;
+    on a GPU, which is not waited for, nothing of such a sequence is written instead.
 
     >>> lamina.ops.append_to_cache_(k_cache, v_cache, lengths, k, v)
     """

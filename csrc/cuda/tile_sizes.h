@@ -1,0 +1,47 @@
+// The tuned numbers of the CUDA kernels, each with its reason.
+#pragma once
+
+namespace lamina::cuda::tuning {
+
+// -- attention_decode
+//
+// A multiprocessor of an H200 takes 4.8 TB/s / 132 = 36 bytes a nanosecond, so with 600 to 1000 ns from a load to its
+// data 22 to 36 KB must be under way in each at any time.
+
+// Keys that a warp takes at once: the rows of a tensor-core product.
+inline constexpr int kDecodeKeys = 16;
+
+// Warps of a block; each has its own keys and its own copies under way, and waits for no other until the end. Twelve or
+// more in a multiprocessor hide the chain of products, maxima and powers of one another.
+inline constexpr int kDecodeWarps = 4;
+
+// Bytes that a warp keeps under way, in whole tiles of keys and values and at least one: four warps have 48 KB, twice
+// what a multiprocessor needs where a block is alone in it.
+inline constexpr int kDecodeWarpBytesAhead = 12 << 10;
+
+// Tiles that a warp has room for: the one it works on and those under way. copy_async_wait knows as many.
+inline constexpr int kDecodeMostStages = 4;
+
+// Shared memory of a block, which takes fewer warps where rows are long: a block of compute capability 8.0 can have
+// 163 KB. Two blocks share the 227 KB of a 9.0 at half of that.
+inline constexpr int kDecodeSharedBytes = 112 << 10;
+inline constexpr int kDecodeMostSharedBytes = 160 << 10;
+
+// Keys of a block below which more blocks do not pay: 256 keys of head size 128 in bfloat16 are 128 KB, 4 us of one
+// multiprocessor's share, beside which the sums of 8 rows that are written and read again are 8 KB.
+inline constexpr int kDecodeSplitKeys = 256;
+
+// Blocks for each multiprocessor, where the cache is long enough: the last wave of 8 at two at a time is a quarter of
+// the whole at worst, and blocks of short sequences make room for those of long ones.
+inline constexpr int kDecodeBlocksPerMultiprocessor = 16;
+
+// Parts of one sequence: what the merge keeps the weights of in shared memory.
+inline constexpr int kDecodeMostSplits = 1024;
+
+// Threads of a block of the merge: warps take splits in turn and bring their sums together at the end.
+inline constexpr int kDecodeMergeThreads = 128;
+
+// Warps of a block that appends, one row of keys or values each.
+inline constexpr int kAppendWarps = 4;
+
+}  // namespace lamina::cuda::tuning
