@@ -57,7 +57,10 @@ bool is_depthwise(int64_t out_channels, int64_t group_inputs, const Geometry& g)
 }
 
 int64_t packed_size(int64_t out_channels, int64_t group_inputs, const Geometry& g) {
-  const int64_t taps = g.winograd ? (g.winograd + 2) * (g.winograd + 2) : g.kernel[0] * g.kernel[1];
+  if (g.winograd) {
+    return (g.winograd + 2) * (g.winograd + 2) * round_up(group_inputs, 16) * conv_panel_floats(out_channels);
+  }
+  const int64_t taps = g.kernel[0] * g.kernel[1];
   if (is_depthwise(out_channels, group_inputs, g)) return taps * round_up(out_channels, 16);
   return g.groups * taps * group_inputs * conv_panel_floats(out_channels / g.groups);
 }
@@ -544,7 +547,8 @@ void conv2d_pack(const TensorView& weight, const Conv2dGeometry& geometry, const
         for (int64_t j = 0; j < side; ++j) {
           double sum = 0;
           for (int64_t x = 0; x < 3; ++x) sum += half[i][x] * matrix[j][x];
-          to[(((o / 16 * side + i) * inputs + c) * side + j) * 16 + o % 16] = float(sum);
+          const int64_t block = ((o / 16 * side + i) * divide_up(inputs, 16) + c / 16) * side + j;
+          to[(block * 16 + c % 16) * 16 + o % 16] = float(sum);
         }
       }
     }

@@ -10,6 +10,7 @@
 #include "cpu/kernels/conv_winograd.h"
 
 #include "cpu/kernels/conv_tile.h"
+#include "cpu/tuning/conv.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
@@ -48,14 +49,9 @@ LAMINA_INLINE void transform_output(const F32 (&m)[6], F32 (&y)[4]) {
   y[3] = fmadd(set1(8.0f), q, d) + m[5];
 }
 
-// Weights are asked for so many channels before they are multiplied: they stream from L2 or beyond.
-constexpr int kAhead = 32;
-
 // Tiles of a register tile: with 32 registers it has all points of a row, else one point.
 template <int M>
-constexpr int kGroup = F32::registers < 32 ? kTileRows
-                       : M == 2            ? 7
-                                           : 5;
+constexpr int kGroup = F32::registers < 32 ? kTileRows : (M == 2 ? 7 : 5);
 
 // sums: [M + 2] of one tile and vector of channels; to: [M][16].
 template <int M>
@@ -67,7 +63,10 @@ LAMINA_INLINE void store_row(const F32 (&sums)[M + 2], float* to) {
 }
 
 // The products of TR tiles at the M + 2 points of a row, summed over the channels, for 16 output channels; then the
-// first half of the output transform. x: [channels / 16][TR][M + 2][16]; w: [channels][M + 2][16]; to: [TR][step].
+// first half of the output transform.
+//
+// x: [channels / 16][TR][M + 2][16]; w: [channels / 16][M + 2][16 channels][16]; to: [TR][M + 2][M][16], of which one
+// row of points.
 template <int M, int TR>
 __attribute__((noinline)) void row_of_points(const float* x, int64_t channels, const float* w, float* to) {
   constexpr int T = M + 2, NV = 16 / F32::lanes, kStep = T * M * 16;
@@ -78,13 +77,13 @@ __attribute__((noinline)) void row_of_points(const float* x, int64_t channels, c
       LAMINA_UNROLL
       for (int j = 0; j < T; ++j) acc[r][j] = zero();
     }
-    for (int64_t c = 0; c < channels; c += 16, x += TR * T * 16) {
+    for (int64_t c = 0; c < channels; c += 16, x += TR * T * 16, w += T * 256) {
       const int n = int(channels - c < 16 ? channels - c : 16);
-      for (int k = 0; k < n; ++k, w += T * 16) {
+      for (int k = 0; k < n; ++k) {
         LAMINA_UNROLL
         for (int j = 0; j < T; ++j) {
-          const F32 b = load(w + j * 16);
-          __builtin_prefetch(w + kAhead * T * 16 + j * 16);
+          const F32 b = load(w + (j * 16 + k) * 16);
+          __builtin_prefetch(w + (tuning::kConvWinogradAhead * T * 16 + k * T + j) * 16);
           LAMINA_UNROLL
           for (int r = 0; r < TR; ++r) acc[r][j] = fmadd(set1(x[(r * T + j) * 16 + k]), b, acc[r][j]);
         }
@@ -101,13 +100,14 @@ __attribute__((noinline)) void row_of_points(const float* x, int64_t channels, c
         LAMINA_UNROLL
         for (int v = 0; v < NV; ++v) acc[r][v] = zero();
       }
-      const float *p = x + j * 16, *q = w + j * 16;
-      for (int64_t c = 0; c < channels; c += 16, p += TR * T * 16) {
+      const float *p = x + j * 16, *q = w + j * 256;
+      for (int64_t c = 0; c < channels; c += 16, p += TR * T * 16, q += T * 256) {
         const int n = int(channels - c < 16 ? channels - c : 16);
-        for (int k = 0; k < n; ++k, q += T * 16) {
+        for (int k = 0; k < n; ++k) {
           F32 b[NV];
           LAMINA_UNROLL
-          for (int v = 0; v < NV; ++v) b[v] = load(q + v * F32::lanes);
+          for (int v = 0; v < NV; ++v) b[v] = load(q + k * 16 + v * F32::lanes);
+          __builtin_prefetch(q + (tuning::kConvWinogradAhead * T * 16 + k) * 16);
           LAMINA_UNROLL
           for (int r = 0; r < TR; ++r) {
             const F32 a = set1(p[r * T * 16 + k]);
@@ -166,7 +166,7 @@ class Tiles {
     place(first, count, tiles_);
     place(first + count, next, next_);
     fetched_ = debt_ = 0;
-    lines_ = next * 2 * M;
+    next_count_ = next;
     steps_ = groups_ * T * int((a_.end_channel - a_.first_channel + 15) / 16);
     transform_inputs();
     for (int64_t c = a_.first_channel; c < a_.end_channel; c += 16) {
@@ -253,48 +253,47 @@ class Tiles {
 
   // The products of 16 output channels from c on.
   void multiply(int64_t c) {
+    const int64_t tile = blocks_ * T * 16;
     for (int i = 0; i < T; ++i) {
-      const float* w = a_.weights + (c / 16 * T + i) * a_.channels * T * 16;
+      const float* w = a_.weights + (c / 16 * T + i) * blocks_ * T * 256;
       const float* x = inputs_ + i * row_;
+      float* to = products_ + i * M * 16;
       each_group([&](int first, int n) {
-        for (debt_ += lines_; debt_ >= steps_; debt_ -= steps_) fetch(fetched_++);
-        kRows<M>[n - 1](x + first* blocks_* T* 16, a_.channels, w, products_ + first* kProducts + i* M* 16);
+        for (debt_ += next_count_; debt_ >= steps_; debt_ -= steps_) fetch(next_[fetched_++]);
+        const RowOfPoints row = kRows<M>[n - 1];
+        row(x + first * tile, a_.channels, w, to + first * kProducts);
       });
     }
   }
 
-  // Asks for a row of M pixels of the next block: of those that it reads and no tile above it has read, then of those
-  // that it writes: stores that miss hold up everything behind them.
-  LAMINA_INLINE void fetch(int line) const {
-    const Tile& tile = next_[line / (2 * M)];
-    const int64_t i = line % M;
-    const char* p;
-    int64_t pixel;
-    if (line / M % 2 == 0) {
-      const int64_t y = tile.y - a_.pad_top + 2 + i, x = tile.x - a_.pad_left + 2;
-      p = reinterpret_cast<const char*>(a_.x + tile.image * a_.x_image + y * a_.x_row + x * a_.x_pixel);
-      pixel = a_.x_pixel * 4;
-    } else {
-      const int64_t size = a_.to.out_is_bf16 ? 2 : 4;
-      p = static_cast<const char*>(a_.to.out) + size * (tile.image * a_.out_image + (tile.y + i) * a_.to.out_row +
-                                                        tile.x * a_.to.out_pixel + a_.first_channel);
-      pixel = a_.to.out_pixel * size;
+  // Asks for the pixels of a tile of the next block: for those that it reads and no tile above it has read, and those
+  // that it writes, since stores that miss hold up everything behind them.
+  void fetch(const Tile& tile) const {
+    const int64_t y = tile.y - a_.pad_top + 2, x = tile.x - a_.pad_left + 2;
+    const float* from = a_.x + tile.image * a_.x_image + y * a_.x_row + x * a_.x_pixel;
+    const float* to = static_cast<const float*>(a_.to.out) + tile.image * a_.out_image + tile.y * a_.to.out_row +
+                      tile.x * a_.to.out_pixel;
+    for (int i = 0; i < M; ++i) {
+      for (int j = 0; j < M; ++j) {
+        const float *read = from + i * a_.x_row + j * a_.x_pixel,
+                    *written = to + i * a_.to.out_row + j * a_.to.out_pixel;
+        for (int64_t c = 0; c < a_.channels; c += 16) __builtin_prefetch(read + c);
+        for (int64_t c = a_.first_channel; c < a_.end_channel; c += 16) __builtin_prefetch(written + c);
+      }
     }
-    for (int64_t at = 0; at < M * pixel; at += 64) __builtin_prefetch(p + at);
   }
 
   // Vector v of the products in `products_` becomes channels from c on of finished pixels.
   void finish_pixels(int64_t c, int v) const {
     const int64_t left = a_.end_channel - c;
     const int n = int(left < F32::lanes ? left : F32::lanes);
-    const bool plain = !a_.to.out_is_bf16 && !a_.to.residual;
+    const bool plain = !a_.to.out_is_bf16 && !a_.to.residual_is_bf16;
     if (plain && a_.to.activation == Activation::none) return transform_outputs<true, Activation::none>(c, v, n);
     if (plain && a_.to.activation == Activation::relu) return transform_outputs<true, Activation::relu>(c, v, n);
     transform_outputs<false, Activation::none>(c, v, n);
   }
 
-  // Plain: float32 without a residual, and A is the activation; what finish() would make of it, with no question left
-  // to a pixel.
+  // Plain: all is float32 and A is the activation; what finish() would make of it, with no question left to a pixel.
   template <bool Plain, Activation A>
   void transform_outputs(int64_t c, int v, int n) const {
     const F32 bias = a_.to.bias ? load_up_to(a_.to.bias + c, n) : zero();
@@ -312,19 +311,23 @@ class Tiles {
         for (int i = 0; i < M; ++i) out[i][j] = r[i];
       }
       const int64_t rows = a_.rows - tile.y, columns = a_.columns - tile.x;
+      const ConvOutput to = of_image(tile.image);
       if constexpr (Plain) {
-        float* to = static_cast<float*>(a_.to.out) + tile.image * a_.out_image + tile.y * a_.to.out_row +
-                    tile.x * a_.to.out_pixel + c;
+        float* pixels = static_cast<float*>(to.out) + tile.y * to.out_row + tile.x * to.out_pixel + c;
+        const float* joins =
+            static_cast<const float*>(to.residual) + tile.y * to.residual_row + tile.x * to.residual_pixel + c;
         LAMINA_UNROLL
         for (int i = 0; i < M; ++i) {
           LAMINA_UNROLL
           for (int j = 0; j < M; ++j) {
-            const F32 y = activate<A>(a_.to.bias ? out[i][j] + bias : out[i][j]);
-            if (i < rows && j < columns) store_up_to(to + i * a_.to.out_row + j * a_.to.out_pixel, y, n);
+            if (i >= rows || j >= columns) continue;
+            F32 y = out[i][j];
+            if (to.bias) y = y + bias;
+            if (to.residual) y = y + load_up_to(joins + i * to.residual_row + j * to.residual_pixel, n);
+            store_up_to(pixels + i * to.out_row + j * to.out_pixel, activate<A>(y), n);
           }
         }
       } else {
-        const ConvOutput to = of_image(tile.image);
         for (int i = 0; i < M && i < rows; ++i) {
           for (int j = 0; j < M && j < columns; ++j) finish(to, out[i][j], tile.y + i, tile.x + j, c, n);
         }
@@ -349,8 +352,8 @@ class Tiles {
   float* const inputs_;              // [T] x the groups, each [blocks][tiles of the group][T][16]
   float* const products_;            // [tiles][T][M][16], of 16 output channels
   Tile tiles_[kWinogradBlock], next_[kWinogradBlock];
-  int count_ = 0, groups_ = 0;
-  int lines_ = 0, fetched_ = 0, steps_ = 0, debt_ = 0;  // lines / steps lines are fetched at every step
+  int count_ = 0, groups_ = 0, next_count_ = 0;
+  int steps_ = 0, fetched_ = 0, debt_ = 0;  // of `next_`, next_count_ / steps_ tiles are fetched at every step
 };
 
 template <int M>

@@ -12,7 +12,7 @@ struct ConvWinogradArgs {
   int64_t x_image, x_row, x_pixel;
   int64_t height, width, channels;
   int64_t pad_top, pad_left;           // of the first output row and column
-  const float* weights;                // [panels of 16 output channels][tile + 2][channels][tile + 2][16]
+  const float* weights;                // [outputs / 16][tile + 2][channels / 16][tile + 2][16][16 outputs]
   int64_t first_channel, end_channel;  // multiples of 16, or the end
   int64_t rows, columns;               // of the output of an image
   int64_t first_tile, end_tile;        // of all images, in the order of the output
