@@ -57,7 +57,10 @@ bool is_depthwise(int64_t out_channels, int64_t group_inputs, const Geometry& g)
 }
 
 int64_t packed_size(int64_t out_channels, int64_t group_inputs, const Geometry& g) {
-  const int64_t taps = g.winograd ? (g.winograd + 2) * (g.winograd + 2) : g.kernel[0] * g.kernel[1];
+  if (g.winograd) {
+    return (g.winograd + 2) * (g.winograd + 2) * round_up(group_inputs, 16) * conv_panel_floats(out_channels);
+  }
+  const int64_t taps = g.kernel[0] * g.kernel[1];
   if (is_depthwise(out_channels, group_inputs, g)) return taps * round_up(out_channels, 16);
   return g.groups * taps * group_inputs * conv_panel_floats(out_channels / g.groups);
 }
@@ -198,29 +201,45 @@ Source in_place(const Call& c, int64_t image, int64_t first) {
   return {x, c.input.stride(2), c.input.stride(3)};
 }
 
+// Tiles of an image of that many rows.
+int64_t winograd_tiles(const Call& c, int64_t rows) {
+  return divide_up(rows, c.g.winograd) * divide_up(c.columns, c.g.winograd);
+}
+
+// All tiles of rows [first, end) of images that lie as they are read, from `image` on.
+ConvWinogradArgs winograd_in_place(const Call& c, int64_t image, int64_t images, int64_t first, int64_t end,
+                                   const ConvOutput& to) {
+  return {.tile = int(c.g.winograd),
+          .x = c.input.as<const float>() + image * c.input.stride(0),
+          .x_image = c.input.stride(0),
+          .x_row = c.input.stride(2),
+          .x_pixel = c.input.stride(3),
+          .height = c.y.in,
+          .width = c.x.in,
+          .channels = c.in_channels,
+          .pad_top = c.y.before - first,
+          .pad_left = c.x.before,
+          .weights = c.weights,
+          .first_channel = 0,
+          .end_channel = c.out_channels,
+          .rows = end - first,
+          .columns = c.columns,
+          .first_tile = 0,
+          .end_tile = images * winograd_tiles(c, end - first),
+          .far = false,
+          .to = to,
+          .out_image = c.out.stride(0),
+          .residual_image = c.residual ? c.residual->stride(0) : 0,
+          .scratch = nullptr};
+}
+
+// A band of an image.
 void winograd(const Call& c, const Task& t, int64_t first, int64_t end, const ConvOutput& to) {
   WorkspaceFrame frame;
-  const bool plain = c.input_is_nhwc();
-  ConvWinogradArgs args = {.tile = int(c.g.winograd),
-                           .x = nullptr,
-                           .x_row = c.input.stride(2),
-                           .x_pixel = c.input.stride(3),
-                           .height = c.y.in,
-                           .width = c.x.in,
-                           .channels = c.in_channels,
-                           .pad_top = c.y.before - first,
-                           .pad_left = c.x.before,
-                           .weights = c.weights,
-                           .out_channels = c.out_channels,
-                           .first_channel = t.channel,
-                           .end_channel = t.stop,
-                           .rows = end - first,
-                           .columns = c.columns,
-                           .to = to,
-                           .scratch = nullptr};
-  if (plain) {
-    args.x = c.input.as<const float>() + t.image * c.input.stride(0);
-  } else {
+  ConvWinogradArgs args = winograd_in_place(c, t.image, 1, first, end, to);
+  args.first_channel = t.channel;
+  args.end_channel = t.stop;
+  if (!c.input_is_nhwc()) {
     const Source source = pack_rows(c, t.image, first, end, c.in_channels, frame);
     args.x = source.x;
     args.x_row = source.row;
@@ -229,7 +248,7 @@ void winograd(const Call& c, const Task& t, int64_t first, int64_t end, const Co
     args.width = c.columns + 2;
     args.pad_top = args.pad_left = 0;
   }
-  args.scratch = frame.take<float>(size_t(conv_winograd_scratch(args.tile, args.channels, t.stop - t.channel)));
+  args.scratch = frame.take<float>(size_t(conv_winograd_scratch(args.tile, args.channels)));
   conv_winograd_table.get()(args);
 }
 
@@ -345,6 +364,29 @@ void by_columns(const Call& c, const Task& t, int64_t first, int64_t end) {
        .scratch = frame.take<float>(size_t(scratch))});
 }
 
+// Where the convolution's rows of an image go, from `row` on, and what joins them, where nothing is done to them after.
+ConvOutput output_of(const Call& c, int64_t image, int64_t row) {
+  ConvOutput to = {.bias = c.bias,
+                   .residual = nullptr,
+                   .residual_row = 0,
+                   .residual_pixel = 0,
+                   .residual_is_bf16 = false,
+                   .out = nullptr,
+                   .out_row = c.out.stride(2),
+                   .out_pixel = c.out.stride(3),
+                   .out_is_bf16 = c.out.dtype == DType::bfloat16,
+                   .activation = c.activation};
+  if (c.residual) {
+    const TensorView& r = *c.residual;
+    to.residual_is_bf16 = r.dtype == DType::bfloat16;
+    to.residual_row = r.stride(2);
+    to.residual_pixel = r.stride(3);
+    to.residual = r.as<const char>() + (image * r.stride(0) + row * r.stride(2)) * (to.residual_is_bf16 ? 2 : 4);
+  }
+  to.out = c.out.as<char>() + (image * c.out.stride(0) + row * c.out.stride(2)) * (to.out_is_bf16 ? 2 : 4);
+  return to;
+}
+
 void run(const Call& c, const Task& t) {
   const Geometry& g = c.g;
   const bool apart = c.pooled || !c.output_is_nhwc();
@@ -356,24 +398,8 @@ void run(const Call& c, const Task& t) {
   }
   if (fits_columns(c)) return by_columns(c, t, first, end);
   WorkspaceFrame frame;
-  ConvOutput to = {.bias = c.bias,
-                   .residual = nullptr,
-                   .residual_row = 0,
-                   .residual_pixel = 0,
-                   .residual_is_bf16 = false,
-                   .out = nullptr,
-                   .out_row = c.out.stride(2),
-                   .out_pixel = c.out.stride(3),
-                   .out_is_bf16 = c.out.dtype == DType::bfloat16,
-                   .activation = c.activation};
+  ConvOutput to = output_of(c, t.image, first);
   const int64_t out_size = to.out_is_bf16 ? 2 : 4;
-  if (c.residual) {
-    const TensorView& r = *c.residual;
-    to.residual_is_bf16 = r.dtype == DType::bfloat16;
-    to.residual_row = r.stride(2);
-    to.residual_pixel = r.stride(3);
-    to.residual = r.as<const char>() + (t.image * r.stride(0) + first * r.stride(2)) * (to.residual_is_bf16 ? 2 : 4);
-  }
   char* out = c.out.as<char>() + (t.image * c.out.stride(0) + t.first * c.out.stride(2)) * out_size;
   const int64_t width = round_up(t.stop - t.channel, 16);
   float* band = nullptr;
@@ -420,8 +446,7 @@ int64_t rows_of_band(const Call& c) {
   if (c.g.winograd) {
     const int64_t across = divide_up(c.columns, c.g.winograd);
     // Rows that are copied or pooled overlap from band to band.
-    const bool overlap = c.pooled || !c.input_is_nhwc();
-    const int64_t tiles = std::max(divide_up(kWinogradBlock, across), overlap ? 12 / c.g.winograd : int64_t{1});
+    const int64_t tiles = std::max(divide_up(kWinogradBlock, across), 12 / c.g.winograd);
     rows = round_up(std::max<int64_t>(1, tiles * c.g.winograd / step), c.pooled ? 1 : c.g.winograd);
   } else {
     const int64_t bytes = c.columns * std::max(c.x.stride * c.y.stride * c.in_channels, c.out_channels) * 4;
@@ -429,6 +454,33 @@ int64_t rows_of_band(const Call& c) {
   }
   const int64_t bands = divide_up(out_rows, rows);
   return c.g.winograd && !c.pooled ? rows : divide_up(out_rows, bands);
+}
+
+// Winograd where pixels are read and written as they lie: tasks are tiles of all images in one row, cut anywhere.
+void winograd_of_all(const Call& c, int threads) {
+  const int64_t tiles = c.batch * winograd_tiles(c, c.rows), blocks = divide_up(tiles, kWinogradBlock);
+  const int64_t panels = divide_up(c.out_channels, 16);
+  // Four tasks for each thread where that many blocks are; else as many as keep all threads busy to the end.
+  int64_t parts = blocks >= 4 * threads ? 4 * threads : round_up(blocks, threads), shares = 1;
+  while (parts > 1 && tiles < parts * tuning::kConvWinogradTiles && 2 * shares <= panels) {
+    parts = divide_up(parts, 2);
+    shares *= 2;
+  }
+  if (threads == 1) parts = shares = 1;
+  const int64_t bytes = 4 * c.batch * (c.y.in * c.x.in * c.in_channels + c.rows * c.columns * c.out_channels);
+  ConvWinogradArgs all = winograd_in_place(c, 0, c.batch, 0, c.rows, output_of(c, 0, 0));
+  all.far = bytes > tuning::kConvFarBytes;
+  parallel_tasks(parts * shares, [&](int64_t i) {
+    const int64_t part = i / shares, share = i % shares;
+    WorkspaceFrame frame;
+    ConvWinogradArgs args = all;
+    args.first_tile = tiles * part / parts;
+    args.end_tile = tiles * (part + 1) / parts;
+    args.first_channel = 16 * (panels * share / shares);
+    args.end_channel = std::min(c.out_channels, 16 * (panels * (share + 1) / shares));
+    args.scratch = frame.take<float>(size_t(conv_winograd_scratch(args.tile, args.channels)));
+    conv_winograd_table.get()(args);
+  });
 }
 
 }  // namespace
@@ -460,19 +512,15 @@ void conv2d_pack(const TensorView& weight, const Conv2dGeometry& geometry, const
     return;
   }
   const int64_t outputs = n / g.groups, padded = conv_panel_floats(outputs);
-  // Where weight (k of `depth`, output o of a group) goes in the panels that start at `from`.
-  const auto place = [&](int64_t o, int64_t k, int64_t depth) {
-    const int64_t first = o / kConvPanel * kConvPanel, width = outputs - first > 16 ? kConvPanel : 16;
-    return first * depth + k * width + o - first;
-  };
   if (g.winograd == 0) {
     const int64_t depth = taps * inputs;
     for (int64_t o = 0; o < n; ++o) {
-      float* from = to + o / outputs * padded * depth;
+      // The panel of the group in which the output is, and its column there.
+      const int64_t column = o % outputs % kConvPanel, first = o % outputs - column;
+      const int64_t width = outputs - first > 16 ? kConvPanel : 16;
+      float* panel = to + (o / outputs * padded + first) * depth + column;
       for (int64_t t = 0; t < taps; ++t) {
-        for (int64_t c = 0; c < inputs; ++c) {
-          from[place(o % outputs, t * inputs + c, depth)] = at(o, c, t / kw, t % kw);
-        }
+        for (int64_t c = 0; c < inputs; ++c) panel[(t * inputs + c) * width] = at(o, c, t / kw, t % kw);
       }
     }
     return;
@@ -499,7 +547,8 @@ void conv2d_pack(const TensorView& weight, const Conv2dGeometry& geometry, const
         for (int64_t j = 0; j < side; ++j) {
           double sum = 0;
           for (int64_t x = 0; x < 3; ++x) sum += half[i][x] * matrix[j][x];
-          to[(i * side + j) * padded * inputs + place(o, c, inputs)] = float(sum);
+          const int64_t block = ((o / 16 * side + i) * divide_up(inputs, 16) + c / 16) * side + j;
+          to[(block * 16 + c % 16) * 16 + o % 16] = float(sum);
         }
       }
     }
@@ -516,14 +565,17 @@ void conv2d(const TensorView& input, const TensorView& weights, const std::optio
   if (bias) c.bias = float_bias(kOp, *bias, c.out_channels, frame);
   if (out.numel() == 0) return;
 
+  const double work = double(c.batch) * double(c.rows * c.columns) * double(c.out_channels) *
+                      double(c.group_inputs() * c.y.kernel * c.x.kernel);
+  const bool alone = max_threads() == 1 || work < 2 * double(tuning::kConvWorkPerThread);
+  if (g.winograd && !c.pooled && c.input_is_nhwc() && c.output_is_nhwc()) {
+    return winograd_of_all(c, alone ? 1 : max_threads());
+  }
   const int64_t out_rows = out.size(2), rows = rows_of_band(c), bands = divide_up(out_rows, rows);
   // Panels of output channels: what a task can have a share of. Depthwise panels are as wide as a vector.
   const int64_t group_outputs = c.depthwise ? c.out_channels : c.out_channels / g.groups;
   const int64_t panel = c.depthwise ? 16 : kConvPanel, panels = divide_up(group_outputs, panel);
   const int64_t pieces = c.depthwise ? panels : panels * g.groups;
-  const double work = double(c.batch) * double(c.rows * c.columns) * double(c.out_channels) *
-                      double(c.group_inputs() * c.y.kernel * c.x.kernel);
-  const bool alone = max_threads() == 1 || work < 2 * double(tuning::kConvWorkPerThread);
   const int64_t items = c.batch * bands;
   // Few bands are split by channels as well, for an even load.
   const int64_t shares = alone ? 1 : std::clamp<int64_t>(divide_up(4 * max_threads(), items), 1, pieces);

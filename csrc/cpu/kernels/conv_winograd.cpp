@@ -3,12 +3,14 @@
 // product over the channels for each of the (m + 2)^2 points, and transformed back to m x m outputs.
 //
 // F(2x2) takes 16 multiplications where the direct sum takes 36, and is about as exact; F(4x4) takes 36 instead of 144
-// and loses about a digit. A block of tiles goes through all three steps before the next one: transformed inputs and
-// products stay in L2. The rows of a point are padded by a line, or points would lie 4096 bytes apart and fight for the
-// same sets of L1.
+// and loses about a digit. A block of tiles goes through all three steps before the next one, so that transformed
+// inputs stay in L2, and the products of 16 output channels in L1. The sums of a whole row of points are in registers
+// together: one dimension of the output transform finds them there, and only m of m + 2 vectors are stored. Inputs lie
+// in the order the product reads them, at constant distances from one pointer.
 #include "cpu/kernels/conv_winograd.h"
 
 #include "cpu/kernels/conv_tile.h"
+#include "cpu/tuning/conv.h"
 
 namespace lamina::LAMINA_ISA {
 namespace {
@@ -47,130 +49,321 @@ LAMINA_INLINE void transform_output(const F32 (&m)[6], F32 (&y)[4]) {
   y[3] = fmadd(set1(8.0f), q, d) + m[5];
 }
 
+// Tiles of a register tile: with 32 registers it has all points of a row, else one point.
+template <int M>
+constexpr int kGroup = F32::registers < 32 ? kTileRows : (M == 2 ? 7 : 5);
+
+// sums: [M + 2] of one tile and vector of channels; to: [M][16].
+template <int M>
+LAMINA_INLINE void store_row(const F32 (&sums)[M + 2], float* to) {
+  F32 half[M];
+  transform_output(sums, half);
+  LAMINA_UNROLL
+  for (int m = 0; m < M; ++m) store(to + m * 16, half[m]);
+}
+
+// The products of TR tiles at the M + 2 points of a row, summed over the channels, for 16 output channels; then the
+// first half of the output transform.
+//
+// x: [channels / 16][TR][M + 2][16]; w: [channels / 16][M + 2][16 channels][16]; to: [TR][M + 2][M][16], of which one
+// row of points.
+template <int M, int TR>
+__attribute__((noinline)) void row_of_points(const float* x, int64_t channels, const float* w, float* to) {
+  constexpr int T = M + 2, NV = 16 / F32::lanes, kStep = T * M * 16;
+  if constexpr (F32::registers >= 32) {
+    F32 acc[TR][T];
+    LAMINA_UNROLL
+    for (int r = 0; r < TR; ++r) {
+      LAMINA_UNROLL
+      for (int j = 0; j < T; ++j) acc[r][j] = zero();
+    }
+    for (int64_t c = 0; c < channels; c += 16, x += TR * T * 16, w += T * 256) {
+      const int n = int(channels - c < 16 ? channels - c : 16);
+      for (int k = 0; k < n; ++k) {
+        LAMINA_UNROLL
+        for (int j = 0; j < T; ++j) {
+          const F32 b = load(w + (j * 16 + k) * 16);
+          __builtin_prefetch(w + (tuning::kConvWinogradAhead * T * 16 + k * T + j) * 16);
+          LAMINA_UNROLL
+          for (int r = 0; r < TR; ++r) acc[r][j] = fmadd(set1(x[(r * T + j) * 16 + k]), b, acc[r][j]);
+        }
+      }
+    }
+    LAMINA_UNROLL
+    for (int r = 0; r < TR; ++r) store_row<M>(acc[r], to + r * kStep);
+  } else {
+    F32 sums[TR][NV][T];
+    for (int j = 0; j < T; ++j) {
+      F32 acc[TR][NV];
+      LAMINA_UNROLL
+      for (int r = 0; r < TR; ++r) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][v] = zero();
+      }
+      const float *p = x + j * 16, *q = w + j * 256;
+      for (int64_t c = 0; c < channels; c += 16, p += TR * T * 16, q += T * 256) {
+        const int n = int(channels - c < 16 ? channels - c : 16);
+        for (int k = 0; k < n; ++k) {
+          F32 b[NV];
+          LAMINA_UNROLL
+          for (int v = 0; v < NV; ++v) b[v] = load(q + k * 16 + v * F32::lanes);
+          __builtin_prefetch(q + (tuning::kConvWinogradAhead * T * 16 + k) * 16);
+          LAMINA_UNROLL
+          for (int r = 0; r < TR; ++r) {
+            const F32 a = set1(p[r * T * 16 + k]);
+            LAMINA_UNROLL
+            for (int v = 0; v < NV; ++v) acc[r][v] = fmadd(a, b[v], acc[r][v]);
+          }
+        }
+      }
+      LAMINA_UNROLL
+      for (int r = 0; r < TR; ++r) {
+        LAMINA_UNROLL
+        for (int v = 0; v < NV; ++v) sums[r][v][j] = acc[r][v];
+      }
+    }
+    for (int r = 0; r < TR; ++r) {
+      for (int v = 0; v < NV; ++v) store_row<M>(sums[r][v], to + r * kStep + v * F32::lanes);
+    }
+  }
+}
+
+using RowOfPoints = void (*)(const float*, int64_t, const float*, float*);
+
+template <int M, int TR>
+constexpr RowOfPoints row_if_it_fits() {
+  if constexpr (TR <= kGroup<M>) {
+    return row_of_points<M, TR>;
+  } else {
+    return nullptr;  // never asked for
+  }
+}
+
+template <int M>
+constexpr RowOfPoints kRows[7] = {row_if_it_fits<M, 1>(), row_if_it_fits<M, 2>(), row_if_it_fits<M, 3>(),
+                                  row_if_it_fits<M, 4>(), row_if_it_fits<M, 5>(), row_if_it_fits<M, 6>(),
+                                  row_if_it_fits<M, 7>()};
+
 alignas(64) constexpr float kZeros[16] = {};
 
-// A block of at most kWinogradBlock tiles of the grid, in the order of the output.
+// What becomes of at most kWinogradBlock tiles, one block after the other.
 template <int M>
-struct Block {
+class Tiles {
+ public:
+  Tiles(const ConvWinogradArgs& a)
+      : a_(a),
+        across_((a.columns + M - 1) / M),
+        of_image_((a.rows + M - 1) / M * across_),
+        blocks_((a.channels + 15) / 16),
+        row_(kWinogradBlock * blocks_ * T * 16),
+        inputs_(a.scratch),
+        products_(a.scratch + T * row_) {}
+
+  // Tiles [first, first + count) of all; meanwhile the pixels of the `next` tiles behind them are on their way into L1.
+  void run(int64_t first, int count, int next) {
+    groups_ = (count + kGroup<M> - 1) / kGroup<M>;
+    count_ = count;
+    place(first, count, tiles_);
+    place(first + count, next, next_);
+    fetched_ = debt_ = 0;
+    next_count_ = next;
+    steps_ = groups_ * T * int((a_.end_channel - a_.first_channel + 15) / 16);
+    transform_inputs();
+    for (int64_t c = a_.first_channel; c < a_.end_channel; c += 16) {
+      multiply(c);
+      for (int v = 0; v < 16 && c + v < a_.end_channel; v += F32::lanes) finish_pixels(c + v, v);
+    }
+  }
+
+ private:
   static constexpr int T = M + 2;
+  static constexpr int kProducts = T * M * 16;  // floats of a tile
 
-  const ConvWinogradArgs& a;
-  int64_t across;        // tiles in a row of the grid
-  int64_t row, product;  // floats from a tile to the next, in `inputs` and in `products`
-  float* inputs;         // [T * T][tiles][row], a line between points
-  float* products;       // [T * T][tiles][product]
+  struct Tile {
+    int64_t image, y, x;  // of the first output
+  };
 
-  int64_t input_point() const { return kWinogradBlock * row + 16; }
-  int64_t product_point() const { return kWinogradBlock * product + 16; }
+  void place(int64_t first, int count, Tile* tiles) const {
+    for (int t = 0; t < count; ++t) {
+      const int64_t image = (first + t) / of_image_, tile = (first + t) % of_image_;
+      tiles[t] = {image, tile / across_ * M, tile % across_ * M};
+    }
+  }
+
+  // Calls body(first, count) for the tiles of each group: 16 as 5 + 5 + 6, not as 7 + 7 + 2.
+  template <class Body>
+  LAMINA_INLINE void each_group(const Body& body) const {
+    for (int g = 0, first = 0; g < groups_; ++g) {
+      const int end = count_ * (g + 1) / groups_;
+      body(first, end - first);
+      first = end;
+    }
+  }
 
   template <bool Whole>
-  LAMINA_INLINE void read(int64_t y, int64_t x, int64_t c, int n, float* to) const {
-    const float* from = a.x + y * a.x_row + x * a.x_pixel + c;
+  LAMINA_INLINE void read(const float* from, int64_t y, int64_t x, int n, float* to) const {
     F32 half[T][T];
     LAMINA_UNROLL
     for (int j = 0; j < T; ++j) {
       F32 d[T], r[T];
       LAMINA_UNROLL
       for (int i = 0; i < T; ++i) {
+        const float* p = from + i * a_.x_row + j * a_.x_pixel;
         if constexpr (Whole) {
-          d[i] = load(from + i * a.x_row + j * a.x_pixel);
+          d[i] = load(p);
         } else {
-          const bool inside = y + i >= 0 && y + i < a.height && x + j >= 0 && x + j < a.width;
-          d[i] = inside ? load_up_to(from + i * a.x_row + j * a.x_pixel, n) : load(kZeros);
+          const bool inside = y + i >= 0 && y + i < a_.height && x + j >= 0 && x + j < a_.width;
+          d[i] = load_up_to(inside ? p : kZeros, n);
         }
       }
       transform_input(d, r);
       LAMINA_UNROLL
       for (int i = 0; i < T; ++i) half[i][j] = r[i];
     }
-    const int64_t point = input_point();
     LAMINA_UNROLL
     for (int i = 0; i < T; ++i) {
       F32 r[T];
       transform_input(half[i], r);
       LAMINA_UNROLL
-      for (int j = 0; j < T; ++j) store(to + (i * T + j) * point, r[j]);
+      for (int j = 0; j < T; ++j) store(to + i * row_ + j * 16, r[j]);
     }
   }
 
-  void transform_inputs(int64_t first, int count) const {
-    for (int t = 0; t < count; ++t) {
-      const int64_t y = (first + t) / across * M - a.pad_top, x = (first + t) % across * M - a.pad_left;
-      const bool inside = y >= 0 && x >= 0 && y + T <= a.height && x + T <= a.width;
-      float* to = inputs + t * row;
-      int64_t c = 0;
-      if (inside) {
-        for (; c + F32::lanes <= a.channels; c += F32::lanes) read<true>(y, x, c, F32::lanes, to + c);
-      }
-      for (; c < a.channels; c += F32::lanes) {
-        const int64_t left = a.channels - c;
-        read<false>(y, x, c, int(left < F32::lanes ? left : F32::lanes), to + c);
-      }
-    }
-  }
-
-  void multiply(int count) const {
-    const int64_t start = 0, padded = conv_panel_floats(a.out_channels);
-    for (int point = 0; point < T * T; ++point) {
-      for (int64_t c = a.first_channel; c < a.end_channel; c += kConvPanel) {
-        const int width = a.out_channels - c > 16 ? kConvPanel : 16;
-        const float* w = a.weights + (point * padded + c) * a.channels;
-        const float* x = inputs + point * input_point();
-        float* sums = products + point * product_point() + c - a.first_channel;
-        balanced(count, [&](int64_t t, int rows) {
-          panel_tile(rows, x + t * row, row, 1, &start, a.channels, w, width, sums + t * product, product);
-        });
-      }
-    }
-  }
-
-  void transform_outputs(int64_t first, int count) const {
-    const int64_t point = product_point();
-    for (int t = 0; t < count; ++t) {
-      const int64_t y = (first + t) / across * M, x = (first + t) % across * M;
-      const int rows = int(a.rows - y < M ? a.rows - y : M), columns = int(a.columns - x < M ? a.columns - x : M);
-      for (int64_t c = a.first_channel; c < a.end_channel; c += F32::lanes) {
-        const float* from = products + t * product + c - a.first_channel;
-        F32 half[M][T], out[M][M];
-        LAMINA_UNROLL
-        for (int j = 0; j < T; ++j) {
-          F32 m[T], r[M];
-          LAMINA_UNROLL
-          for (int i = 0; i < T; ++i) m[i] = load(from + (i * T + j) * point);
-          transform_output(m, r);
-          LAMINA_UNROLL
-          for (int i = 0; i < M; ++i) half[i][j] = r[i];
+  void transform_inputs() const {
+    each_group([&](int first, int n) {
+      for (int t = 0; t < n; ++t) {
+        const Tile& tile = tiles_[first + t];
+        const int64_t y = tile.y - a_.pad_top, x = tile.x - a_.pad_left, step = n * T * 16;
+        const bool inside = y >= 0 && x >= 0 && y + T <= a_.height && x + T <= a_.width;
+        const float* from = a_.x + tile.image * a_.x_image + y * a_.x_row + x * a_.x_pixel;
+        float* to = inputs_ + (first * blocks_ + t) * T * 16;
+        int64_t c = 0;
+        if (inside) {
+          for (; c + F32::lanes <= a_.channels; c += F32::lanes) {
+            read<true>(from + c, y, x, F32::lanes, to + c / 16 * step + c % 16);
+          }
         }
-        LAMINA_UNROLL
-        for (int i = 0; i < M; ++i) transform_output(half[i], out[i]);
-        const int64_t left = a.end_channel - c;
-        const int n = int(left < F32::lanes ? left : F32::lanes);
-        for (int i = 0; i < rows; ++i) {
-          for (int j = 0; j < columns; ++j) finish(a.to, out[i][j], y + i, x + j, c, n);
+        for (; c < a_.channels; c += F32::lanes) {
+          const int64_t left = a_.channels - c;
+          read<false>(from + c, y, x, int(left < F32::lanes ? left : F32::lanes), to + c / 16 * step + c % 16);
         }
       }
+    });
+  }
+
+  // The products of 16 output channels from c on.
+  void multiply(int64_t c) {
+    const int64_t tile = blocks_ * T * 16;
+    for (int i = 0; i < T; ++i) {
+      const float* w = a_.weights + (c / 16 * T + i) * blocks_ * T * 256;
+      const float* x = inputs_ + i * row_;
+      float* to = products_ + i * M * 16;
+      each_group([&](int first, int n) {
+        for (debt_ += next_count_; debt_ >= steps_; debt_ -= steps_) fetch(next_[fetched_++]);
+        const RowOfPoints row = kRows<M>[n - 1];
+        row(x + first * tile, a_.channels, w, to + first * kProducts);
+      });
     }
   }
+
+  // Asks for the pixels of a tile of the next block: for those that it reads and no tile above it has read, and those
+  // that it writes, since stores that miss hold up everything behind them.
+  void fetch(const Tile& tile) const {
+    const int64_t y = tile.y - a_.pad_top + 2, x = tile.x - a_.pad_left + 2;
+    const float* from = a_.x + tile.image * a_.x_image + y * a_.x_row + x * a_.x_pixel;
+    const float* to = static_cast<const float*>(a_.to.out) + tile.image * a_.out_image + tile.y * a_.to.out_row +
+                      tile.x * a_.to.out_pixel;
+    for (int i = 0; i < M; ++i) {
+      for (int j = 0; j < M; ++j) {
+        const float *read = from + i * a_.x_row + j * a_.x_pixel,
+                    *written = to + i * a_.to.out_row + j * a_.to.out_pixel;
+        for (int64_t c = 0; c < a_.channels; c += 16) __builtin_prefetch(read + c);
+        for (int64_t c = a_.first_channel; c < a_.end_channel; c += 16) __builtin_prefetch(written + c);
+      }
+    }
+  }
+
+  // Vector v of the products in `products_` becomes channels from c on of finished pixels.
+  void finish_pixels(int64_t c, int v) const {
+    const int64_t left = a_.end_channel - c;
+    const int n = int(left < F32::lanes ? left : F32::lanes);
+    const bool plain = !a_.to.out_is_bf16 && !a_.to.residual_is_bf16;
+    if (plain && a_.to.activation == Activation::none) return transform_outputs<true, Activation::none>(c, v, n);
+    if (plain && a_.to.activation == Activation::relu) return transform_outputs<true, Activation::relu>(c, v, n);
+    transform_outputs<false, Activation::none>(c, v, n);
+  }
+
+  // Plain: all is float32 and A is the activation; what finish() would make of it, with no question left to a pixel.
+  template <bool Plain, Activation A>
+  void transform_outputs(int64_t c, int v, int n) const {
+    const F32 bias = a_.to.bias ? load_up_to(a_.to.bias + c, n) : zero();
+    for (int t = 0; t < count_; ++t) {
+      const Tile& tile = tiles_[t];
+      const float* from = products_ + t * kProducts + v;
+      F32 out[M][M];
+      LAMINA_UNROLL
+      for (int j = 0; j < M; ++j) {
+        F32 m[T], r[M];
+        LAMINA_UNROLL
+        for (int i = 0; i < T; ++i) m[i] = load(from + (i * M + j) * 16);
+        transform_output(m, r);
+        LAMINA_UNROLL
+        for (int i = 0; i < M; ++i) out[i][j] = r[i];
+      }
+      const int64_t rows = a_.rows - tile.y, columns = a_.columns - tile.x;
+      const ConvOutput to = of_image(tile.image);
+      if constexpr (Plain) {
+        float* pixels = static_cast<float*>(to.out) + tile.y * to.out_row + tile.x * to.out_pixel + c;
+        const float* joins =
+            static_cast<const float*>(to.residual) + tile.y * to.residual_row + tile.x * to.residual_pixel + c;
+        LAMINA_UNROLL
+        for (int i = 0; i < M; ++i) {
+          LAMINA_UNROLL
+          for (int j = 0; j < M; ++j) {
+            if (i >= rows || j >= columns) continue;
+            F32 y = out[i][j];
+            if (to.bias) y = y + bias;
+            if (to.residual) y = y + load_up_to(joins + i * to.residual_row + j * to.residual_pixel, n);
+            store_up_to(pixels + i * to.out_row + j * to.out_pixel, activate<A>(y), n);
+          }
+        }
+      } else {
+        for (int i = 0; i < M && i < rows; ++i) {
+          for (int j = 0; j < M && j < columns; ++j) finish(to, out[i][j], tile.y + i, tile.x + j, c, n);
+        }
+      }
+    }
+  }
+
+  ConvOutput of_image(int64_t image) const {
+    ConvOutput to = a_.to;
+    to.out = static_cast<char*>(to.out) + image * a_.out_image * (to.out_is_bf16 ? 2 : 4);
+    if (to.residual) {
+      const int64_t size = to.residual_is_bf16 ? 2 : 4;
+      to.residual = static_cast<const char*>(to.residual) + image * a_.residual_image * size;
+    }
+    return to;
+  }
+
+  const ConvWinogradArgs& a_;
+  const int64_t across_, of_image_;  // tiles in a row of an image, and in an image
+  const int64_t blocks_;             // of 16 input channels
+  const int64_t row_;                // floats of `inputs_` from a row of points to the next
+  float* const inputs_;              // [T] x the groups, each [blocks][tiles of the group][T][16]
+  float* const products_;            // [tiles][T][M][16], of 16 output channels
+  Tile tiles_[kWinogradBlock], next_[kWinogradBlock];
+  int count_ = 0, groups_ = 0, next_count_ = 0;
+  int steps_ = 0, fetched_ = 0, debt_ = 0;  // of `next_`, next_count_ / steps_ tiles are fetched at every step
 };
 
 template <int M>
 void run(const ConvWinogradArgs& a) {
-  constexpr int T = M + 2;
-  Block<M> block = {.a = a,
-                    .across = (a.columns + M - 1) / M,
-                    .row = conv_winograd_row(a.channels),
-                    .product = conv_winograd_row(a.end_channel - a.first_channel),
-                    .inputs = a.scratch,
-                    .products = nullptr};
-  block.products = a.scratch + T * T * block.input_point();
-  const int64_t tiles = (a.rows + M - 1) / M * block.across;
-  const int64_t blocks = (tiles + kWinogradBlock - 1) / kWinogradBlock;
+  Tiles<M> tiles(a);
+  const int64_t count = a.end_tile - a.first_tile, blocks = (count + kWinogradBlock - 1) / kWinogradBlock;
+  const auto start = [&](int64_t b) { return a.first_tile + count * (b < blocks ? b : blocks) / blocks; };
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = tiles * b / blocks;
-    const int count = int(tiles * (b + 1) / blocks - first);
-    block.transform_inputs(first, count);
-    block.multiply(count);
-    block.transform_outputs(first, count);
+    const int64_t end = start(b + 1);
+    tiles.run(start(b), int(end - start(b)), a.far ? int(start(b + 2) - end) : 0);
   }
 }
 
