@@ -53,6 +53,20 @@ def test_winograd_two_is_as_exact_as_torch_and_four_loses_a_digit_or_two(channel
     assert_composite(four, eager, truth, factor=60)
 
 
+@pytest.mark.parametrize("winograd", [2, 4])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_winograd_images_of_a_batch_are_those_alone(activation, winograd, isa, generator):
+    """Tiles of all images are cut into blocks wherever a block ends; padding and residual stay those of an image."""
+    x = torch.randn(7, 20, 9, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(7, 40, 9, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(40, 20, 3, 3, generator=generator)
+    options = {"padding": 1, "activation": activation, "winograd": winograd}
+    with lamina.force_isa(isa):
+        together = conv2d(x, weight, residual=residual, **options)
+        alone = [conv2d(x[i : i + 1], weight, residual=residual[i : i + 1], **options) for i in range(7)]
+    assert_exact(together, torch.cat(alone))
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "hardswish", "gelu"])
 @pytest.mark.parametrize("pool", [None, ("max", 2), ("avg", (3, 2), 1, (1, 0)), ("max", 3, 2, 1)], ids=str)
 def test_gradients_are_torchs(activation, pool, generator):

@@ -83,7 +83,7 @@ __attribute__((noinline)) void row_of_points(const float* x, int64_t channels, c
         LAMINA_UNROLL
         for (int j = 0; j < T; ++j) {
           const F32 b = load(w + (j * 16 + k) * 16);
-          __builtin_prefetch(w + (tuning::kConvWinogradAhead * T * 16 + k * T + j) * 16);
+          __builtin_prefetch(w + (tuning::kConvWinogradAhead * T * 16 + k * T + j) * 16, 0, 2);
           LAMINA_UNROLL
           for (int r = 0; r < TR; ++r) acc[r][j] = fmadd(set1(x[(r * T + j) * 16 + k]), b, acc[r][j]);
         }
@@ -103,11 +103,14 @@ __attribute__((noinline)) void row_of_points(const float* x, int64_t channels, c
       const float *p = x + j * 16, *q = w + j * 256;
       for (int64_t c = 0; c < channels; c += 16, p += TR * T * 16, q += T * 256) {
         const int n = int(channels - c < 16 ? channels - c : 16);
+        // The lines of a point lie apart, where no hardware prefetcher follows.
+        LAMINA_UNROLL
+        for (int r = 0; r < TR; ++r) __builtin_prefetch(p + (TR + r) * T * 16);
         for (int k = 0; k < n; ++k) {
           F32 b[NV];
           LAMINA_UNROLL
           for (int v = 0; v < NV; ++v) b[v] = load(q + k * 16 + v * F32::lanes);
-          __builtin_prefetch(q + (tuning::kConvWinogradAhead * T * 16 + k) * 16);
+          __builtin_prefetch(q + (tuning::kConvWinogradAhead * T * 16 + k) * 16, 0, 2);
           LAMINA_UNROLL
           for (int r = 0; r < TR; ++r) {
             const F32 a = set1(p[r * T * 16 + k]);
@@ -159,7 +162,7 @@ class Tiles {
         inputs_(a.scratch),
         products_(a.scratch + T * row_) {}
 
-  // Tiles [first, first + count) of all; meanwhile the pixels of the `next` tiles behind them are on their way into L1.
+  // Tiles [first, first + count) of all; meanwhile the pixels of the `next` tiles behind them are on their way into L2.
   void run(int64_t first, int count, int next) {
     groups_ = (count + kGroup<M> - 1) / kGroup<M>;
     count_ = count;
@@ -267,8 +270,9 @@ class Tiles {
   }
 
   // Asks for the pixels of a tile of the next block: for those that it reads and no tile above it has read, and those
-  // that it writes, since stores that miss hold up everything behind them.
-  void fetch(const Tile& tile) const {
+  // that it writes, since stores that miss hold up everything behind them. Inline, or g++ takes it for a function
+  // without effect and drops the calls.
+  LAMINA_INLINE void fetch(const Tile& tile) const {
     const int64_t y = tile.y - a_.pad_top + 2, x = tile.x - a_.pad_left + 2;
     const float* from = a_.x + tile.image * a_.x_image + y * a_.x_row + x * a_.x_pixel;
     const float* to = static_cast<const float*>(a_.to.out) + tile.image * a_.out_image + tile.y * a_.to.out_row +
@@ -277,8 +281,8 @@ class Tiles {
       for (int j = 0; j < M; ++j) {
         const float *read = from + i * a_.x_row + j * a_.x_pixel,
                     *written = to + i * a_.to.out_row + j * a_.to.out_pixel;
-        for (int64_t c = 0; c < a_.channels; c += 16) __builtin_prefetch(read + c);
-        for (int64_t c = a_.first_channel; c < a_.end_channel; c += 16) __builtin_prefetch(written + c);
+        for (int64_t c = 0; c < a_.channels; c += 16) __builtin_prefetch(read + c, 0, 2);
+        for (int64_t c = a_.first_channel; c < a_.end_channel; c += 16) __builtin_prefetch(written + c, 0, 2);
       }
     }
   }
@@ -287,62 +291,70 @@ class Tiles {
   void finish_pixels(int64_t c, int v) const {
     const int64_t left = a_.end_channel - c;
     const int n = int(left < F32::lanes ? left : F32::lanes);
-    const bool plain = !a_.to.out_is_bf16 && !a_.to.residual_is_bf16;
-    if (plain && a_.to.activation == Activation::none) return transform_outputs<true, Activation::none>(c, v, n);
-    if (plain && a_.to.activation == Activation::relu) return transform_outputs<true, Activation::relu>(c, v, n);
-    transform_outputs<false, Activation::none>(c, v, n);
+    const bool relu = a_.to.activation == Activation::relu, plain = relu || a_.to.activation == Activation::none;
+    if (!plain || a_.to.out_is_bf16 || a_.to.residual_is_bf16) return finish_any(c, v, n);
+    if (a_.to.residual) return relu ? finish_floats<true, true>(c, v, n) : finish_floats<true, false>(c, v, n);
+    return relu ? finish_floats<false, true>(c, v, n) : finish_floats<false, false>(c, v, n);
   }
 
-  // Plain: all is float32 and A is the activation; what finish() would make of it, with no question left to a pixel.
-  template <bool Plain, Activation A>
-  void transform_outputs(int64_t c, int v, int n) const {
-    const F32 bias = a_.to.bias ? load_up_to(a_.to.bias + c, n) : zero();
+  // What finish() makes of float32, with no question left to a pixel.
+  template <bool Residual, bool Relu>
+  void finish_floats(int64_t c, int v, int n) const {
+    const F32 bias = a_.to.bias ? load_up_to(a_.to.bias + c, n) : set1(-0.0f);  // which changes no sum
+    const int64_t out_row = a_.to.out_row, out_pixel = a_.to.out_pixel;
+    const int64_t residual_row = a_.to.residual_row, residual_pixel = a_.to.residual_pixel;
     for (int t = 0; t < count_; ++t) {
       const Tile& tile = tiles_[t];
-      const float* from = products_ + t * kProducts + v;
       F32 out[M][M];
-      LAMINA_UNROLL
-      for (int j = 0; j < M; ++j) {
-        F32 m[T], r[M];
-        LAMINA_UNROLL
-        for (int i = 0; i < T; ++i) m[i] = load(from + (i * M + j) * 16);
-        transform_output(m, r);
-        LAMINA_UNROLL
-        for (int i = 0; i < M; ++i) out[i][j] = r[i];
-      }
+      transform_back(t, v, out);
       const int64_t rows = a_.rows - tile.y, columns = a_.columns - tile.x;
-      const ConvOutput to = of_image(tile.image);
-      if constexpr (Plain) {
-        float* pixels = static_cast<float*>(to.out) + tile.y * to.out_row + tile.x * to.out_pixel + c;
-        const float* joins =
-            static_cast<const float*>(to.residual) + tile.y * to.residual_row + tile.x * to.residual_pixel + c;
+      float* to =
+          static_cast<float*>(a_.to.out) + tile.image * a_.out_image + tile.y * out_row + tile.x * out_pixel + c;
+      const float* joins = static_cast<const float*>(a_.to.residual) + tile.image * a_.residual_image +
+                           tile.y * residual_row + tile.x * residual_pixel + c;
+      LAMINA_UNROLL
+      for (int i = 0; i < M; ++i) {
         LAMINA_UNROLL
-        for (int i = 0; i < M; ++i) {
-          LAMINA_UNROLL
-          for (int j = 0; j < M; ++j) {
-            if (i >= rows || j >= columns) continue;
-            F32 y = out[i][j];
-            if (to.bias) y = y + bias;
-            if (to.residual) y = y + load_up_to(joins + i * to.residual_row + j * to.residual_pixel, n);
-            store_up_to(pixels + i * to.out_row + j * to.out_pixel, activate<A>(y), n);
-          }
-        }
-      } else {
-        for (int i = 0; i < M && i < rows; ++i) {
-          for (int j = 0; j < M && j < columns; ++j) finish(to, out[i][j], tile.y + i, tile.x + j, c, n);
+        for (int j = 0; j < M; ++j) {
+          F32 y = out[i][j] + bias;
+          if (i >= rows || j >= columns) continue;
+          if constexpr (Residual) y = y + load_up_to(joins + i * residual_row + j * residual_pixel, n);
+          if constexpr (Relu) y = activate<Activation::relu>(y);
+          store_up_to(to + i * out_row + j * out_pixel, y, n);
         }
       }
     }
   }
 
-  ConvOutput of_image(int64_t image) const {
+  void finish_any(int64_t c, int v, int n) const {
     ConvOutput to = a_.to;
-    to.out = static_cast<char*>(to.out) + image * a_.out_image * (to.out_is_bf16 ? 2 : 4);
-    if (to.residual) {
-      const int64_t size = to.residual_is_bf16 ? 2 : 4;
-      to.residual = static_cast<const char*>(to.residual) + image * a_.residual_image * size;
+    const int64_t out_size = to.out_is_bf16 ? 2 : 4, residual_size = to.residual_is_bf16 ? 2 : 4;
+    for (int t = 0; t < count_; ++t) {
+      const Tile& tile = tiles_[t];
+      F32 out[M][M];
+      transform_back(t, v, out);
+      to.out = static_cast<char*>(a_.to.out) + tile.image * a_.out_image * out_size;
+      if (to.residual) {
+        to.residual = static_cast<const char*>(a_.to.residual) + tile.image * a_.residual_image * residual_size;
+      }
+      for (int i = 0; i < M && tile.y + i < a_.rows; ++i) {
+        for (int j = 0; j < M && tile.x + j < a_.columns; ++j) finish(to, out[i][j], tile.y + i, tile.x + j, c, n);
+      }
     }
-    return to;
+  }
+
+  // The second half of the output transform.
+  LAMINA_INLINE void transform_back(int t, int v, F32 (&out)[M][M]) const {
+    const float* from = products_ + t * kProducts + v;
+    LAMINA_UNROLL
+    for (int j = 0; j < M; ++j) {
+      F32 m[T], r[M];
+      LAMINA_UNROLL
+      for (int i = 0; i < T; ++i) m[i] = load(from + (i * M + j) * 16);
+      transform_output(m, r);
+      LAMINA_UNROLL
+      for (int i = 0; i < M; ++i) out[i][j] = r[i];
+    }
   }
 
   const ConvWinogradArgs& a_;
