@@ -26,8 +26,10 @@ class SparseInt8Linear(Int8ProductLinear):
     `layer.weight` is the dequantized weight, computed when its values are used.
 
     Args as in nn.Linear, and
-        pattern: the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4" or "4x4". Sizes that
-            it does not divide are padded.
+        pattern: the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4", "4x4", "16x16",
+            "32x32" or "64x64". Sizes that it does not divide are padded. The CPU multiplies square blocks as the "4x4"
+            they are made of; a GPU multiplies those from 16 as they are, and the weight of any other pattern as a dense
+            one.
         activation, out_dtype: as in Int8Linear.
 
     Accuracy: that of Int8Linear: weights and activations have 8 bits with one scale per channel and row; sums are
@@ -41,7 +43,6 @@ class SparseInt8Linear(Int8ProductLinear):
     _unpack = staticmethod(unpack_sparse_int8_weight)
     _trace = staticmethod(traced_sparse_int8_weight)
     _call = staticmethod(call_sparse_int8_linear)
-    _move = staticmethod(move_sparse_int8_weight)
 
     def __init__(
         self,
@@ -85,6 +86,9 @@ class SparseInt8Linear(Int8ProductLinear):
     def density(self) -> float:
         """The share of blocks that are kept."""
         return block_density(self._codes(), self.pattern)
+
+    def _moved(self, packed: PackedSparseInt8Weight, device: torch.device) -> PackedSparseInt8Weight:
+        return move_sparse_int8_weight(packed, self.in_features, device, self.pattern)
 
     def _pack(self, weight: Tensor, scale: Tensor | None) -> PackedSparseInt8Weight:
         return pack_sparse_int8_weight(weight, scale, pattern=self.pattern)
