@@ -47,6 +47,7 @@ from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.ops.sparse_int8_linear import BREAK_EVEN_DENSITY, block_density
+from lamina.ops.sparse_linear import sparse_kernel
 from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
@@ -591,7 +592,20 @@ def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
             )
         return SparseInt8Linear.from_float(linear, pattern=config.pattern)
 
-    return replace_linear(site, build, packed=True)
+    return _with_kernel(replace_linear(site, build, packed=True), site, config.pattern)
+
+
+def _with_kernel(found: Candidate | str | None, site: Site, pattern: str) -> Candidate | str | None:
+    """`found`, with a note where the device of the layer has no sparse kernel for the pattern."""
+    weight = getattr(site.module, "weight", None)
+    if not isinstance(found, Candidate) or weight is None:
+        return found
+    kernel = sparse_kernel(pattern, weight.device)
+    return _noted(found, kernel) if kernel.startswith("dense") else found
+
+
+def _noted(found: Candidate, note: str) -> Candidate:
+    return replace(found, note="; ".join([note, *([found.note] if found.note else [])]))
 
 
 @handles(Int8WeightOnly)
@@ -625,9 +639,9 @@ def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
         return SparseLinear.from_float(linear, pattern=pattern)
 
     found = replace_linear(site, build, kernels="sparse kernels", packed=True)
-    if isinstance(found, Candidate) and chosen:
-        return replace(found, note="; ".join([*chosen, *([found.note] if found.note else [])]))
-    return found
+    if config.pattern != "auto":
+        return _with_kernel(found, site, config.pattern)
+    return _noted(found, *chosen) if isinstance(found, Candidate) else found
 
 
 def _sparse_conv(conv: nn.Conv2d, config: Sparse) -> nn.Module:

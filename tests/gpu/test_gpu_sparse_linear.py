@@ -254,6 +254,17 @@ def test_moves_between_devices():
     assert_exact(back.data, packed.data)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="reports speak of the device")
+def test_reports_name_what_is_dense():
+    for config, words in ((lamina.Sparse("4x1"), "4x1"), (lamina.SparseInt8("4x4"), "4x4")):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64)).cuda()
+        lamina.prune.magnitude_(model, 0.9, "4x4")
+        (decision,) = lamina.swap_(model, config).swapped
+        said = f"dense: NVIDIA GPUs have no kernel for {words}, use 16x16, 32x32 or 64x64"
+        assert said in decision.reason
+        assert said in repr(model)
+
+
 @pytest.mark.parametrize(
     ("x", "bias", "activation", "message"),
     [

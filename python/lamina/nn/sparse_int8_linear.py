@@ -15,6 +15,7 @@ from lamina.ops.sparse_int8_linear import (
     traced_sparse_int8_weight,
     unpack_sparse_int8_weight,
 )
+from lamina.ops.sparse_linear import sparse_kernel
 
 
 class SparseInt8Linear(Int8ProductLinear):
@@ -97,4 +98,6 @@ class SparseInt8Linear(Int8ProductLinear):
         return {**super().options(), "pattern": self.pattern}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.3g}"
+        words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.3g}"
+        device = self._like.device
+        return words if device.type == "cpu" else f"{words}, kernel={sparse_kernel(self.pattern, device)}"
