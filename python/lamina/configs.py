@@ -98,8 +98,9 @@ class Sparse(Config):
     hold other values than zero are stored and multiplied.
 
     pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or "64x64" (the
-        last three as they are on a GPU, as "4x1" on the CPU); or "auto": the one in which the layer is fastest, and
-        none, with the reason in the report, where the dense layer is faster.
+        last three as they are on a GPU, as "4x1" on the CPU), or "2:4" (by the GPU's sparse tensor cores where that is
+        faster than the dense layer; as "unstructured" on the CPU); or "auto": the one in which the layer is fastest,
+        and none, with the reason in the report, where the dense layer is faster.
     rows: of input on which "auto" times a linear layer, on torch's threads; None counts zeros only, for those who
         measure by themselves, as `accelerate` does.
 

@@ -52,7 +52,7 @@ from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
 from lamina.running import FilterFn
-from lamina.sparsity import choose_pattern
+from lamina.sparsity import choose_pattern, choose_semi_structured
 
 
 @dataclass(frozen=True)
@@ -600,7 +600,7 @@ def _with_kernel(found: Candidate | str | None, site: Site, pattern: str) -> Can
     weight = getattr(site.module, "weight", None)
     if not isinstance(found, Candidate) or weight is None:
         return found
-    kernel = sparse_kernel(pattern, weight.device)
+    kernel = sparse_kernel(pattern, weight.device, weight.detach())
     return _noted(found, kernel) if kernel.startswith("dense") else found
 
 
@@ -636,6 +636,10 @@ def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
                 raise ValueError(choice.reason)
             pattern = choice.pattern
             chosen.append(choice.reason)
+        elif pattern == "2:4" and linear.weight.is_cuda and config.rows is not None:
+            choice = choose_semi_structured(linear.weight, config.rows)
+            if choice.speedup is not None and choice.pattern is None:
+                raise ValueError(choice.reason)
         return SparseLinear.from_float(linear, pattern=pattern)
 
     found = replace_linear(site, build, kernels="sparse kernels", packed=True)

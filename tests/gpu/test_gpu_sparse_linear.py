@@ -1,5 +1,7 @@
 """sparse_linear on a GPU: square blocks, forward and backward, and weights that fall to dense."""
 
+import re
+
 import pytest
 import torch
 from tolerances import (
@@ -12,7 +14,7 @@ from tolerances import (
 )
 
 import lamina
-from lamina.ops import sparse_linear
+from lamina.ops import semi_structured, sparse_linear
 from lamina.ops.sparse_blocks import BLOCKS, index_length, pack_blocks, unpack_blocks
 from lamina.ops.sparse_linear import (
     PATTERNS,
@@ -23,7 +25,9 @@ from lamina.ops.sparse_linear import (
     unpack_sparse_weight,
 )
 from lamina.reference.sparse_linear import sparse_linear as reference
+from lamina.sparsity import choose_semi_structured
 
+BF16 = torch.bfloat16
 BLOCK = pytest.mark.parametrize("block", sorted(BLOCKS.values()))
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DTYPE = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
@@ -289,10 +293,124 @@ def test_refuses_the_layout_of_the_cpu(device):
 
 
 def test_refuses_to_pack(device):
-    with pytest.raises(ValueError, match="pattern '1x4' is unknown; use unstructured, 2x1, 4x1, 16x16, 32x32, 64x64"):
+    with pytest.raises(
+        ValueError, match="pattern '1x4' is unknown; use unstructured, 2x1, 4x1, 16x16, 32x32, 64x64, 2:4"
+    ):
         pack_gpu_sparse_weight(torch.ones(4, 4, device=device), "1x4")
     with pytest.raises(ValueError, match=r"weight is torch\.float64, but must be float32, bfloat16 or float16"):
         pack_gpu_sparse_weight(torch.ones(4, 4, device=device, dtype=torch.float64), "16x16")
+
+
+# -- 2:4
+
+
+def compress(weight: torch.Tensor) -> torch.Tensor:
+    """In the place of cuSPARSELt on a machine without: values, the first two of four, and their places behind them."""
+    n = weight.shape[0]
+    order = (weight.view(n, -1, 4) == 0).int().argsort(dim=2, stable=True)[..., :2].sort(2).values
+    values = weight.view(n, -1, 4).gather(2, order).view(n, -1)
+    places = (order[..., 0] + 4 * order[..., 1]).view(n, -1)
+    pairs = places[:, ::2] * 16 + places[:, 1::2]
+    return torch.cat([values, pairs.to(weight.dtype)], 1)
+
+
+def expand(compressed: torch.Tensor, k: int) -> torch.Tensor:
+    n = compressed.shape[0]
+    pairs = compressed[:, k // 2 :].int()
+    places = torch.stack([pairs // 16, pairs % 16], 2).view(n, -1)
+    order = torch.stack([places % 4, places // 4], 2).long()
+    weight = torch.zeros(n, k // 4, 4, dtype=compressed.dtype)
+    return weight.scatter_(2, order, compressed[:, : k // 2].view(n, -1, 2)).view(n, k)
+
+
+def multiply_compressed(compressed, dense, bias=None, transpose_result=False):
+    assert dense.shape[1] % 8 == 0
+    assert not dense.is_contiguous()
+    y = expand(compressed, dense.shape[0]).float() @ dense.float()
+    y = y if bias is None else y + bias.float()[:, None]
+    assert transpose_result
+    return y.T.contiguous().to(dense.dtype)
+
+
+def multiply_by_cutlass(values, meta, dense):
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+
+    assert dense.shape[1] % 8 == 0
+    return (sparse_semi_structured_to_dense_cutlass(values, meta).float() @ dense.float()).to(dense.dtype)
+
+
+@pytest.fixture(params=["cusparselt", "cutlass"])
+def kernel(request, monkeypatch) -> str:
+    """A kernel for 2:4, emulated on the CPU, where torch has none."""
+    if torch.cuda.is_available():
+        if request.param not in semi_structured.kernels(torch.device("cuda")):
+            pytest.skip(f"this GPU has no {request.param}")
+    else:
+        add = lambda bias, *rest: (multiply_by_cutlass(*rest).float() + bias.float()[:, None]).to(bias.dtype)  # noqa: E731
+        monkeypatch.setattr(semi_structured, "kernels", lambda device: (request.param,))
+        monkeypatch.setattr(torch, "_cslt_compress", compress)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply_compressed)
+        monkeypatch.setattr(torch, "_sparse_semi_structured_mm", multiply_by_cutlass)
+        monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", add)
+    monkeypatch.setattr(semi_structured, "_preferred", {})
+    return request.param
+
+
+def two_of_four(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    linear = torch.nn.Linear(k, n)
+    lamina.prune.magnitude_(linear, 0.5, "2:4")
+    weight = linear.weight.detach().to(dtype)
+    weight[3:5, :20] = 0  # fewer than two of four
+    return weight
+
+
+@pytest.mark.parametrize("m", [1, 8, 13])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_of_four(m, dtype, kernel, device):
+    weight, x, bias = two_of_four(96, 128, dtype), torch.randn(2, m, 128).to(dtype), torch.randn(96)
+    packed = pack_gpu_sparse_weight(weight.to(device), "2:4")
+    assert semi_structured.kernel_of(packed.data, packed.index) == kernel
+    assert packed.data.nbytes < 0.7 * weight.nbytes
+    assert_exact(unpack_sparse_weight(packed, 128).cpu(), weight)
+    x = x.to(device).requires_grad_()
+    for b in (None, bias.to(device)):
+        y = sparse_linear(x, packed, b, activation="relu")
+        truth = reference(x.detach().cpu(), weight, None if b is None else bias, "relu")
+        assert y.dtype == dtype
+        assert_lossy(y.detach().cpu(), truth, min_sqnr_db=45)
+    y.sum().backward()
+    assert_lossy(x.grad.cpu(), (y > 0).cpu().double() @ weight.double(), min_sqnr_db=40)
+    wide = sparse_linear(x.detach().float(), packed)
+    assert wide.dtype == torch.float32
+    assert_lossy(wide.cpu(), reference(x.detach().cpu(), weight), min_sqnr_db=60)
+    with pytest.raises(ValueError, match=r"packed_weight was not packed for \[96, 64\]"):
+        sparse_linear(x[..., :64], packed)
+    with pytest.raises(ValueError, match="the values of a 2:4 weight do not train"):
+        sparse_linear(x, packed._replace(data=packed.data.clone().requires_grad_())).sum().backward()
+
+
+def test_what_no_kernel_for_two_of_four_takes_is_dense(kernel, device):
+    for weight, why in (
+        (two_of_four(96, 128, torch.float32), "its weight is float32, and 2:4 kernels take bfloat16 and float16"),
+        (two_of_four(90, 128, BF16), r"its weight is \[90, 128\], and 2:4 kernels take multiples of \[32, 64\]"),
+        (torch.ones(96, 128, dtype=BF16), "more than two of four neighbours in its weight are not zero"),
+    ):
+        on_device = weight.to(device)
+        assert pack_gpu_sparse_weight(on_device, "2:4").index is None
+        assert re.fullmatch(f"dense: {why}", sparse_kernel("2:4", "cuda", on_device))
+    assert sparse_kernel("2:4", "cuda", two_of_four(96, 128, BF16).to(device)) == "2:4"
+
+
+def test_the_faster_kernel_for_two_of_four_is_chosen(kernel, device, monkeypatch):
+    """Whatever machine this is: the clock says 10 dense, and 7 or 12 for the kernel."""
+    weight = two_of_four(96, 128, BF16).to(device)
+    for time, pattern in ((7.0, "2:4"), (12.0, None)):
+        monkeypatch.setattr("lamina.sparsity._medians", lambda calls, stopwatch, t=time: [10.0, t][: len(calls)])
+        monkeypatch.setattr(semi_structured, "kernels", lambda device: (kernel,))
+        choice = choose_semi_structured(weight, rows=4)
+        assert choice.pattern == pattern
+        assert choice.reason == f"2:4 by {kernel} takes {time / 10:.2f} of the dense product's time on 4 rows"
+    assert [*semi_structured._preferred.values()] == [kernel]
 
 
 # -- what is compiled

@@ -103,4 +103,9 @@ class SparseWeight(PackedWeight):
     def extra_repr(self) -> str:
         words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
         device = self._like.device
-        return words if device.type == "cpu" else f"{words}, kernel={sparse_kernel(self.pattern, device)}"
+        if device.type == "cpu":
+            return words
+        kernel = sparse_kernel(self.pattern, device)
+        if self._index is None and not kernel.startswith("dense"):
+            kernel = "dense: no kernel for 2:4 takes it"
+        return f"{words}, kernel={kernel}"
