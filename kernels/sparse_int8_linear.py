@@ -7,9 +7,9 @@ of int8_linear, in the same order of operations, so that the bits are those of i
 import triton
 import triton.language as tl
 from lamina.kernels.device import capability, check_same_device, on_device_of
-from lamina.kernels.int8_linear import _finish
+from lamina.kernels.int8_linear import _finish, _int8_linear_finish_kernel
 from lamina.kernels.sparse_linear import block_operands, block_products, sections
-from lamina.kernels.tuning import SparseTile, sparse_tile
+from lamina.kernels.tuning import FINISH_TILE, SparseTile, sparse_tile
 from torch import Tensor
 
 
@@ -170,5 +170,44 @@ def sparse_int8_linear(
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
+            enable_fp_fusion=False,
+        )
+
+
+def finish_sums(
+    sums: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """What follows sums int32 [M, N] of another kernel, into out [M, N]; the operands as above."""
+    rows, outputs = out.shape
+    tile = FINISH_TILE
+    with on_device_of(sums):
+        _int8_linear_finish_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns))](
+            sums.contiguous(),
+            x_scale,
+            w_scale,
+            bias,
+            residual,
+            out_scale,
+            out,
+            rows,
+            outputs,
+            x_scale.stride(0) if x_scale.ndim else 0,
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            WANTS_CODES=out_scale is not None,
+            SPLIT=1,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            num_warps=tile.warps,
             enable_fp_fusion=False,
         )

@@ -60,8 +60,8 @@ class SparseInt8(Config):
     """nn.Linear -> lamina.nn.SparseInt8Linear: int8, and only the blocks of the weight that hold a nonzero.
 
     pattern: the blocks that pruning made zero, output channels x inputs: "1x4", "2x4", "4x4", "16x16", "32x32" or
-        "64x64" (the last three as they are on a GPU, as "4x4" on the CPU). A layer with too few zero blocks to be
-        faster than the dense int8 layer is left alone.
+        "64x64" (the last three as they are on a GPU, as "4x4" on the CPU); or "2:4", on a GPU alone. A layer with too
+        few zero blocks to be faster than the dense int8 layer is left alone.
     """
 
     pattern: str = "4x4"

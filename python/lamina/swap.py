@@ -584,6 +584,10 @@ def _int8_static(site: Site, config: Config) -> Candidate | str | None:
 @handles(SparseInt8)
 def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
     def build(linear: nn.Linear) -> nn.Module:
+        if config.pattern == "2:4":
+            if not linear.weight.is_cuda:
+                raise ValueError("kernels for 2:4 in int8 run on NVIDIA GPUs")
+            return SparseInt8Linear.from_float(linear, pattern=config.pattern)
         density, limit = block_density(linear.weight, config.pattern), BREAK_EVEN_DENSITY[config.pattern]
         if density >= limit:
             raise ValueError(
@@ -592,15 +596,18 @@ def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
             )
         return SparseInt8Linear.from_float(linear, pattern=config.pattern)
 
-    return _with_kernel(replace_linear(site, build, packed=True), site, config.pattern)
+    return _with_kernel(replace_linear(site, build, packed=True), site, config.pattern, int8=True)
 
 
-def _with_kernel(found: Candidate | str | None, site: Site, pattern: str) -> Candidate | str | None:
-    """`found`, with a note where the device of the layer has no sparse kernel for the pattern."""
+def _with_kernel(
+    found: Candidate | str | None, site: Site, pattern: str, *, int8: bool = False
+) -> Candidate | str | None:
+    """`found`, with a note where the device of the layer has no sparse kernel for the pattern, in int8 or as it is."""
     weight = getattr(site.module, "weight", None)
     if not isinstance(found, Candidate) or weight is None:
         return found
-    kernel = sparse_kernel(pattern, weight.device, weight.detach())
+    weight = weight.detach()
+    kernel = sparse_kernel(pattern, weight.device, (weight != 0).to(torch.int8) if int8 else weight)
     return _noted(found, kernel) if kernel.startswith("dense") else found
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from interpreter_repairs import repair
+from semi_structured_kernels import kernel_for_two_of_four  # noqa: F401
 from tolerances import assert_exact, assert_lossy
 
 import lamina
@@ -10,7 +11,7 @@ from lamina.ops import pack_int8_weight, sparse_int8_linear, unpack_sparse_int8_
 from lamina.ops.library import CPU_IMPLEMENTATIONS
 from lamina.ops.sparse_blocks import BLOCKS, index_length, join, pack_blocks, split
 from lamina.ops.sparse_int8_linear import PATTERNS, pack_gpu_sparse_int8_weight
-from lamina.quant.weights import dequantize_weight
+from lamina.quant.weights import dequantize_weight, quantize_weight
 
 repair()
 
@@ -98,6 +99,27 @@ def test_other_patterns_are_dense(pattern, device):
     assert_exact(sparse_int8_linear(x, packed).cpu(), on_cpu(x, dense))
 
 
+@pytest.mark.parametrize("m", [1, 16, 21])
+def test_two_of_four(m, kernel, device):
+    if kernel != "cusparselt":
+        pytest.skip("int8 goes by cuSPARSELt")
+    linear = torch.nn.Linear(128, 96)
+    lamina.prune.magnitude_(linear, 0.5, "2:4")
+    codes, scale = quantize_weight(linear.weight.detach())
+    packed = pack_gpu_sparse_int8_weight(codes.to(device), scale.to(device), "2:4")
+    assert packed.data.nbytes < 0.7 * codes.nbytes
+    assert_exact(unpack_sparse_int8_weight(packed, 128).cpu(), codes)
+    x, bias, residual = (torch.randn(*shape, device=device) for shape in ((2, m, 128), (96,), (2, m, 96)))
+    y = sparse_int8_linear(x, packed, bias, activation="relu", residual=residual)
+    assert_exact(y.cpu(), on_cpu(x, pack_int8_weight(codes, scale), bias, "relu", residual))
+    with pytest.raises(ValueError, match="x has 64 features, but packed_weight was packed for 128"):
+        sparse_int8_linear(x[..., :64], packed)
+    x.requires_grad_()
+    sparse_int8_linear(x, packed).sum().backward()
+    truth = dequantize_weight(codes, scale).double().sum(0).expand(2, m, 128)
+    assert_lossy(x.grad.cpu(), truth, min_sqnr_db=100)
+
+
 # -- the layout
 
 
@@ -167,7 +189,16 @@ def compiled(block: int, m: int, dtype: torch.dtype = BF16, codes: bool = False)
     return launch
 
 
+def compiled_finish() -> None:
+    from lamina.kernels import sparse_int8_linear as kernels
+
+    floats = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in (4096, 1024, 1024))
+    sums = torch.empty(4096, 1024, dtype=torch.int32, device="meta")
+    kernels.finish_sums(sums, *floats, "gelu", None, None, torch.empty(4096, 1024, dtype=BF16, device="meta"))
+
+
 COMPILED = [
+    compiled_finish,
     *(compiled(block, m) for block in (16, 32, 64) for m in (1, 4096)),
     compiled(64, 4096, codes=True),
     compiled(64, 64, torch.float32),

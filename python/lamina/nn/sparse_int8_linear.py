@@ -30,7 +30,7 @@ class SparseInt8Linear(Int8ProductLinear):
         pattern: the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4", "4x4", "16x16",
             "32x32" or "64x64". Sizes that it does not divide are padded. The CPU multiplies square blocks as the "4x4"
             they are made of; a GPU multiplies those from 16 as they are, and the weight of any other pattern as a dense
-            one.
+            one. Or "2:4", of which only GPUs make use.
         activation, out_dtype: as in Int8Linear.
 
     Accuracy: that of Int8Linear: weights and activations have 8 bits with one scale per channel and row; sums are
@@ -85,8 +85,8 @@ class SparseInt8Linear(Int8ProductLinear):
 
     @property
     def density(self) -> float:
-        """The share of blocks that are kept."""
-        return block_density(self._codes(), self.pattern)
+        """The share of blocks that are kept; of values, for 2:4."""
+        return block_density(self._codes(), "1x1" if self.pattern == "2:4" else self.pattern)
 
     def _moved(self, packed: PackedSparseInt8Weight, device: torch.device) -> PackedSparseInt8Weight:
         return move_sparse_int8_weight(packed, self.in_features, device, self.pattern)
@@ -100,4 +100,9 @@ class SparseInt8Linear(Int8ProductLinear):
     def extra_repr(self) -> str:
         words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.3g}"
         device = self._like.device
-        return words if device.type == "cpu" else f"{words}, kernel={sparse_kernel(self.pattern, device)}"
+        if device.type == "cpu":
+            return words
+        kernel = sparse_kernel(self.pattern, device)
+        if self._compensation.ndim == 1 and not kernel.startswith("dense"):
+            kernel = "dense: no kernel for 2:4 takes it"
+        return f"{words}, kernel={kernel}"

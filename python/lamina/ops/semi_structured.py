@@ -3,8 +3,9 @@
     cusparselt   data [N, S], opaque, and an index without elements, int32 [0, K], whose shape tells K; GPUs from 8.0
     cutlass      data [N, K / 2], the values, and index int16 [N, K / 16], which says where they stand; GPUs 8.x
 
-Both fuse the bias and no more. Which is faster, and whether the dense product is, hangs on the GPU and the shape:
-`lamina.sparsity.choose_pattern` measures it, and what it found is remembered by `prefer`.
+int8 goes by cuSPARSELt alone, to sums in int32. Both fuse the bias and no more. Which is faster, and whether the dense
+product is, hangs on the GPU and the shape: `lamina.sparsity.choose_semi_structured` measures it, and what it found is
+remembered by `prefer`.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 PATTERN = "2:4"
 
 # Multiples that the kernels ask of rows of x, outputs and inputs.
-_ROWS, _OUTPUTS, _INPUTS = 8, 32, 64
+_ROWS, _OUTPUTS, _INPUTS = 16, 32, 64
 
 _preferred: dict[tuple, str] = {}
 
@@ -31,13 +32,16 @@ def kernels(device: torch.device) -> tuple[str, ...]:
 def obstacle(weight: Tensor) -> str | None:
     """Why no kernel takes a weight [N, K] as 2:4, in words; None if one does. Looks at the values."""
     n, k = weight.shape
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.int8):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and 2:4 kernels take bfloat16 and float16"
     if n == 0 or k == 0 or n % _OUTPUTS or k % _INPUTS:
         return f"its weight is [{n}, {k}], and 2:4 kernels take multiples of [{_OUTPUTS}, {_INPUTS}]"
     if bool(((weight.reshape(n, k // 4, 4) != 0).sum(2) > 2).any()):
         return "more than two of four neighbours in its weight are not zero"
-    return None if kernels(weight.device) else f"this PyTorch has no 2:4 kernel for {weight.device}"
+    found = kernels(weight.device)
+    if not found or (weight.dtype is torch.int8 and "cusparselt" not in found):
+        return f"this PyTorch has no 2:4 kernel for it on {weight.device}"
+    return None
 
 
 def prefer(weight: Tensor, kernel: str) -> None:
@@ -77,7 +81,16 @@ def in_features(data: Tensor, index: Tensor) -> int:
 def unpack(data: Tensor, index: Tensor) -> Tensor:
     """The weight [N, K] with its zeros: the product with the identity, which is exact."""
     identity = torch.eye(in_features(data, index), dtype=data.dtype, device=data.device)
+    if data.dtype is torch.int8:
+        return sums(identity, data).T.to(torch.int8).contiguous()
     return multiply(identity, data, index, None).T.contiguous()
+
+
+def sums(codes: Tensor, data: Tensor) -> Tensor:
+    """int8 codes [M, K] times a weight [N, K] that was packed for cuSPARSELt: int32 [M, N]."""
+    rows = codes.shape[0]
+    codes = F.pad(codes, (0, 0, 0, -rows % _ROWS)).contiguous()
+    return torch._cslt_sparse_mm(data, codes.T, out_dtype=torch.int32, transpose_result=True)[:rows]
 
 
 def multiply(x: Tensor, data: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lamina import _C
+from lamina.ops import semi_structured
 from lamina.ops.int8_linear import (
     check_gpu_operands,
     define_int8_product,
@@ -22,7 +23,7 @@ from lamina.quant.weights import quantize_weight
 PATTERNS = ("1x4", "2x4", "4x4")
 
 # Patterns that GPUs have kernels for, and what the CPU packs them as.
-GPU_PATTERNS = dict.fromkeys(BLOCKS, "4x4")
+GPU_PATTERNS = {**dict.fromkeys(BLOCKS, "4x4"), semi_structured.PATTERN: "1x4"}
 
 # Where the header of packed data names the pattern (SparseHeader in csrc/ops/sparse_format.h).
 _PATTERN = slice(24, 40)
@@ -43,6 +44,7 @@ class PackedSparseInt8Weight(NamedTuple):
 
         blocks   [S + index, b, b]: those of b x b codes that hold a nonzero, row by row, and behind them an int32 index
                  of their places (see kernels/sparse_linear.py); compensation [0, K].
+        2:4      [N, S] as cuSPARSELt has it (see lamina/ops/semi_structured.py); compensation [0, K].
         dense    [N, K], of patterns that GPUs have no kernel for, as `int8_linear` takes it.
     """
 
@@ -58,12 +60,13 @@ def pack_sparse_int8_weight(
 
     `weight` is floating point and quantized per output channel here (symmetric, [-127, 127]), or int8 with its `scale`
     [N]. `pattern` is the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4", "4x4", "16x16",
-    "32x32" or "64x64". Any weight can be packed: a block is stored if any of its codes is not zero, and sizes that
-    blocks do not divide are padded. A weight without zero blocks takes 13% to 50% more than `pack_int8_weight` makes of
-    it and is slower.
+    "32x32" or "64x64"; or it is "2:4". Any weight can be packed: a block is stored if any of its codes is not zero, and
+    sizes that blocks do not divide are padded. A weight without zero blocks takes 13% to 50% more than
+    `pack_int8_weight` makes of it and is slower.
 
-    The CPU has kernels for the first three patterns, and packs the square blocks, which are made of such, as "4x4". A
-    GPU has kernels for the square blocks from 16, and keeps a weight of the others dense.
+    The CPU has kernels for the first three patterns, and packs the square blocks, which are made of such, as "4x4"; it
+    gains nothing from "2:4". A GPU has kernels for the square blocks from 16, and for "2:4" at sizes in multiples of
+    64, and keeps other weights dense.
 
     Raises ValueError for another pattern, NaN or infinite values or scales, and codes of -128.
 
@@ -102,8 +105,12 @@ def pack_sparse_int8_weight(
 def pack_gpu_sparse_int8_weight(codes: Tensor, scale: Tensor, pattern: str) -> PackedSparseInt8Weight:
     """int8 codes [N, K] and their scale [N] in the layout of GPUs, on whatever device they are."""
     data, scale, nothing = plain_int8_weight(codes, scale)
-    if pattern in BLOCKS:
+    two_of_four = pattern == semi_structured.PATTERN and semi_structured.obstacle(data) is None
+    if two_of_four:
+        data, _ = semi_structured.pack(data, "cusparselt")
+    elif pattern in BLOCKS:
         data = join(*pack_blocks(data, BLOCKS[pattern]))
+    if two_of_four or pattern in BLOCKS:
         nothing = nothing.view(0, codes.shape[1])  # whose shape tells what that of the blocks does not
     return PackedSparseInt8Weight(data, scale, nothing)
 
@@ -159,11 +166,18 @@ def block_density(weight: Tensor, pattern: str) -> float:
 def _unpack(data: Tensor, scale: Tensor, in_features: int) -> Tensor:
     n = scale.shape[0]
     if data.dtype is torch.int8:
+        if _is_two_of_four(data, n, in_features):
+            return semi_structured.unpack(data, data.new_empty((0, in_features), dtype=torch.int32))
         values, index = _gpu_blocks(data, n, in_features)
         return values.clone() if index is None else unpack_blocks(values, index, n, in_features)
     weight = torch.empty(n, in_features, dtype=torch.int8)
     _C.sparse_int8_linear_unpack(data, weight)
     return weight
+
+
+def _is_two_of_four(data: Tensor, out_features: int, in_features: int) -> bool:
+    """Whether data has the size of cuSPARSELt's form: half of the values, and an index."""
+    return data.ndim == 2 and data.shape[0] == out_features and in_features / 2 < data.shape[1] < in_features
 
 
 def _gpu_blocks(data: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +197,7 @@ def _gpu_blocks(data: Tensor, out_features: int, in_features: int) -> tuple[Tens
 
 
 def _check_features(data: Tensor, compensation: Tensor, in_features: int) -> None:
-    if data.ndim == 3 and compensation.shape != (0, in_features):
+    if compensation.ndim == 2 and compensation.shape[1] != in_features:
         raise ValueError(
             f"sparse_int8_linear: x has {in_features} features, but packed_weight was packed for "
             f"{compensation.shape[-1]}"
@@ -204,10 +218,18 @@ def _cuda_kernel(
 ) -> None:
     n = scale.shape[0]
     _check_features(data, compensation, x.shape[1])
-    values, index = _gpu_blocks(data, n, x.shape[1])
+    two_of_four = _is_two_of_four(data, n, x.shape[1])
+    values, index = (data, None) if two_of_four else _gpu_blocks(data, n, x.shape[1])
     check_gpu_operands("sparse_int8_linear", x, n, scale, bias, activation, residual, x_scale, out_scale, out)
     codes, x_scale = gpu_codes(x, x_scale)
     bias = None if bias is None else bias.contiguous()
+    if two_of_four:
+        from lamina.kernels.sparse_int8_linear import finish_sums
+
+        if x.shape[0]:
+            sums = semi_structured.sums(codes, data)
+            finish_sums(sums, x_scale, scale, bias, activation, residual, out_scale, out)
+        return
     if index is None:
         int8_product(codes, x_scale, values, scale, bias, activation, residual, out_scale, out)
         return
