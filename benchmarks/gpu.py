@@ -216,7 +216,7 @@ def sanitizer(budget: float) -> Sequence[Sequence[str]]:
         raise Unavailable("compute-sanitizer is not installed")
     if asked("from lamina import _C; print(_C.with_cuda)") != "True":
         raise Unavailable("there are no kernels in CUDA C++ in this build")
-    wanted = "attention_decode", "int8_linear"
+    wanted = "attention_decode", "int8_gemm"
     files = [str(path) for name in wanted if (path := ROOT / f"tests/gpu/test_gpu_{name}.py").is_file()]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     listed = subprocess.run(

@@ -6,8 +6,10 @@ import importlib
 import pytest
 import torch
 from test_bench import TARGETS, a_machine, a_measurement, some_results
+from typer.testing import CliRunner
 
 from lamina.bench import gpu, results, runner, targets, text, timing, workloads
+from lamina.cli import app
 
 GPU = gpu.Gpu(
     name="Test GPU",
@@ -198,3 +200,26 @@ def test_the_higher_peaks_of_two_probes_count():
     assert both.bandwidth == 4.3e12
     assert gpu.combine(None, GPU) is GPU
     assert gpu.combine(None, None) is None
+
+
+# -- the command
+
+
+def test_the_command_lists_and_refuses(monkeypatch):
+    runner = CliRunner()
+    listed = runner.invoke(app, ["bench", "--device", "cuda", "--list", "--quick", "--filter", "gpu_model"])
+    assert listed.exit_code == 0
+    assert listed.output.split() == ["gpu_model/bert_large/b32x512"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = runner.invoke(app, ["bench", "--device", "cuda"])
+    assert refused.exit_code == 2
+    assert "--device cuda needs a GPU, and torch sees none here" in refused.output
+    unknown = runner.invoke(app, ["bench", "--device", "tpu"])
+    assert "--device is 'tpu', but must be cpu or cuda" in unknown.output
+
+
+def test_no_workload_is_begun_when_the_time_is_over():
+    chosen = workloads.select("softmax/*")[:2]
+    found, skipped = runner.run_all(chosen, [1], end=0.0)
+    assert found == []
+    assert skipped == {workload.id: "left out: the time is over" for workload in chosen}

@@ -167,7 +167,7 @@ def test_a_run_becomes_a_page(tmp_path, capsys):
     assert "Tile(128, 256)" in html
     assert "GPU causal attention of 8192 tokens or more" in html
     told = capsys.readouterr().out
-    assert "missed     GPU attention against the best of torch's backends: 0.95x sdpa *" in told
+    assert "missed     GPU attention against the best of torch's backends: 0.95x sdpa's best" in told
     assert "met        GPU causal attention of 8192 tokens or more: 62% of peak" in told
     written = json.loads((folder / "results.json").read_text())
     assert written["machine"]["gpu"]["name"] == "Test GPU"
