@@ -98,6 +98,23 @@ def test_a_wrong_answer_is_seen(monkeypatch):
             assert not workload.check(inputs, wrong).ok, suite
 
 
+def test_the_model_suite(monkeypatch):
+    """A small BERT, rewritten: of what the CPU has kernels for, as the GPU has."""
+    module = importlib.import_module("lamina.bench.suite.gpu_model")
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "SIZES", {"dim": 32, "layers": 1, "heads": 2, "ffn": 64, "positions": 16})
+    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "TOKENS", 16)
+    workload = next(module.workloads())
+    inputs = workload.make_inputs()
+    assert any(type(layer).__name__ == "Int8Linear" for layer in inputs.rewritten.modules())
+    gate = workload.check(inputs, workload.run(inputs)())
+    assert gate.ok, gate.message
+    assert workload.flops(inputs) > 1e5
+    assert workload.bytes(inputs) > 1e3
+    workload.baselines["eager"](inputs)()
+
+
 def test_scores_of_masks():
     from lamina.bench.suite.gpu_attention import scores_of
 

@@ -13,6 +13,12 @@ POOLS = SUITES["int8_pool2d"].cases
 LINEARS = SUITES["linear"].cases[::7]
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """cuDNN rounds operands to tf32 otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def moved(inputs: tuple, device: str) -> tuple:
     return tree_map_only(torch.Tensor, lambda t: t.to(device), inputs)
 

@@ -22,6 +22,12 @@ LINEARS = {
 MOST_APART = 2e-3
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """cuDNN rounds operands to tf32 otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def of_gpu(build):
     torch.manual_seed(0)
     return build(nn.Linear(128, 192))
