@@ -190,7 +190,7 @@ def build(budget: float) -> Sequence[Sequence[str]]:
     capability = asked("import torch; print(*torch.cuda.get_device_capability(), sep='.')")
     compiler = nvcc()
     options = [
-        f"build-dir={WORK / 'cmake'}",
+        f"build-dir={WORK}",
         f"cmake.define.LAMINA_CUDA={'ON' if compiler else 'OFF'}",
         *([f"cmake.define.CMAKE_CUDA_COMPILER={compiler}"] if compiler else []),
         f"cmake.define.CMAKE_CUDA_ARCHITECTURES={architecture(capability)}",
