@@ -34,7 +34,7 @@ OPS = {
     "gpu_attention": 55.0,
     "gpu_int8_linear": 25.0,
     "gpu_attention_decode": 20.0,
-    "gpu_model": 30.0,
+    "gpu_model": 40.0,
     "gpu_attention_backward": 20.0,
     "gpu_weight_only_linear": 25.0,
     "gpu_sparse_linear": 15.0,
