@@ -4,11 +4,14 @@
 #   make test      all tests
 #   make install   .venv with lamina in it
 #   make bench     the benchmark suite, and each promised ratio met or missed
+#   make gpu       on a GPU: build with CUDA, test, time and tune, write gpu-report/index.html, in 8 minutes
 #   make lint      ruff and clang-format
 #   make sanitize  op tests on a build with address and undefined-behaviour sanitizers
 #   make clean     remove what the others made
 #
-# Overridable: PYTHON, VENV, TORCH (a pip requirement; the default is the CPU build the project is developed on).
+# Overridable: PYTHON, VENV, TORCH (a pip requirement; the default is the CPU build the project is developed on), OUT (of
+# make gpu, which takes PYTHON as it is: it must have a PyTorch for CUDA, Triton, cmake, ninja, pybind11 and
+# scikit-build-core, and needs no network).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +20,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -path '*/__pycache__/*' -not -name '*.so')
 
-.PHONY: install report test bench lint sanitize clean
+OUT ?= gpu-report
+
+.PHONY: install report test bench gpu lint sanitize clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +35,9 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.openvino
 	$(BIN)/lamina bench --targets benchmarks/targets.toml
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
@@ -46,7 +54,7 @@ sanitize: $(VENV)/.installed
 	  $(BIN)/python -m pytest tests/ops tests/test_every_isa.py -q --capture=sys -k "not compile and not export and not subprocess"
 
 clean:
-	rm -rf build report $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build report gpu-report $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # torch comes first and by exact version: lamina itself asks for any torch from 2.10 on.
 $(VENV)/.torch:

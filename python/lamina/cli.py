@@ -178,6 +178,7 @@ def bench(
     pattern: Annotated[
         str | None, typer.Option("--filter", help="Part of a workload id, or a glob such as 'attention/*causal*'.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the workloads of a GPU.")] = "cpu",
     threads: Annotated[str, typer.Option(help="Thread counts, e.g. '1,2'; 'all' is what torch uses.")] = "1,all",
     isa: Annotated[str | None, typer.Option(help="Force lamina's kernels to one ISA, e.g. avx2.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results here, for `lamina compare`.")] = None,
@@ -187,11 +188,15 @@ def bench(
         Path | None, typer.Option(help="Judge the run by a targets file; without --filter run what it names.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a target is missed.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no workload after so long; those left out are named.")
+    ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Also run torch.compile, ONNX Runtime, OpenVINO, ...")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="Show the workloads and stop.")] = False,
 ) -> None:
     """Time workloads against eager PyTorch, each answer checked before its time is taken."""
     import contextlib
+    import time
 
     import lamina
     from lamina.bench import machine, results, runner, text, workloads
@@ -201,9 +206,13 @@ def bench(
 
     if strict and targets is None:
         raise ValueError("--strict judges targets: name the file with --targets")
+    if device not in promises.DEVICES:
+        raise ValueError(f"--device is {device!r}, but must be {' or '.join(promises.DEVICES)}")
+    if device == "cuda" and not (list_only or torch_sees_a_gpu()):
+        raise ValueError("--device cuda needs a GPU, and torch sees none here")
     console = _console()
-    wanted = promises.parse(targets) if targets else []
-    chosen = workloads.select(pattern, tags=("quick",) if quick else ())
+    wanted = [target for target in promises.parse(targets) if target.device == device] if targets else []
+    chosen = workloads.select(pattern, tags=("quick",) if quick else (), device=device)
     if wanted and pattern is None:
         named = promises.needed(wanted)
         chosen = [workload for workload in chosen if named(workload.id, workload.dims)]
@@ -213,12 +222,17 @@ def bench(
         for workload in chosen:
             console.print(workload.id, highlight=False, soft_wrap=True)
         return
-    counts = _thread_counts(threads)
+    counts = [1] if device == "cuda" else _thread_counts(threads)
+    end = None if seconds is None else time.perf_counter() + seconds
+
+    def describe(progress: Progress) -> machine.Machine:
+        return machine.describe_gpu() if device == "cuda" else machine.describe(_reporter(progress, "machine"))
+
     with contextlib.ExitStack() as stack:
         if isa:
             stack.enter_context(lamina.force_isa(isa))
         with _progress(console) as progress:
-            here = machine.describe(_reporter(progress, "machine"))
+            here = describe(progress)
         measurements = []
         for op in dict.fromkeys(workload.op for workload in chosen):
             with _progress(console) as progress:
@@ -229,9 +243,10 @@ def bench(
                     budget=0.2 if quick else 0.4,
                     cold_cache_bytes=machine.cache_bytes(here) if cold else None,
                     progress=_reporter(progress, op),
+                    end=end,
                 )
                 # Peaks again, since a core may have been busy the first time: what counts is the highest ever seen.
-                here = machine.combine(here, machine.describe(_reporter(progress, "machine")))
+                here = machine.combine(here, describe(progress))
             _print_op(console, op, found, skipped, here, cold)
             measurements += found
     for name, value in text.machine_lines(here):
@@ -246,6 +261,13 @@ def bench(
         console.print(f"wrote {json}", highlight=False)
     if strict and any(verdict.status == "missed" for verdict in verdicts):
         raise typer.Exit(1)
+
+
+def torch_sees_a_gpu() -> bool:
+    """Whether there is one that torch was built for."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _print_op(console: Console, op: str, measurements, skipped, here, cold: bool) -> None:

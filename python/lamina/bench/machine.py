@@ -11,6 +11,8 @@ import torch
 
 import lamina
 from lamina import _C
+from lamina.bench import gpu
+from lamina.bench.gpu import Gpu
 from lamina.bench.timing import measure, threads
 
 PRECISIONS = ("float32", "bf16", "int8")
@@ -37,6 +39,7 @@ class Machine:
     `caches`: level -> bytes of one such cache (`L2` belongs to one core). `peaks`: precision -> threads -> GFLOP/s
     (int8: GOP/s), 0.0 when the CPU lacks the instruction. `bandwidth`: memory level -> threads -> GB/s read.
     `scaling`: how much faster one matrix product was on all threads than on one, divided by the number of threads.
+    `gpu`: the GPU that workloads ran on, if they did.
     """
 
     cpu: str
@@ -51,6 +54,7 @@ class Machine:
     peaks: Mapping[str, Mapping[int, float]]
     bandwidth: Mapping[str, Mapping[int, float]]
     scaling: float
+    gpu: Gpu | None = None
 
     @property
     def scales(self) -> bool:
@@ -58,12 +62,16 @@ class Machine:
         ideal = self.threads * self.peak("float32", 1)
         return self.threads == 1 or min(self.scaling, self.peak("float32", self.threads) / ideal) >= SCALING_FLOOR
 
-    def peak(self, precision: str, threads: int) -> float:
+    def peak(self, precision: str, threads: int, device: str = "cpu") -> float:
         """Measured peak in FLOP/s, 0.0 when unknown for that thread count. Example: `machine.peak("int8", 1)`."""
+        if device == "cuda":
+            return self.gpu.peaks.get(precision, 0.0) if self.gpu else 0.0
         return self.peaks.get(precision, {}).get(threads, 0.0) * 1e9
 
-    def read_bandwidth(self, level: str, threads: int) -> float:
+    def read_bandwidth(self, level: str, threads: int, device: str = "cpu") -> float:
         """Measured bytes a second read from a level, 0.0 when unknown. Example: `machine.read_bandwidth("L3", 1)`."""
+        if device == "cuda":
+            return self.gpu.bandwidth if self.gpu and level == "HBM" else 0.0
         return self.bandwidth.get(level, {}).get(threads, 0.0) * 1e9
 
     def level(self, count: int, threads: int) -> str:
@@ -82,6 +90,7 @@ class Machine:
     def from_json(cls, values: dict) -> "Machine":
         """The inverse of `to_json`."""
         fields = {name: value for name, value in values.items() if name != "scales"}
+        fields["gpu"] = Gpu(**fields["gpu"]) if fields.get("gpu") else None
         for name in ("peaks", "bandwidth"):
             fields[name] = {
                 row: {int(threads): rate for threads, rate in rates.items()} for row, rates in fields[name].items()
@@ -146,6 +155,30 @@ def describe(progress: Callable[[str, int, int], None] | None = None) -> Machine
     )
 
 
+def describe_without_probes() -> Machine:
+    """What this machine is, with nothing measured."""
+    return Machine(
+        cpu=cpu_name(),
+        cores=os.cpu_count() or 1,
+        threads=1,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        caches=_caches(),
+        flags=_flags(),
+        system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        versions=_versions(),
+        isa=lamina.info()["isa"],
+        peaks={},
+        bandwidth={},
+        scaling=1.0,
+    )
+
+
+def describe_gpu() -> Machine:
+    """This machine and its first GPU, which is probed for some seconds; of the CPU only what it is."""
+    here = describe_without_probes()
+    return replace(here, versions={**here.versions, **gpu.versions()}, gpu=gpu.describe())
+
+
 def _at_least_one_thread(rates: Mapping[int, float]) -> dict[int, float]:
     # A probe whose threads waited for a busy core reads less than one thread alone, which the machine can do anyway.
     return {count: max(rate, rates[1]) for count, rate in rates.items()}
@@ -165,6 +198,7 @@ def combine(before: Machine, after: Machine) -> Machine:
         peaks=highest(before.peaks, after.peaks),
         bandwidth=highest(before.bandwidth, after.bandwidth),
         scaling=min(before.scaling, after.scaling),
+        gpu=gpu.combine(before.gpu, after.gpu),
     )
 
 

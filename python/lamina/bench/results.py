@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import fnmatch
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,8 @@ class Measurement:
     `failures`: contender -> why it has no time. `cache`: "warm" or "cold". `isa`: the kernels that ran last, "" when
     no lamina kernel did. `resident`: bytes that calls one after the other go through. `scaling`: how much faster a loop
     of multiply-adds was on all these threads than on one while this was measured, divided by the number of threads.
-    `memory`: contender -> the most bytes that one call of it needs at once, where that was asked for.
+    `memory`: contender -> the most bytes that one call of it needs at once, where that was asked for. `device`: "cpu"
+    or "cuda"; on a GPU `isa` is its architecture and threads are 1.
     """
 
     workload: str
@@ -52,6 +54,7 @@ class Measurement:
     resident: int = 0
     scaling: float = 1.0
     memory: Mapping[str, int] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -72,6 +75,11 @@ class Measurement:
     def scales(self) -> bool:
         """Whether all threads had a core of their own; if not, the times say little and are not judged."""
         return self.threads == 1 or self.scaling >= SCALING_FLOOR
+
+    def rival(self, pattern: str) -> str:
+        """The contender that is called so or, of several that match a pattern such as "sdpa *", the fastest."""
+        found = [name for name in self.times if fnmatch.fnmatchcase(name, pattern)]
+        return min(found, key=lambda name: self.times[name].q50, default=pattern)
 
     def speedup(self, baseline: str) -> float | None:
         """Times faster than a baseline, by the ratio of medians; None when either was not timed."""
@@ -108,7 +116,7 @@ class Measurement:
 
     def peak_fraction(self, machine: Machine) -> float | None:
         """Share of the measured peak of the same precision and thread count that lamina reached, 1.0 being all."""
-        peak = machine.peak(self.precision, self.threads)
+        peak = machine.peak(self.precision, self.threads, self.device)
         rate = self.rate()
         return rate / peak if rate is not None and peak else None
 
@@ -118,11 +126,14 @@ class Measurement:
 
     def level(self, machine: Machine) -> str:
         """The level of memory that the data comes from, e.g. "L3"; main memory when the caches were flushed."""
-        return machine.level(max(self.bytes, self.resident), self.threads) if self.cache == "warm" else "DRAM"
+        count = max(self.bytes, self.resident)
+        if self.device == "cuda":
+            return machine.gpu.level(count) if machine.gpu else "HBM"
+        return machine.level(count, self.threads) if self.cache == "warm" else "DRAM"
 
     def bandwidth_fraction(self, machine: Machine) -> float | None:
         """Share of the measured read bandwidth of that level which `traffic` reached, 1.0 being all."""
-        bandwidth = machine.read_bandwidth(self.level(machine), self.threads)
+        bandwidth = machine.read_bandwidth(self.level(machine), self.threads, self.device)
         traffic = self.traffic()
         return traffic / bandwidth if traffic is not None and bandwidth else None
 

@@ -4,6 +4,7 @@ A candidate whose answer is wrong gets no time at all. A baseline or peer that f
 message takes the place of its number.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from lamina import _C
+from lamina.bench import gpu
 from lamina.bench.peers import Peer, Unavailable, convert
 from lamina.bench.results import LAMINA, SCALING_FLOOR, Measurement
 from lamina.bench.timing import Timing, cache_flusher, measure, threads
@@ -86,8 +88,11 @@ def run_all(
     cold_cache_bytes: int | None = None,
     patience: Patience | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    end: float | None = None,
 ) -> tuple[list[Measurement], dict[str, str]]:
     """Run many workloads; also with flushed caches when `cold_cache_bytes` says how large those are.
+
+    None is begun after `end`, of time.perf_counter.
 
     Returns the measurements, and for each workload that can't run here the reason.
     """
@@ -102,7 +107,8 @@ def run_all(
                 progress(f"{name}: {what}", done, len(workloads))
 
         note("inputs")
-        reason = workload.missing()
+        late = end is not None and time.perf_counter() > end
+        reason = "left out: the time is over" if late else workload.missing()
         if reason is not None:
             skipped[workload.id] = reason
             continue
@@ -142,8 +148,8 @@ def run(
         note: told what is being done, for a progress line; preparing a peer can take half a minute.
     """
     patience = patience or Patience()
-    for count in thread_counts:
-        with threads(count):
+    for count in [1] if workload.device == "cuda" else thread_counts:
+        with threads(count) if workload.device == "cpu" else contextlib.nullcontext():
             yield _run_once(workload, inputs, count, peers, budget, flush, patience, note)
 
 
@@ -162,7 +168,7 @@ def _run_once(
         candidate = workload.run(inputs)
         with torch.inference_mode():
             output = candidate()
-        isa = _C.last_isa() if workload.kernels(inputs) else ""
+        isa = _kernels(workload, inputs)
         gate = workload.check(inputs, output)
         memory = workload.memory(inputs) if workload.memory and gate.ok else {}
     except Exception as error:  # a broken kernel must show as a red line, not end the run of all the others
@@ -174,16 +180,20 @@ def _run_once(
     others = {f"{LAMINA} {name}": prepare for name, prepare in workload.variants.items()} | dict(workload.baselines)
     for name, prepare in others.items():
         note(f"preparing {name}")
-        _prepare(name, lambda prepare=prepare: prepare(inputs), contenders, failures)
+        _prepare(name, lambda prepare=prepare: prepare(inputs), contenders, failures, workload.device)
     module, example_inputs = workload.module(inputs) if workload.module and peers else (None, ())
     for peer in peers:
         if module is None or peer.name in workload.baselines or (peer.quantizes and not list(module.parameters())):
             continue
         note(f"preparing {peer.name}")
-        _prepare(peer.name, lambda peer=peer: convert(peer, module, example_inputs), contenders, failures)
-    note(f"timing on {count} thread{'' if count == 1 else 's'}")
+        build = lambda peer=peer: convert(peer, module, example_inputs)  # noqa: E731
+        _prepare(peer.name, build, contenders, failures, workload.device)
+    note(f"timing on {count} thread{'' if count == 1 else 's'}" if workload.device == "cpu" else "timing")
     with torch.inference_mode():
-        times, scaling = _timed(contenders, count, budget, flush, patience)
+        if workload.device == "cuda":
+            times, scaling = measure(contenders, budget=budget, stopwatch=gpu.stopwatch()), 1.0
+        else:
+            times, scaling = _timed(contenders, count, budget, flush, patience)
     return Measurement(
         **_what(workload, count, cache),
         isa=isa,
@@ -197,6 +207,13 @@ def _run_once(
         scaling=scaling,
         memory=memory,
     )
+
+
+def _kernels(workload: Workload, inputs: Any) -> str:
+    """What lamina's kernels, which have just run, were compiled for."""
+    if not workload.kernels(inputs):
+        return ""
+    return gpu.architecture() if workload.device == "cuda" else _C.last_isa()
 
 
 def _timed(
@@ -234,6 +251,7 @@ def _what(workload: Workload, count: int, cache: str) -> dict[str, object]:
         "dims": dict(workload.dims),
         "threads": count,
         "cache": cache,
+        "device": workload.device,
     }
 
 
@@ -255,11 +273,13 @@ def _red(workload: Workload, count: int, cache: str, trouble: Gate | str) -> Mea
     )
 
 
-def _prepare(name: str, build: Callable, contenders: dict, failures: dict) -> None:
+def _prepare(name: str, build: Callable, contenders: dict, failures: dict, device: str) -> None:
     try:
         call = build()
         with torch.inference_mode():
             call()
+            if device == "cuda":  # or what is wrong with its kernels would be another one's error
+                torch.cuda.synchronize()
     except Unavailable as error:
         failures[name] = str(error)
     except Exception as error:  # reported in the table under the contender's name

@@ -20,6 +20,7 @@ AT_MOST = ("overhead", "memory")
 # A target with more workloads than this in doubt (too noisy, a core taken away) is not called met.
 MOST_IN_DOUBT = 0.1
 ALL_THREADS = "all"
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Target:
             "overhead" (time beyond that of `baseline`, as a share of it) or "memory" (the most bytes that one call
             needs at once, as a share of what one of `baseline` needs).
         minimum, maximum: the least value that counts as met; of "overhead" and "memory" the most.
-        threads: thread counts it holds for; "all" is every thread the machine gives.
+        threads: thread counts it holds for; "all" is every thread the machine gives. A GPU has one.
         why: where the number comes from.
-        baseline: what "speedup", "overhead" and "memory" are measured against.
+        baseline: what "speedup", "overhead" and "memory" are measured against; of several that a pattern such as
+            "sdpa *" names, the fastest.
         at_least, at_most: sizes of the workloads meant, e.g. `{"M": 128}`; one without that size is not meant.
         except_for: pattern of workload ids that are not meant.
+        device: "cpu" or "cuda", where the workloads run.
     """
 
     id: str
@@ -52,6 +55,7 @@ class Target:
     at_least: Mapping[str, int] = field(default_factory=dict)
     at_most: Mapping[str, int] = field(default_factory=dict)
     except_for: str | None = None
+    device: str = "cpu"
 
     def selects(self, workload_id: str, dims: Mapping[str, int]) -> bool:
         """Whether this target speaks about a workload."""
@@ -70,7 +74,7 @@ class Target:
                 return measurement.bandwidth_fraction(machine)
             case "memory":
                 return measurement.memory_share(self.baseline)
-        speedup = measurement.speedup(self.baseline)
+        speedup = measurement.speedup(measurement.rival(self.baseline))
         return speedup if self.metric == "speedup" or speedup is None else 1 / speedup - 1
 
     def reached(self, value: float) -> bool:
@@ -79,7 +83,7 @@ class Target:
 
     def doubt(self, measurement: Measurement) -> str:
         """Why a measurement should not be judged, "" if sure; a busy machine does not change what memory is needed."""
-        return "" if self.metric == "memory" else measurement.doubt(self.baseline or LAMINA)
+        return "" if self.metric == "memory" else measurement.doubt(measurement.rival(self.baseline or LAMINA))
 
     def worst(self, values: Sequence[tuple[float, str]]) -> tuple[float, str]:
         """The worst of (value, workload) pairs."""
@@ -149,6 +153,8 @@ def _parse_entry(entry: dict, number: int, path: str | Path) -> Target:
     value = entry[bound]
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{where} has {bound} {value!r}, which is not a positive number")
+    if entry.get("device", "cpu") not in DEVICES:
+        raise ValueError(f"{where} has device {entry['device']!r}; the devices are {', '.join(DEVICES)}")
     threads = entry["threads"]
     if not isinstance(threads, list) or not threads or not all(_is_thread_count(count) for count in threads):
         raise ValueError(f'{where} has threads {threads!r}, which is not a list of counts or "all"')
@@ -172,7 +178,10 @@ def judge(targets: Sequence[Target], measurements: Sequence[Measurement], machin
             chosen = [
                 item
                 for item in measurements
-                if item.threads == count and item.cache == "warm" and target.selects(item.workload, item.dims)
+                if item.device == target.device
+                and item.threads == count
+                and item.cache == "warm"
+                and target.selects(item.workload, item.dims)
             ]
             verdicts.append(_judge_one(target, count, chosen, machine))
     return verdicts
@@ -222,7 +231,11 @@ def _why_unknown(target: Target, item: Measurement) -> str:
         return f"no measured read bandwidth at {item.workload}"
     if target.metric == "memory":
         return f"no memory of {target.baseline} was measured at {item.workload}"
-    why = item.failures.get(target.baseline)
+    why = "; ".join(
+        f"{name}: {text}" if name != target.baseline else text
+        for name, text in item.failures.items()
+        if matches(name, target.baseline)
+    )
     return f"{target.baseline} was not timed at {item.workload}" + (f": {why}" if why else "")
 
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from lamina.bench.break_even import BreakEven
 from lamina.bench.compare import Change
+from lamina.bench.gpu import Gpu
 from lamina.bench.machine import Machine
 from lamina.bench.results import LAMINA, Measurement
 from lamina.bench.targets import AT_MOST, Verdict
@@ -28,7 +29,10 @@ def duration(seconds: float | None) -> str:
 
 def rate(per_second: float | None) -> str:
     """Operations a second. Example: `rate(4.2e11) == "420 GFLOP/s"`."""
-    return "–" if per_second is None else f"{_digits(per_second / 1e9)} GFLOP/s"
+    if per_second is None:
+        return "–"
+    unit, scale = ("TFLOP/s", 1e12) if per_second >= 1e13 else ("GFLOP/s", 1e9)
+    return f"{_digits(per_second / scale)} {unit}"
 
 
 def traffic(per_second: float | None) -> str:
@@ -159,6 +163,7 @@ def metric(verdict: Verdict, value: float | None) -> str:
     """A target's value in the words of its metric. Example: "72% of peak", "3.10x eager", "+4% time"."""
     if value is None:
         return "–"
+    baseline = (verdict.baseline or "").replace(" *", "'s best")
     match verdict.metric:
         case "peak":
             return f"{percent(value)} of peak"
@@ -167,8 +172,8 @@ def metric(verdict: Verdict, value: float | None) -> str:
         case "overhead":
             return f"{100 * value:+.0f}% time"
         case "memory":
-            return f"{percent(value)} of {verdict.baseline}'s memory"
-    return f"{times(value)} {verdict.baseline}"
+            return f"{percent(value)} of {baseline}'s memory"
+    return f"{times(value)} {baseline}"
 
 
 def bound(verdict: Verdict) -> str:
@@ -222,7 +227,20 @@ def machine_lines(machine: Machine) -> list[tuple[str, str]]:
         lines.append(
             (f"{level} read", ", ".join(f"{value:.0f} GB/s ({thread_label(count)})" for count, value in rates.items()))
         )
+    if machine.gpu is not None:
+        lines += gpu_lines(machine.gpu)
     if machine.threads > 1:
         verdict = "good" if machine.scales else "these threads do not scale: distrust figures on all threads"
         lines.append(("scaling", f"{machine.scaling * machine.threads:.2f}x on {machine.threads} threads ({verdict})"))
     return lines
+
+
+def gpu_lines(gpu: Gpu) -> list[tuple[str, str]]:
+    """The GPU as (what, value) pairs."""
+    peaks = [(f"{precision} peak", f"{value / 1e12:.0f} TOP/s") for precision, value in gpu.peaks.items()]
+    return [
+        ("GPU", f"{gpu.name}, {gpu.multiprocessors} multiprocessors, compute capability {gpu.capability}"),
+        ("GPU memory", f"{size(gpu.memory)}; L2 {gpu.l2 / 2**20:.0f} MiB"),
+        *[(f"GPU {what}", value) for what, value in peaks],
+        ("GPU copy", f"{gpu.bandwidth / 1e9:.0f} GB/s, read and written"),
+    ]

@@ -62,6 +62,7 @@ class Workload:
         module: inputs -> (eager module, example inputs), for peers that convert whole modules; None if there is none.
         kernels: inputs -> whether any kernel of lamina's runs at all; a model may have no layer that was replaced.
         memory: inputs -> contender -> the most bytes that one call of it needs at once; None where nobody asks.
+        device: "cpu", or "cuda" for work on a GPU, whose `make_inputs` makes tensors there.
     """
 
     id: str
@@ -82,9 +83,12 @@ class Workload:
     module: Callable[[Any], tuple[torch.nn.Module, tuple | dict]] | None = None
     kernels: Callable[[Any], bool] = lambda inputs: True
     memory: Callable[[Any], Mapping[str, int]] | None = None
+    device: str = "cpu"
 
     def missing(self) -> str | None:
         """Why this workload can't run here, in one sentence, or None."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "needs a GPU"
         absent = [name for name in self.requires if importlib.util.find_spec(name) is None]
         return f"needs {', '.join(absent)} (pip install lamina[models])" if absent else None
 
@@ -103,18 +107,20 @@ def registry() -> Mapping[str, Workload]:
     return found
 
 
-def select(pattern: str | None = None, tags: Sequence[str] = ()) -> list[Workload]:
-    """Workloads whose id contains `pattern` (matches it, when it has `*`, `?` or `[`) and that have all `tags`.
+def select(pattern: str | None = None, tags: Sequence[str] = (), device: str = "cpu") -> list[Workload]:
+    """Workloads on `device` whose id contains `pattern` (matches it, when it has `*`, `?` or `[`), with all `tags`.
 
     Raises ValueError when nothing matches. Example: `select("attention/*causal*")`.
     """
     chosen = [
         workload
         for workload in registry().values()
-        if (pattern is None or matches(workload.id, pattern)) and workload.tags.issuperset(tags)
+        if workload.device == device
+        and (pattern is None or matches(workload.id, pattern))
+        and workload.tags.issuperset(tags)
     ]
     if not chosen:
-        what = " ".join([*tags, "workload"])
+        what = " ".join([*tags, "workload", *(["on a GPU"] if device == "cuda" else [])])
         raise ValueError(f"no {what} matches {pattern!r}; `lamina bench --list` shows all of them")
     return chosen
 
