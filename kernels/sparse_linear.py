@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels.activations import activate
 from lamina.kernels.device import capability, on_device_of
+from lamina.kernels.epilogue import activate
 from lamina.kernels.tuning import SparseGradientTile, SparseTile, sparse_gradient_tile, sparse_tile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor

@@ -164,7 +164,7 @@ def sparse_tile(block: int, rows: int, item: int, architecture: int) -> SparseTi
     if item == 4:  # three products of tf32 hold twice the registers
         return SparseTile(64 if architecture >= 90 or block < 64 else 32, block, group, 4, 2, False)
     # 168 registers of 128 threads and 72 KiB: three times each in a multiprocessor.
-    return SparseTile(128, block, group, 4, 3, block == 64 and architecture >= 90, 168)
+    return SparseTile(128, block, group, 4, 3, block == 64 and architecture >= 90, 168 if item == 2 else None)
 
 
 def sparse_tile_candidates(block: int, rows: int, item: int, architecture: int) -> list[SparseTile]:
@@ -183,6 +183,18 @@ def sparse_tile_candidates(block: int, rows: int, item: int, architecture: int) 
         # Shared memory of the stages.
         if stages * (height + outputs) * group * block * item <= 200 * 1024
     ]
+
+
+class FinishTile(NamedTuple):
+    """rows, columns: of int32 sums that a program turns into outputs; warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# 16 bytes a thread at a time: what reads and writes memory alone needs no more.
+FINISH_TILE = FinishTile(8, 128, 4)
 
 
 class SparseGradientTile(NamedTuple):

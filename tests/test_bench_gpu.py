@@ -6,8 +6,10 @@ import importlib
 import pytest
 import torch
 from test_bench import TARGETS, a_machine, a_measurement, some_results
+from typer.testing import CliRunner
 
 from lamina.bench import gpu, results, runner, targets, text, timing, workloads
+from lamina.cli import app
 
 GPU = gpu.Gpu(
     name="Test GPU",
@@ -94,6 +96,23 @@ def test_a_wrong_answer_is_seen(monkeypatch):
             output = workload.run(inputs)()
             wrong = tuple(t + 0.1 for t in output) if isinstance(output, tuple) else output + 0.1
             assert not workload.check(inputs, wrong).ok, suite
+
+
+def test_the_model_suite(monkeypatch):
+    """A small BERT, rewritten: of what the CPU has kernels for, as the GPU has."""
+    module = importlib.import_module("lamina.bench.suite.gpu_model")
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "SIZES", {"dim": 32, "layers": 1, "heads": 2, "ffn": 64, "positions": 16})
+    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "TOKENS", 16)
+    workload = next(module.workloads())
+    inputs = workload.make_inputs()
+    assert any(type(layer).__name__ == "Int8Linear" for layer in inputs.rewritten.modules())
+    gate = workload.check(inputs, workload.run(inputs)())
+    assert gate.ok, gate.message
+    assert workload.flops(inputs) > 1e5
+    assert workload.bytes(inputs) > 1e3
+    workload.baselines["eager"](inputs)()
 
 
 def test_scores_of_masks():
@@ -198,3 +217,26 @@ def test_the_higher_peaks_of_two_probes_count():
     assert both.bandwidth == 4.3e12
     assert gpu.combine(None, GPU) is GPU
     assert gpu.combine(None, None) is None
+
+
+# -- the command
+
+
+def test_the_command_lists_and_refuses(monkeypatch):
+    runner = CliRunner()
+    listed = runner.invoke(app, ["bench", "--device", "cuda", "--list", "--quick", "--filter", "gpu_model"])
+    assert listed.exit_code == 0
+    assert listed.output.split() == ["gpu_model/bert_large/b32x512"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = runner.invoke(app, ["bench", "--device", "cuda"])
+    assert refused.exit_code == 2
+    assert "--device cuda needs a GPU, and torch sees none here" in refused.output
+    unknown = runner.invoke(app, ["bench", "--device", "tpu"])
+    assert "--device is 'tpu', but must be cpu or cuda" in unknown.output
+
+
+def test_no_workload_is_begun_when_the_time_is_over():
+    chosen = workloads.select("softmax/*")[:2]
+    found, skipped = runner.run_all(chosen, [1], end=0.0)
+    assert found == []
+    assert skipped == {workload.id: "left out: the time is over" for workload in chosen}

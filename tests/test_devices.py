@@ -1,5 +1,7 @@
 """Where lamina's tensors are: what fakes promise of a GPU, what is refused there, and how packed weights move."""
 
+import sys
+
 import pytest
 import torch
 from test_every_op import op_of, outputs, tagged
@@ -181,3 +183,70 @@ def test_accelerate_says_why_no_graph_is_tried_on_a_gpu():
     with torch._subclasses.FakeTensorMode():
         reason = _not_ours([torch.empty(2, device="cuda")])
     assert reason == f"its tensors are on cuda:0, and {NOT_FOR_GPUS}"
+
+
+# -- accelerate and swap_
+
+
+def test_a_model_on_a_gpu_is_accelerated_by_what_runs_there(monkeypatch):
+    """All of it but the GPU: what is tried, how it is timed, and what the report says."""
+    module = sys.modules["lamina.accelerate"]
+    stopwatch = object()
+    timed = []
+
+    def interleaved(before, after, seconds, watch):
+        before(), after()
+        timed.append(watch)
+        return 2.0, 1.0
+
+    monkeypatch.setattr(module, "_interleaved", interleaved)
+    monkeypatch.setattr(module, "device_of", lambda tensors: torch.device("cuda", 0))
+    monkeypatch.setattr(module, "stopwatch_of", lambda device: stopwatch if device.type == "cuda" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Conv1d(64, 4, 1)).eval()
+    report = lamina.accelerate(nn.Sequential(model[0], model[1]), (torch.randn(4, 64),)).report
+    assert set(map(id, timed)) == {id(stopwatch)}
+    assert report.device == "Test GPU"
+    assert "ms, Test GPU)" in report.summary()
+    (form,) = [form for form in report.forms if form.name == "compiled"]
+    assert form.reason == "not tried on cuda:0: fusions and plans are for the CPU"
+    assert form.speedup is None
+    assert report.form == "swapped layers"
+
+
+def test_what_a_gpu_is_tried_with():
+    kinds = {type(config) for config in lamina.configs.AUTO_ON_GPU}
+    assert kinds == {lamina.Int8Dynamic, lamina.Int8WeightOnly, lamina.FusedAttention, lamina.Sparse}
+
+
+def test_layers_are_left_where_nothing_runs(monkeypatch):
+    off = sys.modules["lamina.swap"]._off
+    here, there, nowhere = torch.device("cpu"), torch.device("cuda:0"), torch.device("meta")
+    monkeypatch.setattr(sys.modules["lamina.swap"], "has_triton", lambda: True)
+    assert off(here, "int8 kernels") is None
+    assert off(there, "int8 kernels") is None
+    assert off(nowhere, "int8 kernels") == "on meta, and int8 kernels run on the CPU and on GPUs"
+    assert off(there, "fused GRU kernels", on_gpu=False) == "on cuda:0, and fused GRU kernels run on the CPU"
+    monkeypatch.setattr(sys.modules["lamina.swap"], "has_triton", lambda: False)
+    assert off(there, "int8 kernels") == "on cuda:0, and int8 kernels need Triton there, which is not installed"
+
+
+def test_patterns_of_zeros_that_a_gpu_takes(monkeypatch):
+    from lamina import sparsity
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    weight = torch.zeros(128, 128)
+    weight[:64, :64] = 1.0
+    on_gpu = weight.as_subclass(OnGPU)
+    monkeypatch.setattr(sparsity, "GPU_PATTERNS", {"16x16": "4x1", "64x64": "4x1"})
+    choice = sparsity.choose_pattern(on_gpu, None)
+    assert (choice.pattern, choice.density) == ("64x64", 0.25)
+    scattered = torch.eye(128).as_subclass(OnGPU)
+    spread = torch.zeros(128, 128)
+    spread[::16, ::16] = 1.0
+    assert "too many for a GPU" in sparsity.choose_pattern(spread.as_subclass(OnGPU), None).reason
+    assert sparsity.choose_pattern(scattered, None).pattern == "16x16"
+    monkeypatch.setattr(sparsity, "GPU_PATTERNS", {})
+    assert sparsity.choose_pattern(on_gpu, None).reason == "there are no sparse kernels for GPUs"

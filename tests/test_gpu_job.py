@@ -167,7 +167,7 @@ def test_a_run_becomes_a_page(tmp_path, capsys):
     assert "Tile(128, 256)" in html
     assert "GPU causal attention of 8192 tokens or more" in html
     told = capsys.readouterr().out
-    assert "missed     GPU attention against the best of torch's backends: 0.95x sdpa *" in told
+    assert "missed     GPU attention against the best of torch's backends: 0.95x sdpa's best" in told
     assert "met        GPU causal attention of 8192 tokens or more: 62% of peak" in told
     written = json.loads((folder / "results.json").read_text())
     assert written["machine"]["gpu"]["name"] == "Test GPU"
@@ -209,9 +209,14 @@ Tile = namedtuple("Tile", "seconds")
 
 def test_a_sweep_finds_the_fastest_tile(tmp_path, monkeypatch):
     now = []
-    tiles = [Tile(3e-3), Tile(5e-3), Tile(1e-3), Tile(0.5e-3)]
+    tiles = [Tile(3e-3), Tile(5e-3), Tile(1e-3), Tile(0.5e-3), Tile(0.1e-3)]
+
+    def run(tile):
+        now.append(tile)
+        return (torch.full((3,), 2.0 if tile.seconds == 0.1e-3 else 1.0),)
+
     monkeypatch.setattr(tune, "SWEEPS", (("_false", ()), ("_missing", ())))
-    monkeypatch.setattr(tune, "_false", lambda: tune.Sweep("false kernel", tiles, now.append), raising=False)
+    monkeypatch.setattr(tune, "_false", lambda: tune.Sweep("false kernel", tiles, run), raising=False)
 
     def missing():
         raise AttributeError("module 'tuning' has no attribute 'candidates'")
@@ -219,10 +224,10 @@ def test_a_sweep_finds_the_fastest_tile(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "_missing", missing, raising=False)
     monkeypatch.setattr(gpu, "stopwatch", lambda: lambda call, calls: (call(), now[-1].seconds)[1])
     told = []
-    # The last tile is not compiled in time.
-    (outcome,) = tune.sweep_all(tmp_path, 2.0, compiled=lambda *_: {0: [1, 2]}, tell=told.append)
+    # The fourth tile is not compiled in time, the last one gives another result.
+    (outcome,) = tune.sweep_all(tmp_path, 2.0, compiled=lambda *_: {0: [1, 2, 4]}, tell=told.append)
     assert (outcome.chosen_seconds, outcome.best, outcome.best_seconds) == (3e-3, str(Tile(1e-3)), 1e-3)
-    assert (outcome.tried, outcome.left_out) == (3, 1)
+    assert (outcome.tried, outcome.left_out) == (3, 2)
     assert told[0].startswith("left out _missing(): AttributeError")
     rows = json.loads((tmp_path / "tuning.json").read_text())
     assert rows[0]["gain"] == pytest.approx(3.0)

@@ -71,6 +71,14 @@ def test_blocks_of_gpus_are_packed_in_smaller_ones(pair, pattern, tmp_path):
     assert model[0].pattern == pattern
 
 
+def test_two_of_four_is_unstructured_on_the_cpu(pair):
+    kind, module, x = pair
+    lamina.prune.magnitude_(module, 0.5, "2:4")
+    layer = kind.from_float(module, pattern="2:4")
+    assert (layer.pattern, layer.sparse_info.pattern) == ("2:4", "unstructured")
+    assert_exact(layer(x), kind.from_float(module)(x))
+
+
 def test_pruned_blocks_are_large():
     linear = nn.Linear(256, 128)
     lamina.prune.magnitude_(linear, 0.5, "64x64")

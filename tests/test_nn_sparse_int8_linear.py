@@ -52,8 +52,12 @@ def test_constructor_and_repr():
     assert text == "SparseInt8Linear(in_features=8, out_features=8, bias=True, pattern=4x4, density=0)"
     with pytest.raises(ValueError, match="pattern '4x1' is unknown; use 1x4, 2x4, 4x4"):
         SparseInt8Linear(4, 4, pattern="4x1")
-    with pytest.raises(ValueError, match="SparseInt8: pattern is '2:4', but must be 1x4, 2x4 or 4x4"):
-        lamina.SparseInt8("2:4")
+    with pytest.raises(ValueError, match="SparseInt8: pattern '3:4' is unknown; use one of 1x4, 2x4, 4x4"):
+        lamina.SparseInt8("3:4")
+    layer = SparseInt8Linear.from_float(pruned(8, 8, density=0.0), pattern="2:4")
+    assert "pattern=2:4, density=0" in repr(layer)
+    (decision,) = lamina.swap_(nn.Sequential(nn.Linear(8, 8)), lamina.SparseInt8("2:4")).decisions
+    assert decision.reason == "kernels for 2:4 in int8 run on NVIDIA GPUs"
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamina.ops.sparse_int8_linear import GPU_PATTERNS as GPU_INT8_PATTERNS
+from lamina.ops.sparse_int8_linear import PATTERNS as INT8_PATTERNS
 from lamina.ops.sparse_linear import GPU_PATTERNS, PATTERNS
 from lamina.quant.calibration import Calibration, check_calibration
 from lamina.quant.observers import check_observer
@@ -57,15 +59,17 @@ class Int8Static(Config):
 class SparseInt8(Config):
     """nn.Linear -> lamina.nn.SparseInt8Linear: int8, and only the blocks of the weight that hold a nonzero.
 
-    pattern: the blocks that pruning made zero, output channels x inputs: "1x4", "2x4" or "4x4". A layer with too few
-    zero blocks to be faster than the dense int8 layer is left alone.
+    pattern: the blocks that pruning made zero, output channels x inputs: "1x4", "2x4", "4x4", "16x16", "32x32" or
+        "64x64" (the last three as they are on a GPU, as "4x4" on the CPU); or "2:4", on a GPU alone. A layer with too
+        few zero blocks to be faster than the dense int8 layer is left alone.
     """
 
     pattern: str = "4x4"
 
     def __post_init__(self) -> None:
-        if self.pattern not in ("1x4", "2x4", "4x4"):
-            raise ValueError(f"SparseInt8: pattern is '{self.pattern}', but must be 1x4, 2x4 or 4x4")
+        known = *INT8_PATTERNS, *GPU_INT8_PATTERNS
+        if self.pattern not in known:
+            raise ValueError(f"SparseInt8: pattern '{self.pattern}' is unknown; use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ class Sparse(Config):
     hold other values than zero are stored and multiplied.
 
     pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or "64x64" (the
-        last three as they are on a GPU, as "4x1" on the CPU); or "auto": the one in which the layer is fastest, and
-        none, with the reason in the report, where the dense layer is faster.
+        last three as they are on a GPU, as "4x1" on the CPU), or "2:4" (by the GPU's sparse tensor cores where that is
+        faster than the dense layer; as "unstructured" on the CPU); or "auto": the one in which the layer is fastest,
+        and none, with the reason in the report, where the dense layer is faster.
     rows: of input on which "auto" times a linear layer, on torch's threads; None counts zeros only, for those who
         measure by themselves, as `accelerate` does.
 

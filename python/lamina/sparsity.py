@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.ops import semi_structured
+from lamina.ops.sparse_blocks import BLOCKS
 from lamina.ops.sparse_int8_linear import block_density
-from lamina.ops.sparse_linear import GPU_PATTERNS, PATTERNS, pack_sparse_weight, sparse_linear
+from lamina.ops.sparse_linear import PATTERNS, PackedSparseWeight, pack_sparse_weight, sparse_linear
 from lamina.stopwatch import Stopwatch, in_turns, stopwatch_of
 
 # The share of blocks with a nonzero from which a GPU, whose dense products are that much faster than what they read,
@@ -50,12 +52,12 @@ def choose_pattern(weight: Tensor, rows: int | None = 128) -> Choice:
     if zeros < _FEWEST_ZEROS:
         return Choice(None, f"{zeros:.0%} of its weight is zeros, too few for a sparse kernel", 1 - zeros)
     # On a GPU the larger of two blocks that hold as much.
-    patterns = [*reversed(GPU_PATTERNS)] if weight.is_cuda else PATTERNS
-    if not patterns:
-        return Choice(None, "there are no sparse kernels for GPUs", 1 - zeros)
+    patterns = [*reversed(BLOCKS)] if weight.is_cuda else PATTERNS
     densities = {p: block_density(weight, "1x1" if p == "unstructured" else p) for p in patterns}
     pattern = min(patterns, key=lambda p: densities[p] * _COST.get(p, 1.0))
     density = densities[pattern]
+    if weight.is_cuda and density >= _GPU_DENSITY and semi_structured.obstacle(weight) is None:
+        return choose_semi_structured(weight, rows)
     if weight.is_cuda and density > _GPU_DENSITY:
         return Choice(None, f"{density:.0%} of its {pattern} blocks hold a nonzero, too many for a GPU", density)
     if rows is None:
@@ -74,6 +76,33 @@ def choose_pattern(weight: Tensor, rows: int | None = 128) -> Choice:
     if speedup < 1:
         return Choice(None, f"a sparse kernel would be slower: {measured}", density, speedup, break_even)
     return Choice(pattern, measured, density, speedup, break_even)
+
+
+def choose_semi_structured(weight: Tensor, rows: int | None = 128) -> Choice:
+    """Whether a kernel for 2:4 multiplies a weight [N, K] on a GPU, zeros in two of four neighbours, faster than dense.
+
+    rows: how many it is timed with; None leaves that to the caller. The faster kernel is remembered: weights of this
+    shape are packed for it.
+
+    >>> lamina.sparsity.choose_semi_structured(linear.weight, rows=4096).reason
+    """
+    weight = weight.detach()
+    if (why := semi_structured.obstacle(weight)) is not None:
+        return Choice(None, why, 1.0)
+    if rows is None:
+        return Choice(semi_structured.PATTERN, "two of four neighbours in its weight are zeros", 0.5)
+    x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    kernels = semi_structured.kernels(weight.device)
+    packed = []
+    for kernel in kernels:
+        data, index = semi_structured.pack(weight, kernel)
+        packed.append(PackedSparseWeight(data, weight.shape[0], index))
+    calls = [lambda p=p: sparse_linear(x, p) for p in packed]
+    dense, *times = _medians([lambda: F.linear(x, weight), *calls], stopwatch_of(weight.device))
+    best, kernel = min(zip(times, kernels, strict=True))
+    semi_structured.prefer(weight, kernel)
+    measured = f"2:4 by {kernel} takes {best / dense:.2f} of the dense product's time on {rows} rows"
+    return Choice(semi_structured.PATTERN if best < dense else None, measured, 0.5, dense / best)
 
 
 def _medians(calls: Sequence[Callable[[], Tensor]], stopwatch: Stopwatch) -> list[float]:

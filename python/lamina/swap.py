@@ -47,11 +47,12 @@ from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.ops.sparse_int8_linear import BREAK_EVEN_DENSITY, block_density
+from lamina.ops.sparse_linear import sparse_kernel
 from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
 from lamina.running import FilterFn
-from lamina.sparsity import choose_pattern
+from lamina.sparsity import choose_pattern, choose_semi_structured
 
 
 @dataclass(frozen=True)
@@ -583,6 +584,10 @@ def _int8_static(site: Site, config: Config) -> Candidate | str | None:
 @handles(SparseInt8)
 def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
     def build(linear: nn.Linear) -> nn.Module:
+        if config.pattern == "2:4":
+            if not linear.weight.is_cuda:
+                raise ValueError("kernels for 2:4 in int8 run on NVIDIA GPUs")
+            return SparseInt8Linear.from_float(linear, pattern=config.pattern)
         density, limit = block_density(linear.weight, config.pattern), BREAK_EVEN_DENSITY[config.pattern]
         if density >= limit:
             raise ValueError(
@@ -591,7 +596,23 @@ def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
             )
         return SparseInt8Linear.from_float(linear, pattern=config.pattern)
 
-    return replace_linear(site, build, packed=True)
+    return _with_kernel(replace_linear(site, build, packed=True), site, config.pattern, int8=True)
+
+
+def _with_kernel(
+    found: Candidate | str | None, site: Site, pattern: str, *, int8: bool = False
+) -> Candidate | str | None:
+    """`found`, with a note where the device of the layer has no sparse kernel for the pattern, in int8 or as it is."""
+    weight = getattr(site.module, "weight", None)
+    if not isinstance(found, Candidate) or weight is None:
+        return found
+    weight = weight.detach()
+    kernel = sparse_kernel(pattern, weight.device, (weight != 0).to(torch.int8) if int8 else weight)
+    return _noted(found, kernel) if kernel.startswith("dense") else found
+
+
+def _noted(found: Candidate, note: str) -> Candidate:
+    return replace(found, note="; ".join([note, *([found.note] if found.note else [])]))
 
 
 @handles(Int8WeightOnly)
@@ -622,12 +643,16 @@ def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
                 raise ValueError(choice.reason)
             pattern = choice.pattern
             chosen.append(choice.reason)
+        elif pattern == "2:4" and linear.weight.is_cuda and config.rows is not None:
+            choice = choose_semi_structured(linear.weight, config.rows)
+            if choice.speedup is not None and choice.pattern is None:
+                raise ValueError(choice.reason)
         return SparseLinear.from_float(linear, pattern=pattern)
 
     found = replace_linear(site, build, kernels="sparse kernels", packed=True)
-    if isinstance(found, Candidate) and chosen:
-        return replace(found, note="; ".join([*chosen, *([found.note] if found.note else [])]))
-    return found
+    if config.pattern != "auto":
+        return _with_kernel(found, site, config.pattern)
+    return _noted(found, *chosen) if isinstance(found, Candidate) else found
 
 
 def _sparse_conv(conv: nn.Conv2d, config: Sparse) -> nn.Module:

@@ -42,3 +42,7 @@ def device(monkeypatch) -> str:
     monkeypatch.setattr(_C, "skips_dispatcher", lambda arguments: False)
     yield "cpu"
     library._destroy()
+
+
+# What needs a GPU itself is not collected without one.
+collect_ignore = [] if ON_GPU else ["test_gpu_models.py"]

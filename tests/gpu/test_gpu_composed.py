@@ -1,4 +1,4 @@
-"""What torch's own ops compute on a GPU for lamina: the ops' cases, and the CPU's bits where those are promised."""
+"""What torch's own ops compute on a GPU for lamina."""
 
 import pytest
 import torch
@@ -7,24 +7,18 @@ from tolerances import assert_exact
 from torch.utils._pytree import tree_map_only
 
 import lamina
-from lamina.ops.library import CPU_IMPLEMENTATIONS
 
-POOLS = SUITES["int8_pool2d"].cases
 LINEARS = SUITES["linear"].cases[::7]
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """cuDNN rounds operands to tf32 otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def moved(inputs: tuple, device: str) -> tuple:
     return tree_map_only(torch.Tensor, lambda t: t.to(device), inputs)
-
-
-@pytest.mark.parametrize("case", POOLS, ids=[case.id for case in POOLS])
-def test_int8_pool2d_gives_the_bits_of_the_cpu(case, seed, device):
-    op = torch.ops.lamina.int8_pool2d.default
-    inputs = case.inputs(seed)
-    actual = op(*moved(inputs, device))
-    expected = CPU_IMPLEMENTATIONS[op](*inputs)
-    assert actual.stride() == expected.stride() or actual.numel() == 0
-    assert_exact(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("case", LINEARS, ids=[case.id for case in LINEARS])

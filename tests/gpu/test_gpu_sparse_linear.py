@@ -1,7 +1,10 @@
 """sparse_linear on a GPU: square blocks, forward and backward, and weights that fall to dense."""
 
+import re
+
 import pytest
 import torch
+from semi_structured_kernels import kernel_for_two_of_four  # noqa: F401
 from tolerances import (
     ACTIVATION_SLOPE,
     TF32X3_ERROR,
@@ -12,17 +15,20 @@ from tolerances import (
 )
 
 import lamina
-from lamina.ops import sparse_linear
+from lamina.ops import semi_structured, sparse_linear
 from lamina.ops.sparse_blocks import BLOCKS, index_length, pack_blocks, unpack_blocks
 from lamina.ops.sparse_linear import (
     PATTERNS,
     PackedSparseWeight,
+    _weight_cpu,
     pack_gpu_sparse_weight,
     sparse_kernel,
     unpack_sparse_weight,
 )
 from lamina.reference.sparse_linear import sparse_linear as reference
+from lamina.sparsity import choose_semi_structured
 
+BF16 = torch.bfloat16
 BLOCK = pytest.mark.parametrize("block", sorted(BLOCKS.values()))
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DTYPE = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
@@ -106,7 +112,7 @@ def test_activations_of_what_is_not_finite(device):
         if activation in ("gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish"):
             expected[1] = 0  # torch has NaN
         assert_lossy(y[3:], expected[3:], min_sqnr_db=120, what=activation)
-        assert_exact(y[:3], expected[:3].float(), activation)
+        assert_exact(y[:3] + 0.0, expected[:3].float(), activation)  # -0 is 0
 
 
 @BLOCK
@@ -178,20 +184,12 @@ def test_gradients(block, dtype, device):
     x64, weight64, out64 = x.double(), weight.double(), out.double()
     check_product(ours[0].grad, out64, weight64.T.contiguous())
     assert ours[1].grad.dtype == dtype
-    for full, given in ((out64.T @ x64, ours[1].grad),):
-        expected = pack_like(full, index, values)
-        magnitude = pack_like(out64.abs().T @ x64.abs(), index, values)
-        extra = magnitude * TF32X3_ERROR if dtype == torch.float32 else 0.0
-        assert_sum(given.cpu(), expected, terms=m, magnitude=magnitude, extra=extra)
+    expected, magnitude = (
+        _weight_cpu(a, b, values.cpu().double(), index.cpu()) for a, b in ((out64, x64), (out64.abs(), x64.abs()))
+    )
+    extra = magnitude * TF32X3_ERROR if dtype == torch.float32 else 0.0
+    assert_sum(ours[1].grad.cpu(), expected, terms=m, magnitude=magnitude, extra=extra)
     assert_lossy(ours[2].grad.cpu(), out64.sum(0), min_sqnr_db=120 if dtype == torch.float32 else 40)
-
-
-def pack_like(full: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The blocks of a dense matrix at the places that an index names."""
-    from lamina.ops.sparse_linear import _weight_cpu
-
-    eye = torch.eye(full.shape[0], dtype=full.dtype)
-    return _weight_cpu(eye, full, values.cpu().to(full.dtype), index.cpu())
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -261,10 +259,21 @@ def test_moves_between_devices():
     assert_exact(back.data, packed.data)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="reports speak of the device")
+def test_reports_name_what_is_dense():
+    for config, words in ((lamina.Sparse("4x1"), "4x1"), (lamina.SparseInt8("4x4"), "4x4")):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64)).cuda()
+        lamina.prune.magnitude_(model, 0.9, "4x4")
+        (decision,) = lamina.swap_(model, config).swapped
+        said = f"dense: NVIDIA GPUs have no kernel for {words}, use 16x16, 32x32 or 64x64"
+        assert said in decision.reason
+        assert said in repr(model)
+
+
 @pytest.mark.parametrize(
     ("x", "bias", "activation", "message"),
     [
-        (torch.ones(2, 57), None, None, r"packed_weight was not packed for \[20, 57\]"),
+        (torch.ones(2, 41), None, None, r"packed_weight was not packed for \[20, 41\]"),
         (torch.ones(2, 40, dtype=torch.float64), None, None, "x is torch.float64, but must be float32, bfloat16"),
         (torch.tensor(1.0), None, None, "x is a scalar"),
         (torch.ones(2, 40), torch.ones(19), None, r"bias has shape \[19\], but must be \[20\]"),
@@ -285,10 +294,72 @@ def test_refuses_the_layout_of_the_cpu(device):
 
 
 def test_refuses_to_pack(device):
-    with pytest.raises(ValueError, match="pattern '1x4' is unknown; use unstructured, 2x1, 4x1, 16x16, 32x32, 64x64"):
+    with pytest.raises(
+        ValueError, match="pattern '1x4' is unknown; use unstructured, 2x1, 4x1, 16x16, 32x32, 64x64, 2:4"
+    ):
         pack_gpu_sparse_weight(torch.ones(4, 4, device=device), "1x4")
     with pytest.raises(ValueError, match=r"weight is torch\.float64, but must be float32, bfloat16 or float16"):
         pack_gpu_sparse_weight(torch.ones(4, 4, device=device, dtype=torch.float64), "16x16")
+
+
+# -- 2:4
+
+
+def two_of_four(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    linear = torch.nn.Linear(k, n)
+    lamina.prune.magnitude_(linear, 0.5, "2:4")
+    weight = linear.weight.detach().to(dtype)
+    weight[3:5, :20] = 0  # fewer than two of four
+    return weight
+
+
+@pytest.mark.parametrize("m", [1, 8, 13])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_of_four(m, dtype, kernel, device):
+    weight, x, bias = two_of_four(96, 128, dtype), torch.randn(2, m, 128).to(dtype), torch.randn(96)
+    packed = pack_gpu_sparse_weight(weight.to(device), "2:4")
+    assert semi_structured.kernel_of(packed.data, packed.index) == kernel
+    assert packed.data.nbytes < 0.7 * weight.nbytes
+    assert_exact(unpack_sparse_weight(packed, 128).cpu(), weight)
+    x = x.to(device).requires_grad_()
+    for b in (None, bias.to(device)):
+        y = sparse_linear(x, packed, b, activation="relu")
+        truth = reference(x.detach().cpu(), weight, None if b is None else bias, "relu")
+        assert y.dtype == dtype
+        assert_lossy(y.detach().cpu(), truth, min_sqnr_db=45)
+    y.sum().backward()
+    assert_lossy(x.grad.cpu(), (y > 0).cpu().double() @ weight.double(), min_sqnr_db=40)
+    wide = sparse_linear(x.detach().float(), packed)
+    assert wide.dtype == torch.float32
+    assert_lossy(wide.cpu(), reference(x.detach().cpu(), weight), min_sqnr_db=60)
+    with pytest.raises(ValueError, match=r"packed_weight was not packed for \[96, 64\]"):
+        sparse_linear(x[..., :64], packed)
+    with pytest.raises(ValueError, match="the values of a 2:4 weight do not train"):
+        sparse_linear(x, packed._replace(data=packed.data.clone().requires_grad_())).sum().backward()
+
+
+def test_what_no_kernel_for_two_of_four_takes_is_dense(kernel, device):
+    for weight, why in (
+        (two_of_four(96, 128, torch.float32), "its weight is float32, and 2:4 kernels take bfloat16 and float16"),
+        (two_of_four(90, 128, BF16), r"its weight is \[90, 128\], and 2:4 kernels take multiples of \[32, 64\]"),
+        (torch.ones(96, 128, dtype=BF16), "more than two of four neighbours in its weight are not zero"),
+    ):
+        on_device = weight.to(device)
+        assert pack_gpu_sparse_weight(on_device, "2:4").index is None
+        assert re.fullmatch(f"dense: {why}", sparse_kernel("2:4", "cuda", on_device))
+    assert sparse_kernel("2:4", "cuda", two_of_four(96, 128, BF16).to(device)) == "2:4"
+
+
+def test_the_faster_kernel_for_two_of_four_is_chosen(kernel, device, monkeypatch):
+    """Whatever machine this is: the clock says 10 dense, and 7 or 12 for the kernel."""
+    weight = two_of_four(96, 128, BF16).to(device)
+    for time, pattern in ((7.0, "2:4"), (12.0, None)):
+        monkeypatch.setattr("lamina.sparsity._medians", lambda calls, stopwatch, t=time: [10.0, t][: len(calls)])
+        monkeypatch.setattr(semi_structured, "kernels", lambda device: (kernel,))
+        choice = choose_semi_structured(weight, rows=4)
+        assert choice.pattern == pattern
+        assert choice.reason == f"2:4 by {kernel} takes {time / 10:.2f} of the dense product's time on 4 rows"
+    assert [*semi_structured._preferred.values()] == [kernel]
 
 
 # -- what is compiled

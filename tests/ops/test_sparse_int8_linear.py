@@ -173,7 +173,7 @@ def test_density():
 
 def test_refused_weights(generator):
     weight = torch.randn(8, 8, generator=generator)
-    for pattern in ("4x1", "3x3", "2:4", "unstructured"):
+    for pattern in ("4x1", "3x3", "3:4", "unstructured"):
         with pytest.raises(ValueError, match=f"pattern '{pattern}' is unknown; use 1x4, 2x4, 4x4"):
             pack_sparse_int8_weight(weight, pattern=pattern)
     with pytest.raises(ValueError, match=r"weight has shape \[8\], but must be \[N, K\]"):

@@ -163,6 +163,7 @@ def metric(verdict: Verdict, value: float | None) -> str:
     """A target's value in the words of its metric. Example: "72% of peak", "3.10x eager", "+4% time"."""
     if value is None:
         return "–"
+    baseline = (verdict.baseline or "").replace(" *", "'s best")
     match verdict.metric:
         case "peak":
             return f"{percent(value)} of peak"
@@ -171,8 +172,8 @@ def metric(verdict: Verdict, value: float | None) -> str:
         case "overhead":
             return f"{100 * value:+.0f}% time"
         case "memory":
-            return f"{percent(value)} of {verdict.baseline}'s memory"
-    return f"{times(value)} {verdict.baseline}"
+            return f"{percent(value)} of {baseline}'s memory"
+    return f"{times(value)} {baseline}"
 
 
 def bound(verdict: Verdict) -> str:

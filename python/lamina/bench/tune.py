@@ -2,8 +2,9 @@
 
     python -m lamina.bench.tune FOLDER --seconds 90
 
-writes FOLDER/tuning.json (of every sweep the tile that the table names, the fastest, and their times) and
-FOLDER/tuning.md (all tiles that were timed). Nothing is changed: whoever reads them puts winners into the tables.
+writes FOLDER/tuning.json (of every sweep the tile that the table names, the fastest, and their times),
+FOLDER/tuning.md (all tiles that were timed) and FOLDER/tuned.json (the fastest ones of attention, for
+LAMINA_GPU_TUNING). The tables stay as they are: whoever reads the files puts winners into them.
 
 Compiling is what takes the time, so that processes compile candidates ahead, into Triton's cache; what is not compiled
 when half of the time is over is left out, and said to be.
@@ -15,10 +16,9 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,20 @@ _SAMPLE_CALLS = 10
 
 @dataclass(frozen=True)
 class Sweep:
-    """A kernel at one shape: the tiles to try, the table's choice first, and what runs it with one of them."""
+    """A kernel at one shape: the tiles to try, the table's choice first, and what runs it with one of them.
+
+    keep: notes a tile for the file that LAMINA_GPU_TUNING takes, where the kernel's tiles have a place in it.
+    """
 
     name: str
     tiles: Sequence[Any]
-    run: Callable[[Any], None]
+    run: Callable[[Any], tuple[torch.Tensor, ...]]
+    keep: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a sweep; `left_out` of its tiles were not compiled in time or failed."""
+    """What became of a sweep; `left_out` of its tiles were not compiled in time, failed or gave other results."""
 
     name: str
     chosen: str
@@ -82,7 +86,7 @@ def _int8_linear(m: int, k: int, n: int) -> Sweep:
     return Sweep(
         f"int8_linear {m}x{k}x{n}",
         tuning.int8_linear_candidates(m, n, k, chip, multiprocessors),
-        lambda tile: int8_linear.int8_linear(*operands, tile=tile),
+        lambda tile: (int8_linear.int8_linear(*operands, tile=tile), (out,))[1],
     )
 
 
@@ -92,10 +96,11 @@ def _weight_only(m: int, k: int, n: int) -> Sweep:
     chip, multiprocessors = _chip()
     x, weight, scale = _random(m, k), _random(n, k, dtype=torch.int8), torch.rand(n, device=gpu.DEVICE)
     out = torch.empty(m, n, device=gpu.DEVICE, dtype=torch.bfloat16)
+    operands = x, weight, scale, None, 0, "none", out
     return Sweep(
         f"weight_only_linear {m}x{k}x{n}",
         tuning.weight_only_candidates(m, n, k, 0, 2, chip, multiprocessors),
-        lambda tile: weight_only_linear.weight_only_linear(x, weight, scale, None, 0, "none", out, tile=tile),
+        lambda tile: (weight_only_linear.weight_only_linear(*operands, tile=tile), (out,))[1],
     )
 
 
@@ -113,7 +118,7 @@ def _sparse(m: int, k: int, n: int, block: int) -> Sweep:
     return Sweep(
         f"sparse_linear {m}x{k}x{n} {block}x{block}",
         tiles,
-        lambda tile: sparse_linear.sparse_linear(*operands, tile=tile),
+        lambda tile: (sparse_linear.sparse_linear(*operands, tile=tile), (out,))[1],
     )
 
 
@@ -122,42 +127,31 @@ def _attention(kernel: str, b: int, h: int, s: int, d: int, causal: bool) -> Swe
     import lamina
     from lamina.kernels import tuning
 
-    chip, _ = _chip()
     q, k, v = (_random(b, h, s, d) for _ in range(3))
     if kernel == "forward":
 
-        def call() -> None:
-            lamina.ops.attention(q, k, v, is_causal=causal)
+        def call() -> tuple[torch.Tensor, ...]:
+            return (lamina.ops.attention(q, k, v, is_causal=causal),)
     else:
         leaves = [t.requires_grad_() for t in (q, k, v)]
         with torch.enable_grad():
             output = lamina.ops.attention(*leaves, is_causal=causal)
         grad = torch.randn_like(output)
 
-        def call() -> None:
-            torch.autograd.grad(output, leaves, grad, retain_graph=True)
+        def call() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
-    table = tuning.attention_tiles
+    shape = tuning.AttentionShape(kernel, d, 2, False, _chip()[0])
 
-    def run(tile: Any) -> None:
-        with _instead(tuning, "attention_tiles", lambda name, *rest: tile if name == kernel else table(name, *rest)):
-            call()
+    def run(tile: Any) -> tuple[torch.Tensor, ...]:
+        tuning.choose(shape, tile)
+        try:
+            return call()
+        finally:
+            tuning.choose(shape, None)
 
-    return Sweep(
-        f"attention {kernel} {b}x{h}x{s}x{d}{' causal' if causal else ''}",
-        tuning.attention_candidates(kernel, d, 2, False, chip),
-        run,
-    )
-
-
-@contextmanager
-def _instead(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+    name = f"attention {kernel} {b}x{h}x{s}x{d}{' causal' if causal else ''}"
+    return Sweep(name, tuning.candidates(shape), run, lambda tile: tuning.choose(shape, tile))
 
 
 # (function, arguments) of every sweep, in the order of their worth: made again by name in the processes that compile.
@@ -183,7 +177,7 @@ def _made(number: int) -> Sweep:
     others = tiles[1:]
     if len(others) >= MOST:
         others = random.Random(0).sample(others, MOST - 1)
-    return Sweep(sweep.name, [tiles[0], *others], sweep.run)
+    return replace(sweep, tiles=[tiles[0], *others])
 
 
 _known: dict[int, Sweep] = {}
@@ -225,10 +219,18 @@ def _compiled(sweeps: dict[int, Sweep], seconds: float, tell: Callable[[str], No
     return found
 
 
+def _agrees(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether results are the table's but for roundings to bfloat16: what is wrong is off by far more."""
+    pairs = zip(outputs, expected, strict=True)
+    return all(bool((a.float() - b).abs().max() <= 2**-6 * b.abs().max()) for a, b in pairs)
+
+
 def _judge(sweep: Sweep, places: Sequence[int], seconds: float) -> tuple[Outcome, dict[str, float]]:
     """Times candidates in turns."""
     timed = gpu.stopwatch()
-    places = [0, *(place for place in sorted(places) if place)]
+    expected = [t.float() for t in sweep.run(sweep.tiles[0])]
+    others = (place for place in sorted(places) if place)
+    places = [0, *(place for place in others if _agrees(sweep.run(sweep.tiles[place]), expected))]
     candidates = {str(place): lambda place=place: sweep.run(sweep.tiles[place]) for place in places}
     times = in_turns(candidates, seconds, _ROUNDS, lambda call, calls: timed(call, _SAMPLE_CALLS))
     best = {name: min(samples) for name, samples in times.items()}
@@ -259,6 +261,7 @@ def sweep_all(
             tell(f"left out {name}{arguments}: {type(failure).__name__}: {failure}")
     ready = compiled(sweeps, seconds / 2, tell)
     outcomes: list[Outcome] = []
+    kept: list[Callable[[], None]] = []
     page = ["# Tile sizes", ""]
     for left, (number, sweep) in zip(range(len(sweeps), 0, -1), sweeps.items(), strict=True):
         remaining = end - time.perf_counter()
@@ -268,6 +271,9 @@ def sweep_all(
         with torch.no_grad():
             outcome, shown = _judge(sweep, ready[number], remaining / left / 2)
         outcomes.append(outcome)
+        if sweep.keep is not None:
+            winner = next(tile for tile in sweep.tiles if str(tile) == outcome.best)
+            kept.append(lambda keep=sweep.keep, tile=winner: keep(tile))
         tell(f"{outcome.name}: {outcome.gain:.2f}x by {outcome.best}")
         page += [f"## {sweep.name}", "", f"{outcome.tried} tried, {outcome.left_out} left out", ""]
         page += ["| tile | time |", "|---|---|", *(f"| `{t}` | {text.duration(s)} |" for t, s in shown.items()), ""]
@@ -275,6 +281,12 @@ def sweep_all(
         (folder / "tuning.md").write_text("\n".join(page) + "\n", "utf-8")
         rows = [{**asdict(each), "gain": each.gain} for each in outcomes]
         (folder / "tuning.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    if kept:
+        for keep in kept:
+            keep()
+        from lamina.kernels import tuning
+
+        tuning.save(folder / "tuned.json")
     return outcomes
 
 

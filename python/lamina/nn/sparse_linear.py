@@ -27,9 +27,9 @@ class SparseLinear(SparseWeight, PackedLinear):
         activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied
             inside the op.
         pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or
-            "64x64". Any shape holds any of them: what a block has beyond the weight's edge counts as zeros. The CPU
-            multiplies square blocks as the "4x1" they are made of; a GPU multiplies them as they are, and the weight
-            of any other pattern as a dense one.
+            "64x64"; or "2:4". Any shape holds any block: what it has beyond the weight's edge counts as zeros. The CPU
+            multiplies square blocks as the "4x1" they are made of, and 2:4 as "unstructured"; a GPU multiplies them as
+            they are, and the weight of any other pattern as a dense one.
 
     >>> lamina.prune.magnitude_(linear, sparsity=0.9, pattern="4x1")
     >>> layer = lamina.nn.SparseLinear.from_float(linear, pattern="4x1")

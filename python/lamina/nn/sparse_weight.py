@@ -14,6 +14,7 @@ from lamina.ops.sparse_linear import (
     move_sparse_weight,
     pack_sparse_weight,
     sparse_info,
+    sparse_kernel,
     traced_sparse_weight,
     unpack_sparse_weight,
 )
@@ -100,4 +101,11 @@ class SparseWeight(PackedWeight):
         return {**super().options(), "pattern": self.pattern}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
+        words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
+        device = self._like.device
+        if device.type == "cpu":
+            return words
+        kernel = sparse_kernel(self.pattern, device)
+        if self._index is None and not kernel.startswith("dense"):
+            kernel = "dense: no kernel for 2:4 takes it"
+        return f"{words}, kernel={kernel}"

@@ -53,6 +53,7 @@ from lamina.ops.softmax import softmax
 from lamina.ops.sparse_conv2d import pack_sparse_conv_weight, sparse_conv2d, unpack_sparse_conv_weight
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
+    move_sparse_int8_weight,
     pack_sparse_int8_weight,
     sparse_int8_linear,
     sparse_int8_linear_panels,
@@ -123,6 +124,7 @@ __all__ = [
     "max_pool1d",
     "max_pool2d",
     "move_int8_weight",
+    "move_sparse_int8_weight",
     "move_sparse_weight",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",

@@ -397,6 +397,18 @@ def int8_product(
     launch(codes, x_scale, weight, w_scale, bias, activation, residual, out_scale, out)
 
 
+def gpu_codes(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows [M, K] on a GPU as int8 codes with adjacent columns, and their scale, [] or [M]."""
+    if x.dtype is torch.int8:
+        return x if x.stride(1) == 1 else x.contiguous(), x_scale
+    from lamina.kernels.quantize_rows import quantize_rows as quantize
+
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    quantize(x, x_scale, codes, scales)
+    return codes, scales
+
+
 def _cuda_kernel(
     x: Tensor,
     data: Tensor,
@@ -417,15 +429,7 @@ def _cuda_kernel(
     if data.shape[1] != x.shape[1]:
         raise ValueError(f"int8_linear: x has {x.shape[1]} features, but packed_weight was packed for {data.shape[1]}")
     check_gpu_operands("int8_linear", x, data.shape[0], scale, bias, activation, residual, x_scale, out_scale, out)
-    if x.dtype is torch.int8:
-        codes = x if x.stride(1) == 1 else x.contiguous()
-    else:
-        from lamina.kernels.quantize_rows import quantize_rows as quantize
-
-        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-        scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        quantize(x, x_scale, codes, scales)
-        x_scale = scales
+    codes, x_scale = gpu_codes(x, x_scale)
     bias = None if bias is None else bias.contiguous()
     int8_product(codes, x_scale, data, scale, bias, activation, residual, out_scale, out)
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lamina import _C
 from lamina.ops.library import define
-from lamina.reference.int8_pool2d import int8_pool2d as composed
 
 
 def _out_like(x: Tensor, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype) -> Tensor:
@@ -27,7 +26,23 @@ def _out_like(x: Tensor, kind, kernel, stride, padding, dilation, ceil_mode, x_s
     return torch.empty((*x.shape[:2], *sizes), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, kind, kernel, stride, padding, dilation, divisor, x_scale, out_scale, out_dtype) -> None:
+def _cpu(
+    x: Tensor,
+    kind: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if x.ndim == 3:
+        arguments = kind, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor
+        return _cpu(x.unsqueeze(0), *arguments, x_scale, out_scale, out_dtype).squeeze(0)
     if x.ndim != 4:
         raise ValueError(f"int8_pool2d: x has shape {list(x.shape)}, but must be [images, channels, height, width]")
     if divisor is not None and divisor == 0:
@@ -47,80 +62,11 @@ def _check(x: Tensor, kind, kernel, stride, padding, dilation, divisor, x_scale,
                 )
     elif min(kernel) < 0:
         raise ValueError(f"int8_pool2d: the output's size is {list(kernel)}, but must not be negative")
-
-
-def _cpu(
-    x: Tensor,
-    kind: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    if x.ndim == 3:
-        arguments = kind, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor
-        return _cpu(x.unsqueeze(0), *arguments, x_scale, out_scale, out_dtype).squeeze(0)
-    _check(x, kind, kernel, stride, padding, dilation, divisor, x_scale, out_scale, out_dtype)
     out = _out_like(x, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype)
     if x.shape[1] != 1 and x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     _C.int8_pool2d(x, kind, kernel, stride, padding, dilation, count_include_pad, divisor or 0, x_scale, out_scale, out)
     return out
-
-
-def _cuda(
-    x: Tensor,
-    kind: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-    x_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    arguments = kind, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor
-    if x.ndim == 3:
-        return _cuda(x.unsqueeze(0), *arguments, x_scale, out_scale, out_dtype).squeeze(0)
-    _check(x, kind, kernel, stride, padding, dilation, divisor, x_scale, out_scale, out_dtype)
-    if x.dtype is not torch.int8:
-        raise ValueError(f"int8_pool2d: x is {x.dtype}, but must be torch.int8")
-    out = _out_like(x, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype)
-    if out.numel() == 0:
-        return out
-    if kind == "max":
-        return out.copy_(composed(x, *arguments))
-    # As the CPU's kernels, to the bit: the sum is exact, the factor of a window is rounded, and so is their product.
-    ones = x.new_ones((1, 1, *x.shape[2:]))
-    if kind == "adaptive_avg":
-        divisors = _adaptive_counts(x, kernel)
-        sums = (composed(x, *arguments) * divisors).round()
-    else:
-        sums, counts = (composed(t, *arguments[:-1], 1) for t in (x, ones))
-        divisors = (counts / composed(ones, *arguments)).round()
-    factor = 1.0
-    if x_scale is not None:
-        factor = x_scale.float() if out_scale is None else x_scale.float() / out_scale.float()
-    y = sums.float() * (factor / divisors.float())
-    return out.copy_(y.round().clamp(-127, 127) if out.dtype is torch.int8 else y)
-
-
-def _adaptive_counts(x: Tensor, size: Sequence[int]) -> Tensor:
-    """How many pixels each window of an adaptive pool has, [rows, columns]."""
-    counts = []
-    for room, windows in zip(x.shape[2:], size, strict=True):
-        i = torch.arange(windows, device=x.device)
-        counts.append(((i + 1) * room + windows - 1) // windows - i * room // windows)
-    return counts[0][:, None] * counts[1]
 
 
 def _fake(
@@ -149,7 +95,6 @@ _op = define(
     "-> Tensor",
     cpu=_cpu,
     fake=_fake,
-    cuda=_cuda,
 )
 
 
@@ -175,8 +120,7 @@ def int8_pool2d(
     """Pooling of int8 codes: the largest code of each window and channel, or the mean.
 
     Sums are exact in int32, and multiplied once, in float32, by x_scale / out_scale / divisor. Codes are rounded half
-    to even and clamped to [-127, 127]; all results are the same bits on every instruction set, and on a GPU, where
-    the op is composed of torch's.
+    to even and clamped to [-127, 127]; all results are the same bits on every instruction set.
 
     Args:
         x: [images, channels, height, width] or [channels, height, width], int8; best in torch.channels_last.

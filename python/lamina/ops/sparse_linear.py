@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina import _C
+from lamina.ops import semi_structured
 from lamina.ops.int8_linear import ACTIVATIONS, bias_gradient
 from lamina.ops.library import define
 from lamina.ops.sparse_blocks import BLOCKS, index_length, pack_blocks, places, unpack_blocks
@@ -16,7 +17,7 @@ from lamina.ops.sparse_blocks import BLOCKS, index_length, pack_blocks, places, 
 PATTERNS = ("unstructured", "2x1", "4x1")
 
 # Patterns that GPUs have kernels for, and what the CPU packs them as.
-GPU_PATTERNS = dict.fromkeys(BLOCKS, "4x1")
+GPU_PATTERNS = {**dict.fromkeys(BLOCKS, "4x1"), semi_structured.PATTERN: "unstructured"}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +31,9 @@ class PackedSparseWeight(NamedTuple):
 
         blocks   data [S, b, b], those of b x b that hold a value other than zero, row by row; index int32, which names
                  their places twice, by rows and by columns (see kernels/sparse_linear.py). `data` may require grad.
-        dense    data [N, K], index None: of patterns that GPUs have no kernel for.
+        2:4      data and index as one of torch's kernels has them (see lamina/ops/semi_structured.py).
+        dense    data [N, K], index None: of patterns that GPUs have no kernel for, and of weights that those for 2:4 do
+                 not take.
 
     out_features: N.
     """
@@ -64,13 +67,14 @@ def pack_sparse_weight(weight: Tensor, pattern: str = "unstructured") -> PackedS
     """Pack the blocks of a weight [N, K] that hold a value other than zero.
 
     weight: float32 or bfloat16, on a GPU float16 too, any strides; NaN and infinity are values like others. pattern:
-    output channels x inputs of a block, "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or "64x64". A weight
-    that was not pruned in that pattern is packed right too, only with more zeros among its values; channels and inputs
-    that a block has beyond the edge of the weight count as zeros. Raises ValueError for other dtypes, shapes, devices
-    and patterns.
+    output channels x inputs of a block, "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or "64x64"; or "2:4". A
+    weight that was not pruned in that pattern is packed right too, only with more zeros among its values; channels and
+    inputs that a block has beyond the edge of the weight count as zeros. Raises ValueError for other dtypes, shapes,
+    devices and patterns.
 
-    The CPU has kernels for the first three patterns, and packs the square blocks, which are made of such, as "4x1". A
-    GPU has kernels for the square blocks, and keeps a weight of the others dense (`sparse_kernel` says so).
+    The CPU has kernels for the first three patterns, and packs the square blocks, which are made of such, as "4x1", and
+    "2:4" as "unstructured". A GPU has kernels for the square blocks, and for "2:4" in bfloat16 and float16 at sizes in
+    multiples of 64; it keeps other weights dense (`sparse_kernel` says so).
 
     >>> packed = lamina.ops.pack_sparse_weight(weight * (weight.abs() > threshold))
     """
@@ -97,6 +101,9 @@ def pack_gpu_sparse_weight(weight: Tensor, pattern: str) -> PackedSparseWeight:
         )
     if weight.dtype not in _FLOATS:
         raise ValueError(f"pack_sparse_weight: weight is {weight.dtype}, but must be float32, bfloat16 or float16")
+    if pattern == semi_structured.PATTERN and semi_structured.obstacle(weight) is None:
+        data, index = semi_structured.pack(weight)
+        return PackedSparseWeight(data, weight.shape[0], index)
     if pattern not in BLOCKS:
         return PackedSparseWeight(weight.clone(memory_format=torch.contiguous_format), weight.shape[0])
     values, index = pack_blocks(weight, BLOCKS[pattern])
@@ -112,6 +119,8 @@ def unpack_sparse_weight(packed: PackedSparseWeight, in_features: int | None = N
     if data.dtype is not torch.uint8:
         if packed.index is None:
             return data.clone()
+        if semi_structured.kernel_of(data, packed.index) is not None:
+            return semi_structured.unpack(data, packed.index)
         if in_features is None:
             raise ValueError("unpack_sparse_weight: the blocks of a GPU's layout do not tell in_features; give it")
         _check_index(data, packed.index, packed.out_features, in_features)
@@ -140,14 +149,17 @@ def move_sparse_weight(
     return pack_sparse_weight(weight.float() if weight.dtype is torch.float16 and on_gpu else weight, pattern)
 
 
-def sparse_kernel(pattern: str, device: torch.device | str) -> str:
-    """What multiplies a weight of that pattern on `device`, in words for reports.
+def sparse_kernel(pattern: str, device: torch.device | str, weight: Tensor | None = None) -> str:
+    """What multiplies a weight of that pattern on `device`, in words for reports; `weight`: whether 2:4 fits it.
 
     >>> lamina.ops.sparse_kernel("4x1", "cuda")
     'dense: NVIDIA GPUs have no kernel for 4x1, use 16x16, 32x32 or 64x64'
     """
     if torch.device(device).type != "cuda":
         return f"blocks of {GPU_PATTERNS.get(pattern, pattern)}"
+    if pattern == semi_structured.PATTERN:
+        why = None if weight is None else semi_structured.obstacle(weight)
+        return pattern if why is None else f"dense: {why}"
     if pattern in BLOCKS:
         return f"blocks of {pattern}"
     return f"dense: NVIDIA GPUs have no kernel for {pattern}, use 16x16, 32x32 or 64x64"
@@ -192,7 +204,10 @@ def _check_gpu(op: str, x: Tensor, data: Tensor, index: Tensor | None, shape: tu
         )
     if data.device != x.device:
         raise ValueError(f"{op}: x is on {x.device}, but packed_weight on {data.device}")
-    if index is not None:
+    if index is not None and semi_structured.kernel_of(data, index) is not None:
+        if (data.shape[0], semi_structured.in_features(data, index)) != shape:
+            raise ValueError(f"{op}: packed_weight was not packed for {list(shape)}")
+    elif index is not None:
         _check_index(data, index, *shape)
     elif data.shape != shape:
         raise ValueError(f"{op}: packed_weight was packed for {list(data.shape)}, but is used as {list(shape)}")
@@ -216,8 +231,13 @@ def _cuda(
         raise ValueError(f"sparse_linear: bias has shape {list(bias.shape)}, but must be [{out_features}]")
     if activation not in ACTIVATIONS:
         raise ValueError(f"sparse_linear: activation '{activation}' is unknown; use {', '.join(ACTIVATIONS)}")
-    if index is None:
-        y = F.linear(x, data.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if index is not None and data.ndim == 2 and data.dtype is x.dtype and x.numel():
+        y = semi_structured.multiply(_rows(x), data, index, bias)
+        return FORWARD[activation](y).view(*x.shape[:-1], out_features)
+    if data.ndim == 2:
+        # Dense, or 2:4 of another dtype than x.
+        weight = data if index is None else semi_structured.unpack(data, index)
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return FORWARD[activation](y)
     out = x.new_empty(*x.shape[:-1], out_features)
     rows = _rows(x)
@@ -270,6 +290,8 @@ def _backward_cuda(grad: Tensor, data: Tensor, in_features: int, index: Tensor |
     _check_gpu("sparse_linear", grad, data, index, (grad.shape[-1], in_features))
     if index is None:
         return grad @ data.to(grad.dtype)
+    if data.ndim == 2:
+        return grad @ semi_structured.unpack(data, index).to(grad.dtype)
     out = grad.new_empty(*grad.shape[:-1], in_features)
     rows = _rows(grad)
     kernels.sparse_linear_backward(rows, data, index, out.view(rows.shape[0], in_features))
@@ -304,6 +326,8 @@ def _weight_cuda(grad: Tensor, x: Tensor, data: Tensor, index: Tensor | None) ->
 
     if index is None:
         return _weight_cpu(grad, x, data, index)
+    if data.ndim == 2:
+        raise ValueError("sparse_linear: the values of a 2:4 weight do not train; train the dense weight and pack it")
     out = torch.empty_like(data, memory_format=torch.contiguous_format)
     kernels.sparse_linear_weight_gradient(_rows(grad), _rows(x), index, out)
     return out

@@ -78,14 +78,10 @@ def _in_turns(calls: Sequence[Callable[[], torch.Tensor]]) -> Callable[[], torch
 
 
 def _lamina(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
-    # All layers have one weight, so that it is packed once.
-    cls = lamina.nn.Int8WeightOnlyLinear if kind == "int8" else lamina.nn.Int4WeightOnlyLinear
-    n, k = inputs.weights[0].shape
-    linear = torch.nn.Linear(k, n, device="meta")
-    linear.weight = torch.nn.Parameter(inputs.weights[0], requires_grad=False)
-    linear.bias = torch.nn.Parameter(inputs.bias, requires_grad=False)
-    first = cls.from_float(linear)
-    packed = [type(first.packed_weight)(*map(_copied, first.packed_weight)) for _ in inputs.weights]
+    # All layers have one weight, so that it is packed once; where it lies is what makes a difference.
+    pack = lamina.ops.pack_int8_weight if kind == "int8" else lamina.ops.pack_int4_weight
+    first = pack(inputs.weights[0], **({} if kind == "int8" else {"group_size": GROUP}))
+    packed = [type(first)(*map(_copied, first)) for _ in inputs.weights]
     function = lamina.ops.weight_only_linear
     return _in_turns([lambda p=p: function(inputs.x, p, inputs.bias) for p in packed])
 
