@@ -10,8 +10,8 @@ weight lies as [N, KH, KW, C / groups], so that both operands are runs of channe
 channel has no product to make: taps are added up in registers.
 
 The operations behind the sums are those of csrc/ops/int8_conv2d.cpp in their order, with 1 / out_scale folded into
-scale, bias and residual where the CPU folds it. It decides that for an image, here each output does: int8 outputs are
-the bits of the CPU but for images in which some |y| might pass 2^30 steps of the output.
+scale, bias and residual where the CPU folds it. It decides that for an image, here each pixel does for its channels of
+a program: int8 outputs are the bits of the CPU but for images in which some |y| might pass 2^30 steps of the output.
 
 float pixels become codes first: the largest |x| of each image by a maximum of its bits, exact in any order, then the
 codes, which are written as NHWC whatever the order of x.
@@ -90,6 +90,7 @@ def _finish(
     pixel,
     channel,
     there,
+    of_channel,
     per_image,
     all_channels,
     depth,
@@ -107,54 +108,50 @@ def _finish(
     RESIDUAL_CODES: tl.constexpr,
     WANTS_CODES: tl.constexpr,
 ):
-    """sums int32 [pixels, channels] of a block -> out; `there` says which are wanted."""
-    wanted = there[:, None] & (channel < all_channels)[None, :]
+    """sums int32 [pixels, channels] of a block -> out; `there` and `of_channel` say which are wanted."""
+    wanted = there[:, None] & of_channel[None, :]
     at = pixel.to(tl.int64)[:, None] * all_channels + channel[None, :]
-    of_channel = tl.load(w_scale + channel, channel < all_channels, 0.0)
-    of_image = tl.load(x_scale + pixel // per_image * x_scale_step, there, 0.0)
-    scale = of_channel[None, :] * of_image[:, None]
-    y = sums.to(tl.float32)
+    by_channel = tl.load(w_scale + channel, of_channel, 0.0)
+    by_image = tl.load(x_scale + pixel // per_image * x_scale_step, there, 0.0)
+    scale = by_channel[None, :] * by_image[:, None]
     offset = tl.zeros((1, channel.shape[0]), tl.float32)
     if HAS_BIAS:
-        offset = tl.load(bias + channel, channel < all_channels, 0.0).to(tl.float32)[None, :]
-    added = tl.zeros((1, 1), tl.float32)
-    step = tl.full((1, 1), 1.0, tl.float32)
+        offset = tl.load(bias + channel, of_channel, 0.0).to(tl.float32)[None, :]
+    step = 1.0
+    if RESIDUAL_CODES:
+        step = tl.load(residual_scale)
+    EXACT: tl.constexpr = ACTIVATION == "none" or ACTIVATION == "relu" or ACTIVATION == "relu6"
+    FOLDS: tl.constexpr = WANTS_CODES and EXACT and (RESIDUAL_CODES or not HAS_RESIDUAL)
+    if WANTS_CODES:
+        inverse = tl.div_rn(tl.full((1, 1), 1.0, tl.float32), tl.load(out_scale) + tl.zeros((1, 1), tl.float32))
+    if FOLDS:
+        # A pixel folds 1 / out_scale in where none of its |y| can pass 2^30; else, or with a NaN, the factor is 1.
+        most = scale * inverse * (16256.0 * depth) + tl.abs(offset * inverse)
+        if HAS_RESIDUAL:
+            most = most + 128.0 * (step * inverse)
+        folds = tl.max(tl.where(most <= 1073741824.0, 0, 1), 1)[:, None] == 0
+        factor = tl.where(folds, inverse, 1.0)
+        scale, offset, step = scale * factor, offset * factor, step * factor
+    y = sums.to(tl.float32) * scale + offset
     if HAS_RESIDUAL:
         added = tl.load(residual + at, wanted, 0).to(tl.float32)
         if RESIDUAL_CODES:
-            step = tl.load(residual_scale) + tl.zeros((1, 1), tl.float32)
-    whole = y * scale + offset
-    if HAS_RESIDUAL:
-        if RESIDUAL_CODES:
-            whole = whole + added * step
+            y = y + added * step
         else:
-            whole = whole + added
-    whole = activate(whole, ACTIVATION)
-    if WANTS_CODES:
-        inverse = tl.div_rn(tl.full((1, 1), 1.0, tl.float32), tl.load(out_scale) + tl.zeros((1, 1), tl.float32))
-        code = int8_codes(whole, inverse)
-        EXACT: tl.constexpr = ACTIVATION == "none" or ACTIVATION == "relu" or ACTIVATION == "relu6"
-        if EXACT and (RESIDUAL_CODES or not HAS_RESIDUAL):
-            scale, offset, step = scale * inverse, offset * inverse, step * inverse
-            most = scale * (16256.0 * depth) + tl.abs(offset)
-            folded = y * scale + offset
-            if HAS_RESIDUAL:
-                most = most + 128.0 * step
-                folded = folded + added * step
-            if ACTIVATION == "none":
-                folded = tl.where(folded > -127.0, folded, -127.0)
-            else:
-                folded = tl.where(folded > 0.0, folded, 0.0)
-            if ACTIVATION == "relu6":
-                # 6 steps of 2^22 and more are beyond 127 however they are rounded.
-                highest = tl.minimum(round_half_even(tl.minimum(6.0 * inverse, 4194304.0)), 127.0)
-                folded = tl.where(folded < highest, folded, highest)
-            else:
-                folded = tl.where(folded < 127.0, folded, 127.0)
-            code = tl.where(most <= 1073741824.0, round_half_even(folded).to(tl.int32).to(tl.int8), code)
-        tl.store(out + at, code, wanted)
+            y = y + added
+    if FOLDS:
+        if ACTIVATION != "none":
+            y = tl.where(y < 0.0, 0.0, y)
+        if ACTIVATION == "relu6":
+            # 6 steps of 2^22 and more are beyond 127 however they are rounded.
+            steps = tl.minimum(round_half_even(tl.minimum(6.0 * inverse, 4194304.0)), 127.0)
+            highest = tl.where(folds, steps, 6.0)
+            y = tl.where(y > highest, highest, y)
+        tl.store(out + at, int8_codes(y, tl.where(folds, 1.0, inverse)), wanted)
+    elif WANTS_CODES:
+        tl.store(out + at, int8_codes(activate(y, ACTIVATION), inverse), wanted)
     else:
-        tl.store(out + at, whole.to(out.dtype.element_ty), wanted)
+        tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), wanted)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -249,18 +246,19 @@ def _int8_conv2d_kernel(
             a = tl.load(x_at[:, None] + offset[None, :], inside & there[:, None] & (k < depth)[None, :], 0)
             b = tl.load(w_at[:, None] + k[None, :], (k < depth)[None, :], 0)
         sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
-    # Beyond the group's last channel lies the next group's first: such columns point behind all.
     all_channels = group_channels * tl.num_programs(1)
-    channel = tl.where(in_group < group_channels, group * group_channels + in_group, all_channels)
+    channel = group * group_channels + in_group
+    of_channel = in_group < group_channels
     if SPLIT > 1:
         to = (tl.program_id(2).to(tl.int64) * pixels + pixel.to(tl.int64))[:, None] * all_channels + channel[None, :]
-        tl.store(partial + to, sums, there[:, None] & (in_group < group_channels)[None, :])
+        tl.store(partial + to, sums, there[:, None] & of_channel[None, :])
     else:
         _finish(
             sums,
             pixel,
             channel,
             there,
+            of_channel,
             per_image,
             all_channels,
             depth,
@@ -317,6 +315,7 @@ def _int8_conv2d_finish_kernel(
         pixel,
         channel,
         there,
+        channel < all_channels,
         per_image,
         all_channels,
         depth,
@@ -394,6 +393,7 @@ def _int8_depthwise_kernel(
         pixel,
         channel,
         there,
+        of_channel,
         per_image,
         channels,
         KH * KW,
