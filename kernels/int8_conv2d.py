@@ -31,10 +31,11 @@ _PIXELS: tl.constexpr = tl.constexpr(2048)
 @triton.jit
 def _image_maxima_kernel(x, bits, size, inner, outer_stride, inner_stride, image_stride, BLOCK: tl.constexpr):
     """bits[image] = max of the bits of |x| over the image's `size` values; x is [outer][inner] in steps of any size."""
-    image = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(size, 8 * BLOCK)
+    image, place = (tl.program_id(0) // parts).to(tl.int64), (tl.program_id(0) % parts).to(tl.int64)
     most = tl.zeros((BLOCK,), tl.int32)
     for part in range(8):
-        at = (tl.program_id(1).to(tl.int64) * 8 + part) * BLOCK + tl.arange(0, BLOCK)
+        at = (place * 8 + part) * BLOCK + tl.arange(0, BLOCK)
         offset = at // inner * outer_stride + at % inner * inner_stride
         v = tl.load(x + image * image_stride + offset, at < size, 0.0).to(tl.float32)
         most = tl.maximum(most, magnitude_bits(v))
@@ -60,8 +61,9 @@ def _quantize_pixels_kernel(
     BLOCK: tl.constexpr,
 ):
     """Pixels [ROWS] of an image, all their channels -> codes [pixels, channels]; and the image's scale."""
-    image = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    parts = tl.cdiv(pixels, ROWS)
+    image, place = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    pixel = place.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest = tl.load(bits + image)
     bad = largest >= 0x7F800000
     value = largest.to(tl.float32, bitcast=True)
@@ -72,7 +74,7 @@ def _quantize_pixels_kernel(
         scale = tl.where(value < 127e-36, 0.0, tl.div_rn(tl.where(bad, 0.0, value), 127.0))
     usable = (scale > 0.0) & (bad == 0)
     inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
-    if tl.program_id(0) == 0:
+    if place == 0:
         tl.store(scales + image, tl.where(bad, float("nan"), scale))
     from_pixel = x + image * image_stride + pixel // width * row_stride + pixel % width * column_stride
     to_pixel = codes + (image * pixels + pixel) * channels
@@ -435,7 +437,7 @@ def quantize_pixels(x: Tensor, scale: Tensor | None, codes: Tensor, scales: Tens
     block = max(16, min(128, triton.next_power_of_2(channels)))
     rows = max(1, 4096 // block)
     with on_device_of(x):
-        _image_maxima_kernel[(images, triton.cdiv(size, 8 * _PIXELS.value))](
+        _image_maxima_kernel[(images * triton.cdiv(size, 8 * _PIXELS.value),)](
             x,
             bits,
             size,
@@ -446,7 +448,7 @@ def quantize_pixels(x: Tensor, scale: Tensor | None, codes: Tensor, scales: Tens
             BLOCK=_PIXELS.value,
             num_warps=8,
         )
-        _quantize_pixels_kernel[(triton.cdiv(height * width, rows), images)](
+        _quantize_pixels_kernel[(images * triton.cdiv(height * width, rows),)](
             x,
             bits,
             scale,

@@ -20,10 +20,11 @@ as float32: two bytes a thread would be too little for an asynchronous copy, and
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels.device import capability, check_same_device, multiprocessors, on_device_of
+from lamina.kernels.device import capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate
 from lamina.kernels.tuning import WeightOnlyTile, weight_only_tile
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The interpreter takes no assembly.
@@ -193,7 +194,11 @@ def _weight_only_int8_kernel(
     SPLIT_FLOATS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     block_m, block_n = _place(rows, columns, GROUP, BLOCK_M, BLOCK_N)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -260,7 +265,11 @@ def _weight_only_int4_kernel(
     SPLIT_FLOATS: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     block_m, block_n = _place(rows, columns, GROUP, BLOCK_M, BLOCK_N)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -327,7 +336,10 @@ def _weight_only_finish_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        gdc_wait()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = (row < rows)[:, None] & (column < columns)[None, :]
@@ -360,10 +372,14 @@ def weight_only_linear(
     partial = None
     if tile.split > 1:
         partial = torch.empty(tile.split, rows, columns, dtype=torch.float32, device=x.device)
+    # Where a product takes microseconds, the launch of the next kernel is worth hiding.
+    early = rows <= 64 and overlaps(x)
     options = {
         "ACTIVATION": activation,
         "HAS_BIAS": bias is not None,
         "SPLIT": tile.split,
+        "OVERLAPS": early,
+        "launch_pdl": early,
     }
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), tile.split)
     block = {
