@@ -38,6 +38,21 @@ def overlaps(tensor: Tensor) -> bool:
     return (tensor.is_cuda or tensor.is_meta) and capability(tensor) >= 90
 
 
+def by_descriptor(matrix: Tensor) -> bool:
+    """Whether the tensor memory accelerator, which Hopper and later have, takes the rows of this matrix: they lie apart
+    and begin at multiples of 16 bytes."""
+    rows, columns = matrix.shape
+    return (
+        rows > 0
+        and columns > 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= columns
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and capability(matrix) >= 90
+    )
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one, to which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

@@ -18,7 +18,7 @@ later the tiles come by the tensor memory accelerator where addresses allow it.
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels.device import capability, check_same_device, multiprocessors, on_device_of, overlaps
+from lamina.kernels.device import by_descriptor, capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate, int8_codes
 from lamina.kernels.tuning import Int8LinearTile, int8_linear_tile
 from torch import Tensor
@@ -266,11 +266,6 @@ def _int8_linear_finish_kernel(
     )
 
 
-def _by_descriptor(t: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these rows."""
-    return t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
-
-
 def int8_linear(
     codes: Tensor,
     x_scale: Tensor,
@@ -301,10 +296,9 @@ def int8_linear(
     (rows, k), columns = codes.shape, weight.shape[0]
     if rows == 0 or columns == 0:
         return
-    chip = capability(codes)
     if tile is None:
-        tile = int8_linear_tile(rows, columns, k, chip, multiprocessors(codes))
-    descriptors = chip >= 90 and k > 0 and _by_descriptor(codes) and _by_descriptor(weight)
+        tile = int8_linear_tile(rows, columns, k, capability(codes), multiprocessors(codes))
+    descriptors = by_descriptor(codes) and by_descriptor(weight)
     x, w = codes, weight
     if descriptors:
         x = TensorDescriptor(codes, list(codes.shape), list(codes.stride()), [tile.rows, tile.k])

@@ -162,11 +162,11 @@ def weight_only_tile(
     if group:
         # A step stays within a group of scales; 42 codes arrive a cycle, at 3.0 operations each. A step of 64 inputs
         # takes 3.5, one of 32 5.0 for 128 channels and 3.8 for 256, which leave fewer programs. 2 to 4 KiB of codes a
-        # stage are little, so the pipeline is 6 deep and four programs share a multiprocessor: 48 KiB in flight.
+        # stage are little, so the pipeline is 8 deep where a stage has 2, else 6, and programs share multiprocessors.
         step = 64 if group % 64 == 0 else 32
         width = 256 if step == 32 and columns >= 8192 and rows <= 16 else 128
         if rows <= 32:
-            tile = WeightOnlyTile(height, width, step, 1, 1, 6, 4)
+            tile = WeightOnlyTile(height, width, step, 1, 1, 8 if width * step == 4096 else 6, 4)
             return tile._replace(
                 split=_split_for(_tiles(tile, rows, columns), -(-k // step), 4 * multiprocessors, 8, 8)
             )

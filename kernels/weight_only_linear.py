@@ -20,7 +20,7 @@ as float32: two bytes a thread would be too little for an asynchronous copy, and
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels.device import capability, check_same_device, multiprocessors, on_device_of, overlaps
+from lamina.kernels.device import by_descriptor, capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate
 from lamina.kernels.tuning import WeightOnlyTile, weight_only_tile
 from torch import Tensor
@@ -366,9 +366,8 @@ def weight_only_linear(
     (rows, k), columns = x.shape, out.shape[1]
     if rows == 0 or columns == 0:
         return
-    chip = capability(x)
     if tile is None:
-        tile = weight_only_tile(rows, columns, k, group, x.element_size(), chip, multiprocessors(x))
+        tile = weight_only_tile(rows, columns, k, group, x.element_size(), capability(x), multiprocessors(x))
     partial = None
     if tile.split > 1:
         partial = torch.empty(tile.split, rows, columns, dtype=torch.float32, device=x.device)
@@ -413,7 +412,7 @@ def weight_only_linear(
                 **options,
             )
         else:
-            descriptors = chip >= 90 and k > 0 and k % 16 == 0 and _by_descriptor(x) and _by_descriptor(data)
+            descriptors = by_descriptor(x) and by_descriptor(data)
             inputs = (x, data)
             if descriptors:
                 inputs = (
@@ -451,8 +450,3 @@ def weight_only_linear(
                 num_warps=4,
                 **options,
             )
-
-
-def _by_descriptor(t: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these rows."""
-    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
