@@ -238,7 +238,7 @@ def int8_conv_tile(
     tile = Int8ConvTile(128, width, k, 1, _stages(4, (128 + width) * k, chip), 8 if width == 128 else 4)
     tiles = groups * -(-group_channels // width)
     if -(-pixels // 128) * tiles < multiprocessors:
-        tile = tile._replace(pixels=64, warps=4)
+        tile = tile._replace(pixels=64)
     steps = taps * -(-channels // k)
     tiles *= -(-pixels // tile.pixels)
     return tile._replace(split=_split_for(tiles, steps, 2 * multiprocessors, 8, 8))
