@@ -32,6 +32,27 @@ def multiprocessors(tensor: Tensor) -> int:
     return _of_gpu(tensor.device.index)[1] if tensor.is_cuda else _MULTIPROCESSORS
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether a kernel may be launched while the one before it runs: it then waits for what that one writes
+    (`gdc_wait`), but not for its own launch. Hopper and later."""
+    return (tensor.is_cuda or tensor.is_meta) and capability(tensor) >= 90
+
+
+def by_descriptor(matrix: Tensor) -> bool:
+    """Whether the tensor memory accelerator, which Hopper and later have, takes the rows of this matrix: they lie apart
+    and begin at multiples of 16 bytes."""
+    rows, columns = matrix.shape
+    return (
+        rows > 0
+        and columns > 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= columns
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and capability(matrix) >= 90
+    )
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one, to which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

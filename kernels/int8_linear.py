@@ -18,10 +18,11 @@ later the tiles come by the tensor memory accelerator where addresses allow it.
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels.device import capability, check_same_device, multiprocessors, on_device_of
+from lamina.kernels.device import by_descriptor, capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate, int8_codes
 from lamina.kernels.tuning import Int8LinearTile, int8_linear_tile
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -96,7 +97,11 @@ def _int8_linear_kernel(
     SWAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     program, share = tl.program_id(0), tl.program_id(1)
     down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     # GROUP blocks of rows go through all channels together.
@@ -228,7 +233,10 @@ def _int8_linear_finish_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        gdc_wait()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = (row < rows)[:, None] & (column < columns)[None, :]
@@ -256,11 +264,6 @@ def _int8_linear_finish_kernel(
         HAS_RESIDUAL,
         WANTS_CODES,
     )
-
-
-def _by_descriptor(t: Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these rows."""
-    return t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def int8_linear(
@@ -293,10 +296,9 @@ def int8_linear(
     (rows, k), columns = codes.shape, weight.shape[0]
     if rows == 0 or columns == 0:
         return
-    chip = capability(codes)
     if tile is None:
-        tile = int8_linear_tile(rows, columns, k, chip, multiprocessors(codes))
-    descriptors = chip >= 90 and k > 0 and _by_descriptor(codes) and _by_descriptor(weight)
+        tile = int8_linear_tile(rows, columns, k, capability(codes), multiprocessors(codes))
+    descriptors = by_descriptor(codes) and by_descriptor(weight)
     x, w = codes, weight
     if descriptors:
         x = TensorDescriptor(codes, list(codes.shape), list(codes.stride()), [tile.rows, tile.k])
@@ -306,12 +308,16 @@ def int8_linear(
         partial = torch.empty(tile.split, rows, columns, dtype=torch.int32, device=codes.device)
     x_scale_step = x_scale.stride(0) if x_scale.ndim else 0
     residual_row = 0 if residual is None else residual.stride(0)
+    # Where a product takes microseconds, the launch of the next kernel is worth hiding.
+    early = rows <= 64 and overlaps(codes)
     options = {
         "ACTIVATION": activation,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "WANTS_CODES": out_scale is not None,
         "SPLIT": tile.split,
+        "OVERLAPS": early,
+        "launch_pdl": early,
         "enable_fp_fusion": False,
     }
     with on_device_of(codes):

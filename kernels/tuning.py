@@ -2,6 +2,14 @@
 
 from typing import NamedTuple
 
+
+def _stages(most: int, stage: int, chip: int) -> int:
+    """As many stages of a pipeline as fit into a program's shared memory, in bytes, beside 8 KiB for other things;
+    at least one."""
+    shared = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(chip, 99) * 1024
+    return max(1, min(most, (shared - 8192) // stage))
+
+
 # -- rows: quantize_rows, layer_norm, rms_norm
 
 
@@ -69,11 +77,10 @@ def int8_linear_tile(rows: int, columns: int, k: int, chip: int, multiprocessors
     if rows <= 64:
         return _int8_stream(rows, columns, k, chip, multiprocessors)
     # A warp group's widest instruction has 64 rows and 256 channels: two groups hold 128 x 256 sums in 128 registers a
-    # thread. 128 bytes of k are one swizzled line of shared memory, and 3 (4) stages of 48 KiB are what fits beside a
-    # finished tile in 163 (227) KiB.
-    large = Int8LinearTile(128, 256, 128, 8, 1, False, 3 if chip < 90 else 4, 8)
-    medium = Int8LinearTile(128, 128, 128, 8, 1, False, 4, 8)
-    small = Int8LinearTile(64, 128, 128, 8, 1, False, 4, 4)
+    # thread. 128 bytes of k are one swizzled line of shared memory, and a stage takes 48, 32 or 24 KiB.
+    large = Int8LinearTile(128, 256, 128, 8, 1, False, _stages(4, 49152, chip), 8)
+    medium = Int8LinearTile(128, 128, 128, 8, 1, False, _stages(4, 32768, chip), 8)
+    small = Int8LinearTile(64, 128, 128, 8, 1, False, _stages(4, 24576, chip), 4)
     for tile in (large, medium):
         # The last wave of tiles should not be all there is to a third of the work.
         if _tiles(tile, rows, columns) >= 2 * multiprocessors:
@@ -94,9 +101,7 @@ def _int8_stream(rows: int, columns: int, k: int, chip: int, multiprocessors: in
     stage that is waited for does not leave the others empty."""
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     tile = Int8LinearTile(block, 64, 256 if block < 64 else 128, 1, 1, True, 4, 4)
-    if chip < 90:
-        # mma.m16n8k32 of a warp: no group of warps to fill, and 163 KiB of shared memory.
-        tile = tile._replace(stages=3 if block == 16 else 4)
+    tile = tile._replace(stages=_stages(4, tile.k * (block + 64), chip))
     steps = -(-k // tile.k)
     return tile._replace(split=_split_for(_tiles(tile, rows, columns), steps, 2 * multiprocessors, 2, 16))
 
@@ -110,7 +115,8 @@ def int8_linear_candidates(rows: int, columns: int, k: int, chip: int, multiproc
             for depth in (128, 256, 512):
                 for split in (1, 2, 4, 8, 16):
                     for stages in (3, 4, 6):
-                        if width * depth * stages <= (160 if chip < 90 else 220) * 1024 and split * depth <= max(k, 1):
+                        fits = stages == _stages(stages, (width + taken.rows) * depth, chip)
+                        if fits and split * depth <= max(k, 1):
                             found.append(taken._replace(columns=width, k=depth, split=split, stages=stages))
         return list(dict.fromkeys(found))
     for height, width, warps in (
@@ -124,7 +130,7 @@ def int8_linear_candidates(rows: int, columns: int, k: int, chip: int, multiproc
         for depth in (64, 128):
             for stages in (3, 4, 5):
                 for group in (4, 8, 16):
-                    if (height + width) * depth * stages <= (160 if chip < 90 else 220) * 1024:
+                    if stages == _stages(stages, (height + width) * depth, chip):
                         found.append(Int8LinearTile(height, width, depth, group, 1, False, stages, warps))
     return list(dict.fromkeys(found))
 
@@ -208,3 +214,129 @@ class SparseGradientTile(NamedTuple):
 def sparse_gradient_tile(block: int, item: int) -> SparseGradientTile:
     """A program sums one block over all rows: tiles of 64 rows of two operands, deep in flight."""
     return SparseGradientTile(32 if item == 4 else 64, 4 if block == 64 else 2 if block == 32 else 1, 4)
+# -- weight_only_linear
+
+
+class WeightOnlyTile(NamedTuple):
+    """As Int8LinearTile; k counts inputs, of which an int4 weight has two in a byte."""
+
+    rows: int
+    columns: int
+    k: int
+    group: int
+    split: int
+    stages: int
+    warps: int
+
+
+def weight_only_tile(
+    rows: int, columns: int, k: int, group: int, x_bytes: int, chip: int, multiprocessors: int
+) -> WeightOnlyTile:
+    """For a product of rows of x_bytes a value, with int8 weights (group 0) or int4 weights in groups.
+
+    A multiprocessor of an H200 gets 21 bytes a cycle from memory and issues 4 x 32 operations of threads: what counts
+    beside memory is the length of the loop, which is told below for each code of a thread.
+    """
+    height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if group:
+        # A step stays within a group of scales; 42 codes arrive a cycle, at 3.0 operations each. A step of 64 inputs
+        # takes 3.5, one of 32 5.0 for 128 channels and 3.8 for 256, which leave fewer programs. 2 to 4 KiB of codes a
+        # stage are little, so the pipeline is 8 deep where a stage has 2, else 6, and programs share multiprocessors.
+        step = 64 if group % 64 == 0 else 32
+        width = 256 if step == 32 and columns >= 8192 and rows <= 16 else 128
+        if rows <= 32:
+            tile = WeightOnlyTile(height, width, step, 1, 1, 8 if width * step == 4096 else 6, 4)
+            return tile._replace(
+                split=_split_for(_tiles(tile, rows, columns), -(-k // step), 4 * multiprocessors, 8, 8)
+            )
+        # Sums are scaled once a step: 64 x 128 of them in 64 registers, and another 64 for those of the step.
+        tile = WeightOnlyTile(64, 128, step, 8, 1, 4, 4)
+        return tile._replace(split=_split_for(_tiles(tile, rows, columns), -(-k // step), 2 * multiprocessors, 16, 4))
+    if k % 16:
+        # Rows of codes begin anywhere and are read byte by byte.
+        odd = WeightOnlyTile(min(height, 32), 64, 64, 8, 1, 2, 4)
+        return odd._replace(split=_split_for(_tiles(odd, rows, columns), -(-k // odd.k), 2 * multiprocessors, 4, 8))
+    if rows <= 64:
+        # 21 codes arrive a cycle, at 6.0 operations each; a step of 256 takes 3.9 up to 16 rows and 5.3 up to 32, one
+        # of 128 3.7 for 64 rows by wgmma. Stages of 16 KiB, three programs of 3; float32 rows are split in registers,
+        # of which 128 inputs leave enough.
+        deep = rows <= 32 and x_bytes == 2
+        step = 256 if deep else 128
+        stages = _stages(3 if deep else 4, step * (64 + height * x_bytes), chip)
+        tile = WeightOnlyTile(height, 64, step, 1, 1, stages, 4)
+        return tile._replace(split=_split_for(_tiles(tile, rows, columns), -(-k // tile.k), 3 * multiprocessors, 2, 8))
+    # Codes are widened into registers by the warps that multiply: 128 x 128, each code for 128 rows.
+    tile = WeightOnlyTile(128, 128, 64, 8, 1, _stages(4, 64 * (128 + 128 * x_bytes), chip), 8)
+    return tile._replace(split=_split_for(_tiles(tile, rows, columns), -(-k // tile.k), multiprocessors, 16, 4))
+
+
+def weight_only_candidates(
+    rows: int, columns: int, k: int, group: int, x_bytes: int, chip: int, multiprocessors: int
+) -> list[WeightOnlyTile]:
+    """Tiles worth measuring on a GPU, the one that is taken first."""
+    taken = weight_only_tile(rows, columns, k, group, x_bytes, chip, multiprocessors)
+    found = [taken]
+    for width in (32, 64, 128, 256):
+        for depth in (32, 64, 128) if group else (64, 128, 256):
+            for split in (1, 2, 4, 8, 16):
+                for stages in (3, 4, 6, 8):
+                    for warps in (2, 4, 8):
+                        bytes_of_stage = width * depth // (2 if group else 1) + taken.rows * depth * x_bytes
+                        fits = stages == _stages(stages, bytes_of_stage, chip)
+                        if fits and split * depth <= max(k, 1) and (group == 0 or group % depth == 0):
+                            found.append(
+                                taken._replace(columns=width, k=depth, split=split, stages=stages, warps=warps)
+                            )
+    return list(dict.fromkeys(found))
+
+
+# -- int8_conv2d
+
+
+class Int8ConvTile(NamedTuple):
+    """pixels, channels and k (of a tap's channels) of a program; split: programs that share a sum; stages; warps."""
+
+    pixels: int
+    channels: int
+    k: int
+    split: int
+    stages: int
+    warps: int
+
+
+def int8_conv_tile(
+    pixels: int, group_channels: int, groups: int, channels: int, taps: int, chip: int, multiprocessors: int
+) -> Int8ConvTile:
+    """For output pixels of all images, channels of a group on both sides."""
+    if channels % 16:
+        # Bytes one by one: as many addresses as codes, and few enough to keep them in registers.
+        return Int8ConvTile(64, 64 if group_channels > 32 else 32, 32, 1, 2, 4)
+    width = 128 if group_channels > 64 else 64 if group_channels > 32 else 32 if group_channels > 16 else 16
+    # A tap's channels in whole lines of shared memory where there are so many; less leaves parts of a step empty.
+    k = 128 if channels % 128 == 0 else 64 if channels % 64 == 0 else 32
+    tile = Int8ConvTile(128, width, k, 1, _stages(4, (128 + width) * k, chip), 8 if width == 128 else 4)
+    tiles = groups * -(-group_channels // width)
+    if -(-pixels // 128) * tiles < multiprocessors:
+        tile = tile._replace(pixels=64)
+    steps = taps * -(-channels // k)
+    tiles *= -(-pixels // tile.pixels)
+    return tile._replace(split=_split_for(tiles, steps, 2 * multiprocessors, 8, 8))
+
+
+def int8_conv_candidates(
+    pixels: int, group_channels: int, groups: int, channels: int, taps: int, chip: int, multiprocessors: int
+) -> list[Int8ConvTile]:
+    """Tiles worth measuring on a GPU, the one that is taken first."""
+    taken = int8_conv_tile(pixels, group_channels, groups, channels, taps, chip, multiprocessors)
+    found = [taken]
+    for height in (64, 128, 256):
+        for width in (32, 64, 128, 256):
+            for k in (32, 64, 128):
+                for stages in (2, 3, 4):
+                    for split in (1, 2, 4):
+                        fits = stages == _stages(stages, (height + width) * k, chip)
+                        if fits and height * width <= 128 * 256 and (channels % 16 == 0 or k == 32):
+                            found.append(
+                                Int8ConvTile(height, width, k, split, stages, 8 if height * width > 8192 else 4)
+                            )
+    return list(dict.fromkeys(found))

@@ -74,7 +74,7 @@ def test_codes_as_input(device, rows):
     assert_exact(int8_linear(codes, plain, x_scale=scales), int8_linear(x, plain))
     one = torch.tensor(0.02, device=device)
     extreme = torch.randint(-128, 128, (rows, 64), dtype=torch.int8).to(device)
-    for given in (codes, extreme, extreme.T.contiguous().T):
+    for given in (codes, extreme, extreme.T.contiguous().T, codes[:1].expand(rows, 64)):
         assert_exact(int8_linear(given, plain, x_scale=one).cpu(), on_cpu(given, packed, x_scale=one))
     assert_exact(int8_linear(x, plain, x_scale=one).cpu(), on_cpu(x, packed, x_scale=one))
     wide = int8_linear(codes, plain, x_scale=scales, out_dtype=BF16)
@@ -151,8 +151,8 @@ def test_every_tile_gives_the_same_sums(device, rows):
     from lamina.kernels.int8_linear import int8_linear as launch
     from lamina.kernels.tuning import int8_linear_candidates
 
-    packed, plain = weights(40, 1100, device)
-    codes, scales = quantize_rows(torch.randn(rows, 1100, device=device))
+    packed, plain = weights(40, 1104, device)
+    codes, scales = quantize_rows(torch.randn(rows, 1104, device=device))
     expected = on_cpu(codes, packed, x_scale=scales)
     tiles = {(tile.swap, tile.split, tile.columns): tile for tile in int8_linear_candidates(rows, 40, 1104, 90, 132)}
     for tile in tiles.values():

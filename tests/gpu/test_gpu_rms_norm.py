@@ -16,6 +16,12 @@ ON_GPU = torch.cuda.is_available()
 FLOATS = [torch.float32, torch.bfloat16]
 
 
+def assert_alike(actual, expected):
+    """Of kernels with other outputs, whose threads may share a row out and add it up in another way."""
+    rounding = 1e-2 if actual.dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding, equal_nan=True)
+
+
 def parameters(k, dtype, device):
     return [torch.randn(k).to(dtype).to(device) for _ in range(1)]
 
@@ -50,8 +56,8 @@ def test_rows_longer_than_a_block(device, offset):
     for added in (None, residual):
         norm = check(x, weights, residual=added)
         results = rms_norm_codes(x, (20000,), *weights, residual=added, eps=1e-5)
-        assert_exact(results.norm, norm)
-        assert_exact((results.codes.cpu(), results.scales.cpu()), quantize_rows(norm.cpu()))
+        assert_alike(results.norm, norm)
+        assert_exact((results.codes.cpu(), results.scales.cpu()), quantize_rows(results.norm.cpu()))
     assert_exact(results.sum, x + residual)
 
 
@@ -69,8 +75,8 @@ def test_mixed_dtypes_and_the_sum(device, dtypes):
     norm, total = rms_norm(x, (67,), *weights, residual=residual, return_sum=True)
     assert norm.dtype is total.dtype is torch.float32
     assert_exact(total, x + residual)
-    assert_exact(norm, rms_norm(x, (67,), *weights, residual=residual))
-    assert_exact(norm, rms_norm(total, (67,), *weights))
+    assert_alike(norm, rms_norm(x, (67,), *weights, residual=residual))
+    assert_alike(norm, rms_norm(total, (67,), *weights))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -81,7 +87,7 @@ def test_codes_are_those_of_the_norm(device, dtype, with_residual):
     residual = torch.randn(7, 3, 90).to(dtype).to(device) if with_residual else None
     weights = parameters(90, dtype, device)
     norm, total, codes, scales = rms_norm_codes(x, (90,), *weights, residual=residual, eps=1e-5)
-    assert_exact(norm, rms_norm(x, (90,), *weights, residual=residual, eps=1e-5))
+    assert_alike(norm, rms_norm(x, (90,), *weights, residual=residual, eps=1e-5))
     assert_exact((codes.cpu(), scales.cpu()), quantize_rows(norm.cpu()))
     if with_residual:
         assert_exact(total, x + residual)

@@ -17,6 +17,7 @@ from lamina.ops.int8_conv2d import (
     int8_conv1d,
     int8_conv2d,
     int8_conv_transpose2d,
+    move_int8_conv_weight,
     pack_int8_conv_transpose_weight,
     pack_int8_conv_weight,
     unpack_int8_conv_transpose_weight,
@@ -72,6 +73,7 @@ from lamina.ops.sparse_linear import (
 from lamina.ops.token_panels import quantize_panels, token_panels, token_rows
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
+    move_int4_weight,
     pack_int4_weight,
     unpack_int4_weight,
     weight_only_linear,
@@ -123,6 +125,8 @@ __all__ = [
     "lstm",
     "max_pool1d",
     "max_pool2d",
+    "move_int4_weight",
+    "move_int8_conv_weight",
     "move_int8_weight",
     "move_sparse_int8_weight",
     "move_sparse_weight",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamina import _C
-from lamina.ops.int8_linear import ACTIVATIONS
+from lamina.ops.int8_linear import ACTIVATIONS, check_gpu_operands, plain_int8_weight
 from lamina.ops.library import define
 from lamina.quant.weights import dequantize_weight, quantize_weight
 
@@ -16,7 +16,8 @@ class PackedInt8ConvWeight(NamedTuple):
     """An int8 weight [N, C / groups, KH, KW] in the order the kernels read it; one layout for every instruction set.
 
     data: int8 [packed bytes]; scale: float32 [N], weight = code * scale; compensation: int32, sums of the weights and
-    what they allow; size: (N, C / groups, KH, KW); groups.
+    what they allow; size: (N, C / groups, KH, KW); groups. On a GPU data are the codes as [N, KH, KW, C / groups], and
+    compensation, which they do not need, is empty.
     """
 
     data: Tensor
@@ -30,7 +31,8 @@ def pack_int8_conv_weight(weight: Tensor, scale: Tensor | None = None, *, groups
     """Pack a weight [N, C / groups, KH, KW] for `int8_conv2d`, or [N, C / groups, K] for `int8_conv1d`.
 
     `weight` is floating point and quantized per output channel here (symmetric, [-127, 127]), or int8 with its `scale`
-    [N]. Raises ValueError for NaN or infinite values or scales and for codes of -128.
+    [N]. The packed weight lies where `weight` does, `move_int8_conv_weight` takes it elsewhere. Raises ValueError for
+    NaN or infinite values or scales and for codes of -128.
 
     >>> packed = lamina.ops.pack_int8_conv_weight(torch.randn(64, 3, 7, 7))
     """
@@ -38,14 +40,18 @@ def pack_int8_conv_weight(weight: Tensor, scale: Tensor | None = None, *, groups
         weight = weight.unsqueeze(2)
     if weight.ndim != 4:
         raise ValueError(f"pack_int8_conv_weight: weight has shape {list(weight.shape)}, but must be [N, C, KH, KW]")
-    if weight.device.type != "cpu":
-        raise ValueError(f"pack_int8_conv_weight: weight is on {weight.device}, but int8 kernels run on the CPU")
+    if not (weight.is_cpu or weight.is_cuda):
+        raise ValueError(
+            f"pack_int8_conv_weight: weight is on {weight.device}, but int8 kernels run on the CPU and on NVIDIA GPUs"
+        )
     if weight.is_floating_point():
         if scale is not None:
             raise ValueError("pack_int8_conv_weight: scale goes with an int8 weight, but the weight is floating point")
         weight, scale = quantize_weight(weight.detach())
     elif scale is None:
         raise ValueError("pack_int8_conv_weight: an int8 weight needs its scale")
+    if weight.is_cuda:
+        return plain_int8_conv_weight(weight, scale, groups)
     size = tuple(weight.shape)
     packed = PackedInt8ConvWeight(
         data=torch.empty(_C.int8_conv2d_packed_size(size, groups), dtype=torch.int8),
@@ -70,7 +76,39 @@ def unpack_int8_conv_weight(packed: PackedInt8ConvWeight) -> Tensor:
     return _unpack(packed.data, packed.size, packed.groups)
 
 
+def plain_int8_conv_weight(codes: Tensor, scale: Tensor, groups: int) -> PackedInt8ConvWeight:
+    """Codes [N, C / groups, KH, KW] and their scale [N] in the layout of GPUs: `pack_int8_conv_weight` of a weight that
+    lies on one."""
+    n = codes.shape[0]
+    if groups < 1 or n % groups:
+        raise ValueError(
+            f"int8_conv2d_pack: groups is {groups}, but must be positive and divide the {n} output channels"
+        )
+    flat = plain_int8_weight(codes.permute(0, 2, 3, 1).flatten(1), scale)
+    data = flat.data.reshape(n, *codes.shape[2:], codes.shape[1])
+    return PackedInt8ConvWeight(data, flat.scale, flat.compensation, tuple(codes.shape), groups)
+
+
+def move_int8_conv_weight(packed: PackedInt8ConvWeight, device: torch.device | str) -> PackedInt8ConvWeight:
+    """A packed weight on another device, in the layout that its kernels read; itself if it is there.
+
+    >>> packed = lamina.ops.move_int8_conv_weight(packed, "cuda")
+    """
+    device = torch.device(device)
+    if packed.data.device == device:
+        return packed
+    if device.type == "cpu":
+        return pack_int8_conv_weight(unpack_int8_conv_weight(packed).cpu(), packed.scale.cpu(), groups=packed.groups)
+    plain = packed
+    if packed.data.ndim != 4:
+        plain = plain_int8_conv_weight(unpack_int8_conv_weight(packed), packed.scale, packed.groups)
+    data, scale, compensation = (t.to(device) for t in plain[:3])
+    return PackedInt8ConvWeight(data, scale, compensation, packed.size, packed.groups)
+
+
 def _unpack(data: Tensor, size: Sequence[int], groups: int) -> Tensor:
+    if data.ndim == 4:
+        return data.permute(0, 3, 1, 2).contiguous()
     weight = torch.empty(tuple(size), dtype=torch.int8)
     _C.int8_conv2d_unpack(data, groups, weight)
     return weight
@@ -185,6 +223,111 @@ def _cpu(
     return out.squeeze(0) if unbatched else out
 
 
+def _check_gpu_operands(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    size: Sequence[int],
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """What the CPU checks in csrc/ops/int8_conv2d.cpp, but for the values of scales: a GPU would have to be waited
+    for."""
+    n, c, kh, kw = size
+    if tuple(data.shape) != (n, kh, kw, c) or data.dtype is not torch.int8:
+        raise ValueError(
+            f"int8_conv2d: packed_weight.data is {data.dtype} {list(data.shape)}, but on a GPU must be int8 "
+            f"{[n, kh, kw, c]}, as move_int8_conv_weight gives it"
+        )
+    if x.shape[1] != c * groups:
+        raise ValueError(f"int8_conv2d: x has {x.shape[1]} channels, but packed_weight was packed for {c * groups}")
+    if x_scale is not None and x_scale.ndim and (x.dtype is not torch.int8 or x_scale.shape != x.shape[:1]):
+        wanted = f"[] or [{x.shape[0]}]" if x.dtype is torch.int8 else "[]"
+        raise ValueError(f"int8_conv2d: x_scale has shape {list(x_scale.shape)}, but must be {wanted}")
+    floats = residual if residual is None or residual.dtype is not torch.int8 else None
+    rows = x.new_empty(0, 0)  # how many channels there may be has been told when the weight was packed
+    check_gpu_operands("int8_conv2d", rows, n, scale, bias, activation, floats, x_scale, out_scale, out)
+    if (residual is not None and residual.dtype is torch.int8) != (residual_scale is not None):
+        raise ValueError(
+            "int8_conv2d: a residual of int8, and only that, goes with residual_scale, which says what its codes mean"
+        )
+    if residual_scale is not None and (residual_scale.ndim or residual_scale.dtype is not torch.float32):
+        raise ValueError(
+            f"int8_conv2d: residual_scale is {residual_scale.dtype} {list(residual_scale.shape)}, but must be float32 "
+            "[]"
+        )
+
+
+def _cuda(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    from lamina.kernels.int8_conv2d import int8_conv2d as launch
+    from lamina.kernels.int8_conv2d import quantize_pixels
+
+    if x.ndim == 3:
+        residual = None if residual is None else residual.unsqueeze(0)
+        geometry = size, bias, stride, padding, dilation, groups, activation
+        scales = residual_scale, x_scale, out_scale, out_dtype
+        return _cuda(x.unsqueeze(0), data, scale, compensation, *geometry, residual, *scales).squeeze(0)
+    _check_sizes(x, size, stride, padding, dilation)
+    out = _out_like(x, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
+    if residual is not None and residual.shape != out.shape:
+        raise ValueError(
+            f"int8_conv2d: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
+        )
+    _check_gpu_operands(
+        x, data, scale, size, bias, groups, activation, residual, residual_scale, x_scale, out_scale, out
+    )
+    images, channels, height, width = x.shape
+    if x.dtype is torch.int8:
+        codes = _pixels_together(x).permute(0, 2, 3, 1)
+    else:
+        codes = torch.empty((images, height, width, channels), dtype=torch.int8, device=x.device)
+        scales = torch.empty(images, dtype=torch.float32, device=x.device)
+        quantize_pixels(x, x_scale, codes, scales)
+        x_scale = scales
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1).contiguous()
+    launch(
+        codes,
+        x_scale,
+        data,
+        scale,
+        None if bias is None else bias.contiguous(),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        activation,
+        residual,
+        residual_scale,
+        out_scale,
+        out.permute(0, 2, 3, 1),
+    )
+    return out
+
+
 def _fake(
     x: Tensor,
     data: Tensor,
@@ -204,7 +347,8 @@ def _fake(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     torch._check(x.ndim in (3, 4), lambda: f"int8_conv2d: x has {x.ndim} dimensions, but must have 3 or 4")
-    torch._check(x.dtype in (torch.float32, torch.bfloat16, torch.int8), lambda: f"int8_conv2d: x is {x.dtype}")
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.int8) or (x.dtype is torch.float16 and not x.is_cpu)
+    torch._check(known, lambda: f"int8_conv2d: x is {x.dtype}")
     batched = x if x.ndim == 4 else x.unsqueeze(0)
     out = _out_like(batched, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
     return out if x.ndim == 4 else out.squeeze(0)
@@ -216,6 +360,7 @@ _op = define(
     "Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? out_dtype=None) -> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 
 
@@ -253,6 +398,7 @@ _backward_op = define(
     "int[] padding, int[] dilation, int groups) -> Tensor",
     cpu=_input_gradient,
     fake=_backward_fake,
+    cuda=_input_gradient,
 )
 
 
@@ -260,13 +406,13 @@ def traced_conv_weight(packed: PackedInt8ConvWeight) -> Tensor:
     """The dequantized weight [N, C / groups, KH, KW], float32, by an op that graphs can hold: the gradient of an input
     as large as the kernel, for one output after the other."""
     n, c, kh, kw = packed.size
-    one = torch.eye(n).reshape(n, n, 1, 1)
+    one = torch.eye(n, device=packed.data.device).reshape(n, n, 1, 1)
     shape = [n, c * packed.groups, kh, kw]
     whole = _backward_op(
         one, packed.data, packed.scale, list(packed.size), shape, [1, 1], [0, 0, 0, 0], [1, 1], packed.groups
     )
-    own = torch.arange(n) // (n // packed.groups)
-    return whole.reshape(n, packed.groups, c, kh, kw)[torch.arange(n), own]
+    every = torch.arange(n, device=packed.data.device)
+    return whole.reshape(n, packed.groups, c, kh, kw)[every, every // (n // packed.groups)]
 
 
 class _WithGradient(torch.autograd.Function):
@@ -452,7 +598,8 @@ def int8_conv2d(
     place. Contiguous x is turned round while it is quantized; other strides are copied first.
 
     The sums, and everything before the activation, are the same bits on every instruction set and for every number of
-    threads; so are int8 outputs with activation None, "relu" or "relu6".
+    threads; so are int8 outputs with activation None, "relu" or "relu6". GPUs give these bits too; there floats may be
+    float16, and the values of scales are not checked.
 
     Args:
         x: [images, channels, height, width] or [channels, height, width], float32 or bfloat16; or int8 codes with their

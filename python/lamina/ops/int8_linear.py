@@ -381,14 +381,13 @@ def int8_product(
     out_scale: Tensor | None,
     out: Tensor,
 ) -> None:
-    """The product of codes [M, K] and weight [N, K], int8 on a GPU, into out [M, N]: by CUTLASS, whose tiles want K and
-    N in steps of 16 bytes, or else by Triton. x_scale: [] or [M]."""
+    """The product of codes [M, K] and weight [N, K], int8 on a GPU, into out [M, N]: by CUTLASS, whose tiles want rows
+    in steps of 16 bytes, or else by Triton. x_scale: [] or [M]."""
     if (
         _C.with_cuda
         and codes.is_cuda
         and getattr(_C, "with_cutlass", False)
-        and codes.shape[1] % 16 == 0
-        and weight.shape[0] % 16 == 0
+        and _C.int8_linear_fits_cuda(codes, weight, out)
     ):
         _C.int8_linear_cuda(codes, weight, x_scale, w_scale, bias, residual, activation, out_scale, out)
         return

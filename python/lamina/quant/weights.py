@@ -21,8 +21,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantize_weight: output channel {bad[0].item()} has a NaN or infinite weight")
     # 127 / largest overflows below 1e-36; such a channel counts as zero.
     largest = torch.where(largest < 1e-36, torch.full_like(largest, 127.0), largest)
-    codes = torch.round(flat / (largest / 127.0)[:, None]).clamp_(-127, 127).to(torch.int8)
-    return codes.reshape(weight.shape), largest / 127.0
+    # By a tensor: by a number, torch multiplies with its reciprocal on a GPU, which rounds twice.
+    scale = largest / torch.full_like(largest, 127.0)
+    codes = torch.round(flat / scale[:, None]).clamp_(-127, 127).to(torch.int8)
+    return codes.reshape(weight.shape), scale
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
