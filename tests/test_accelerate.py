@@ -35,7 +35,7 @@ class Stopwatch:
         self.ratio = {LAYER: 2.0, MODEL: 2.0}
         self.calls = []
 
-    def __call__(self, before, after, seconds):
+    def __call__(self, before, after, seconds, stopwatch):
         kind = LAYER if seconds < module._MODEL_SECONDS else MODEL
         before(), after()
         self.calls.append(kind)
@@ -174,7 +174,7 @@ def test_layers_of_one_kind_are_timed_in_turn(monkeypatch, stopwatch):
     """Each meets its weight as cold as in a run of the model, and all get one answer."""
     called = []
 
-    def watch(before, after, seconds):
+    def watch(before, after, seconds, stopwatch):
         if seconds < module._MODEL_SECONDS:
             called.append([])
             forward = Int8Linear.forward

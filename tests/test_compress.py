@@ -27,7 +27,9 @@ def short_timings():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compress, "TIMING_SECONDS", 1e-3)
-        patch.setattr(sys.modules["lamina.accelerate"], "_interleaved", lambda before, after, seconds: (2.0, 1.0))
+        patch.setattr(
+            sys.modules["lamina.accelerate"], "_interleaved", lambda before, after, seconds, stopwatch: (2.0, 1.0)
+        )
         yield
 
 

@@ -34,7 +34,7 @@ def one_thread():
 def always_faster(monkeypatch):
     """Speed is not judged here."""
 
-    def interleaved(before, after, seconds):
+    def interleaved(before, after, seconds, stopwatch):
         before(), after()
         return 2.0, 1.0
 

@@ -9,6 +9,8 @@ from torch import nn
 
 import lamina
 from lamina.nn import SparseConv2d, SparseLinear
+from lamina.ops.sparse_blocks import BLOCKS
+from lamina.ops.sparse_int8_linear import block_density
 from lamina.ops.sparse_linear import PATTERNS
 from lamina.sparsity import choose_pattern
 
@@ -44,6 +46,43 @@ def test_takes_the_place_of_the_float_layer(pair, pattern):
     assert f"pattern={pattern}, density=" in repr(layer)
     expected = nn.functional.gelu(layer(x))
     assert_lossy(kind.from_float(module, "gelu", pattern=pattern)(x), expected, min_sqnr_db=90)
+
+
+@pytest.mark.parametrize("pattern", BLOCKS)
+def test_blocks_of_gpus_are_packed_in_smaller_ones(pair, pattern, tmp_path):
+    """The layer knows its blocks, for the GPU that it may move to, and a file keeps them."""
+    kind, module, x = pair
+    lamina.prune.magnitude_(module, 0.5, pattern)
+    layer = kind.from_float(module, pattern=pattern)
+    assert (layer.pattern, layer.sparse_info.pattern) == (pattern, "4x1")
+    assert_exact(layer(x), kind.from_float(module, pattern="4x1")(x))
+    other = kind.from_float(copy.deepcopy(module), pattern=pattern)
+    other.load_state_dict(layer.state_dict())
+    assert other.pattern == pattern
+    lamina.save(nn.Sequential(layer), tmp_path / "m.safetensors")
+    model = nn.Sequential(module)
+    lamina.load_(model, tmp_path / "m.safetensors")
+    assert model[0].pattern == pattern
+    # Bytes that were packed in another pattern bring theirs.
+    other.load_state_dict(kind.from_float(module, pattern="2x1").state_dict())
+    assert other.pattern == "2x1"
+    model = nn.Sequential(module)
+    assert lamina.swap_(model, lamina.Sparse(pattern)).swapped
+    assert model[0].pattern == pattern
+
+
+def test_two_of_four_is_unstructured_on_the_cpu(pair):
+    kind, module, x = pair
+    lamina.prune.magnitude_(module, 0.5, "2:4")
+    layer = kind.from_float(module, pattern="2:4")
+    assert (layer.pattern, layer.sparse_info.pattern) == ("2:4", "unstructured")
+    assert_exact(layer(x), kind.from_float(module)(x))
+
+
+def test_pruned_blocks_are_large():
+    linear = nn.Linear(256, 128)
+    lamina.prune.magnitude_(linear, 0.5, "64x64")
+    assert block_density(linear.weight, "64x64") == 0.5
 
 
 def test_dtypes(pair):
@@ -196,7 +235,7 @@ def test_auto_measures():
 
 def test_auto_leaves_a_layer_dense_when_it_would_lose(monkeypatch):
     """Whatever machine this is: the clock says 10 dense, 12 sparse, 2 with an empty weight."""
-    monkeypatch.setattr("lamina.sparsity._medians", lambda calls: [10.0, 12.0, 2.0])
+    monkeypatch.setattr("lamina.sparsity._medians", lambda calls, stopwatch: [10.0, 12.0, 2.0])
     weight = torch.ones(40, 50)
     weight[:, ::2] = 0
     model = nn.Sequential(nn.Linear(50, 40))

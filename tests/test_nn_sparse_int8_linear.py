@@ -52,7 +52,7 @@ def test_constructor_and_repr():
     assert text == "SparseInt8Linear(in_features=8, out_features=8, bias=True, pattern=4x4, density=0)"
     with pytest.raises(ValueError, match="pattern '4x1' is unknown; use 1x4, 2x4, 4x4"):
         SparseInt8Linear(4, 4, pattern="4x1")
-    with pytest.raises(ValueError, match="SparseInt8: pattern is '2:4', but must be 1x4, 2x4 or 4x4"):
+    with pytest.raises(ValueError, match="SparseInt8: pattern '2:4' is unknown; use one of 1x4, 2x4, 4x4"):
         lamina.SparseInt8("2:4")
 
 

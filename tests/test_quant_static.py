@@ -133,7 +133,9 @@ def test_keyword_inputs():
 def test_accelerate_takes_it(monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules["lamina.accelerate"], "_interleaved", lambda before, after, seconds: (2.0, 1.0))
+    monkeypatch.setattr(
+        sys.modules["lamina.accelerate"], "_interleaved", lambda before, after, seconds, stopwatch: (2.0, 1.0)
+    )
     model, x = mlp(), batches()[0][0]
     fast = lamina.accelerate(model, (x,), Int8Static(batch for batch in batches()), max_error=0.1)
     assert [d.fqn for d in fast.report.swapped] == ["0", "2", "4"]

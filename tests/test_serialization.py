@@ -108,7 +108,9 @@ def test_swapped_layers_come_back_as_they_were(path):
 def test_accelerated_models_come_back(path, monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules["lamina.accelerate"], "_interleaved", lambda before, after, seconds: (2.0, 1.0))
+    monkeypatch.setattr(
+        sys.modules["lamina.accelerate"], "_interleaved", lambda before, after, seconds, stopwatch: (2.0, 1.0)
+    )
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.randn(3, 16)
     fast = lamina.accelerate(model, (x,), compile=False).model

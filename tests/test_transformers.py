@@ -338,7 +338,7 @@ def test_swap_leaves_other_attention_alone():
 
 @pytest.fixture
 def always_faster(monkeypatch):
-    def interleaved(before, after, seconds):
+    def interleaved(before, after, seconds, stopwatch):
         before(), after()
         return 2.0, 1.0
 
@@ -380,7 +380,9 @@ def test_accelerate_takes_attention_back(monkeypatch):
     """When the whole model is slower, the copy has its own attention again."""
     module = sys.modules["lamina.accelerate"]
     monkeypatch.setattr(
-        module, "_interleaved", lambda before, after, seconds: (2.0 if seconds < module._MODEL_SECONDS else 0.5, 1.0)
+        module,
+        "_interleaved",
+        lambda *timing: (2.0 if timing[2] < module._MODEL_SECONDS else 0.5, 1.0),
     )
     model = make("bert", "sdpa")
     fast = lamina.accelerate(model, {"input_ids": tokens()}, compile=False)

@@ -176,7 +176,7 @@ def test_swap_attention(name):
 def always_faster(monkeypatch):
     """Speed is not judged here."""
 
-    def interleaved(before, after, seconds):
+    def interleaved(before, after, seconds, stopwatch):
         before(), after()
         return 2.0, 1.0
 

@@ -23,6 +23,10 @@ EPS_ACC = torch.finfo(torch.float32).eps
 # Relative error of the vectorised 2^x in float32, csrc/cpu/vec/math.h.
 EXP2_ERROR = 2.4e-7
 
+# Float32 products on tensor cores in three products of tf32: an operand is cut into two parts of 11 bits, truncated,
+# which leaves 2^-20 of it, twice, and the product of the two small parts is left out.
+TF32X3_ERROR = 3 * 2.0**-20
+
 # Absolute error of a sigmoid or tanh gate of a recurrent cell, csrc/cpu/vec/gates.h.
 GATE_ERROR = 3e-7
 

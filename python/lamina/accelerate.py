@@ -20,10 +20,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lamina.compile import CaptureError, compile_
+from lamina.compile import NOT_FOR_GPUS, CaptureError, compile_
 from lamina.compile.bound import Bound, settings
-from lamina.configs import ConfigLike
+from lamina.configs import AUTO_ON_GPU, ConfigLike
 from lamina.running import ExampleInputs, caller, copied, floats, outputs, relative_error
+from lamina.stopwatch import Stopwatch, device_of, in_turns, on_cpu, stopwatch_of
 from lamina.swap import Candidate, FilterFn, LayerDecision, SwapReport, candidates, is_compile_wrapper, ordered
 
 Progress = Callable[[str, int, int], None]
@@ -67,7 +68,8 @@ class AccelerateReport(SwapReport):
     speedup: original time / accelerated time; error: relative error of the model's floating-point outputs
     (|after - before| / |before|, Euclidean); seconds_before, seconds_after: lower quartiles of a call; bytes_before,
     bytes_after: of parameters and buffers; threads: torch's setting during the measurement; form: what `model` is now,
-    "original" if nothing won; forms: everything that was tried; seconds: what accelerate took in all.
+    "original" if nothing won; forms: everything that was tried; seconds: what accelerate took in all; device: the name
+    of the GPU that the model ran on, or "cpu".
     """
 
     speedup: float = 1.0
@@ -80,11 +82,13 @@ class AccelerateReport(SwapReport):
     form: str = "original"
     forms: tuple[Form, ...] = ()
     seconds: float = 0.0
+    device: str = "cpu"
 
     def summary(self) -> str:
+        where = f"{self.threads} threads" if self.device == "cpu" else self.device
         return (
             f"{super().summary()}; the model ({self.form}) is {self.speedup:.2f}x as fast "
-            f"({self.seconds_before * 1e3:.2f} -> {self.seconds_after * 1e3:.2f} ms, {self.threads} threads), "
+            f"({self.seconds_before * 1e3:.2f} -> {self.seconds_after * 1e3:.2f} ms, {where}), "
             f"output error {self.error:.1e}, {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB"
         )
 
@@ -134,13 +138,21 @@ def accelerate(
     `max_model_error` stays. If none is at least `min_speedup` times as fast as the original, the copy is as it was.
 
     The result is an ordinary module with the same names, attributes and state_dict layout; it can be saved
-    (`lamina.save`), loaded into, copied and moved. Its compiled graph serves calls without gradients whose inputs have
-    the sizes of `example_inputs`, on any number of threads; every other call runs the new layers one by one, so that no
-    call waits for a compiler. The graph follows changes of layers, parameters and attributes; global variables that the
-    model reads count as they were. A copy, or a saved and loaded model, has the layers without the graph.
+    (`lamina.save`), loaded into, copied and moved.
+
+    A model on a GPU is timed there, by CUDA events. Linear layers may become int8, with or without their inputs,
+    attention is exchanged and pruned layers become sparse; recurrent layers and float convolutions stay cuDNN's.
+    Compiled graphs and plans are for the CPU and are not tried: `torch.compile(fast.model)` or a CUDA graph takes the
+    result.
+
+    On the CPU the compiled graph serves calls without gradients whose inputs have the sizes of `example_inputs`, on any
+    number of threads; every other call runs the new layers one by one, so that no call waits for a compiler. The graph
+    follows changes of layers, parameters and attributes; global variables that the model reads count as they were. A
+    copy, or a saved and loaded model, has the layers without the graph.
 
     Args:
-        model: runs on the CPU in float32 or bfloat16; layers in other dtypes are left alone. Evaluated in eval mode.
+        model: runs on the CPU or on one GPU in float32 or bfloat16; layers in other dtypes are left alone. Evaluated in
+            eval mode.
         example_inputs: tuple of positional or dict of keyword arguments, of realistic sizes: speed is judged on them.
         config: "auto", or as in `swap_`.
         min_speedup: ratio of times (lower quartiles of calls in turn: a busy machine only ever adds time).
@@ -152,8 +164,8 @@ def accelerate(
         progress: called as progress(description, done, total).
 
     Raises TypeError for example inputs that are neither tuple nor dict, ValueError if the model gives no floating-point
-    output for them, is on meta or is wrapped by torch.compile already, or `compile` is neither "auto" nor False; errors
-    of the model itself pass through.
+    output for them, is on meta or on several GPUs or is wrapped by torch.compile already, or `compile` is neither
+    "auto" nor False; errors of the model itself pass through.
 
     >>> fast = lamina.accelerate(model, (x,))
     >>> fast.model(x); print(fast.report)
@@ -185,16 +197,22 @@ def accelerate(
             raise ValueError(
                 "accelerate: the model is on meta and has no values to compute with; load its weights first"
             )
+        device = device_of([*original.parameters(), *original.buffers(), *expected])
+        on_gpu, stopwatch = device.type == "cuda", stopwatch_of(device)
+        if on_gpu and config == "auto":
+            config = AUTO_ON_GPU
         found = list(candidates(work, config, filter_fn, alternatives=True))
         decided = {c.fqn: c for c in found if isinstance(c, LayerDecision)}
         tried = ordered([c for c in found if isinstance(c, Candidate)])
         inputs = _captured_inputs(work, caller(example_inputs, _INPUTS), tried)
-        kept, waiting = _faster_layers(tried, inputs, decided, min_speedup, max_error, tell)
+        kept, waiting = _faster_layers(tried, inputs, decided, min_speedup, max_error, tell, stopwatch)
 
         tell("checking the whole model", len(tried), len(tried))
-        race = _Race(original, work, call, example_inputs, expected, min_speedup, max_model_error)
+        race = _Race(original, work, call, example_inputs, expected, min_speedup, max_model_error, stopwatch)
         race.swapped_layers(kept, decided, time.perf_counter() - started)
-        if compile == "auto":
+        if compile == "auto" and on_gpu:
+            race.forms.append(Form("compiled", None, None, 0.0, f"not tried on {device}: {NOT_FOR_GPUS}"))
+        elif compile == "auto":
             tell("compiling", len(tried), len(tried))
             race.compiled(kept, waiting, decided)
 
@@ -214,6 +232,7 @@ def accelerate(
             form=race.form,
             forms=tuple(race.forms),
             seconds=time.perf_counter() - started,
+            device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         ),
     )
 
@@ -233,7 +252,9 @@ class _Race:
         expected: list[Tensor],
         min_speedup: float,
         max_model_error: float,
+        stopwatch: Stopwatch,
     ) -> None:
+        self.stopwatch = stopwatch
         self.original, self.work, self.call = original, work, call
         self.example_inputs, self.expected = example_inputs, expected
         self.min_speedup, self.max_model_error = min_speedup, max_model_error
@@ -340,16 +361,16 @@ class _Race:
 
     def _against_original(self) -> tuple[float, float]:
         run = (lambda: self.call(self.original)), (lambda: self.call(self.work))
-        before, after = _interleaved(*run, _MODEL_SECONDS)
+        before, after = _interleaved(*run, _MODEL_SECONDS, self.stopwatch)
         if before / after < self.min_speedup:
             # One noisy moment of a busy machine must not take everything back: only a longer look may.
-            before, after = _interleaved(*run, 3 * _MODEL_SECONDS)
+            before, after = _interleaved(*run, 3 * _MODEL_SECONDS, self.stopwatch)
         return before, after
 
     def _against_layers(self) -> float:
         """The speed of the compiled copy against the same copy without its graph."""
         apart, compiled = _interleaved(
-            lambda: self.call(self.work._call_impl), lambda: self.call(self.work), _MODEL_SECONDS
+            lambda: self.call(self.work._call_impl), lambda: self.call(self.work), _MODEL_SECONDS, self.stopwatch
         )
         return apart / compiled
 
@@ -453,6 +474,7 @@ def _faster_layers(
     min_speedup: float,
     max_error: float,
     tell: Progress,
+    stopwatch: Stopwatch,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Puts in the candidates that are accurate and faster, of several for a layer the fastest, and returns them.
 
@@ -479,7 +501,7 @@ def _faster_layers(
                 decided[candidate.fqn] = decision
         if not accurate:
             continue
-        speedup = _speedup([candidate for candidate, _ in accurate], inputs, min_speedup)
+        speedup = _speedup([candidate for candidate, _ in accurate], inputs, min_speedup, stopwatch)
         for candidate, decision in accurate:
             decision = replace(decision, speedup=speedup)
             best = kept.get(candidate.fqn)
@@ -525,7 +547,9 @@ def _check(candidate: Candidate, inputs: tuple[tuple, dict] | None, max_error: f
     return replace(left, now=candidate.now, reason=candidate.reason("faster and accurate enough"), error=error)
 
 
-def _speedup(group: list[Candidate], inputs: dict[nn.Module, tuple[tuple, dict]], min_speedup: float) -> float:
+def _speedup(
+    group: list[Candidate], inputs: dict[nn.Module, tuple[tuple, dict]], min_speedup: float, stopwatch: Stopwatch
+) -> float:
     """How much faster candidates of one kind are.
 
     Each round takes the next of them: by the time it is its turn again, its weights have left the caches as they do in
@@ -542,7 +566,7 @@ def _speedup(group: list[Candidate], inputs: dict[nn.Module, tuple[tuple, dict]]
         return call
 
     def ratio(seconds: float) -> float:
-        before, after = _interleaved(run("before"), run("after"), seconds)
+        before, after = _interleaved(run("before"), run("after"), seconds, stopwatch)
         return before / after
 
     seconds = _LAYER_SECONDS * len(group)
@@ -602,17 +626,12 @@ def _take_back(taken: Sequence[Candidate], decided: dict[str, LayerDecision], re
         decided[candidate.fqn] = replace(decided[candidate.fqn], now=None, reason=reason)
 
 
-def _interleaved(before: Callable[[], Any], after: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Lower quartiles of the seconds of both, called in turn: what disturbs the machine hits both, and only adds."""
-    times: tuple[list[float], list[float]] = ([], [])
-    before(), after()
-    end = time.perf_counter() + seconds
-    while len(times[0]) < _MIN_ROUNDS or time.perf_counter() < end:
-        for run, record in ((before, times[0]), (after, times[1])):
-            start = time.perf_counter()
-            run()
-            record.append(time.perf_counter() - start)
-    return _lower_quartile(times[0]), _lower_quartile(times[1])
+def _interleaved(
+    before: Callable[[], Any], after: Callable[[], Any], seconds: float, stopwatch: Stopwatch = on_cpu
+) -> tuple[float, float]:
+    """Lower quartiles of the seconds of both, called in turn."""
+    times = in_turns({"before": before, "after": after}, seconds, _MIN_ROUNDS, stopwatch)
+    return _lower_quartile(times["before"]), _lower_quartile(times["after"])
 
 
 def _lower_quartile(times: list[float]) -> float:

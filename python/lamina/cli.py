@@ -109,7 +109,10 @@ def compress(
     name: Annotated[str, typer.Argument(help="Model to compress; an unknown one lists those with a recipe.")],
     sparsity: Annotated[float, typer.Option(help="Share of the weights that become zero.")] = 0.9,
     pattern: Annotated[
-        str, typer.Option(help="unstructured, 2:4, or blocks of outputs x inputs: 2x1, 4x1, 1x4, 2x4, 4x4.")
+        str,
+        typer.Option(
+            help="unstructured, 2:4, or blocks of outputs x inputs: 2x1, 4x1, 1x4, 2x4, 4x4, 16x16, 32x32, 64x64."
+        ),
     ] = "4x4",
     int8: Annotated[bool, typer.Option("--int8", help="Quantize weights and activations too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for all that is written; one run each.")] = Path("compressed"),

@@ -32,6 +32,7 @@ from lamina.bench import machine, text, timing
 from lamina.bench.reporting import compressed, page
 from lamina.configs import Config, FusedAttention, FusedConv, FusedRNN, Int8Dynamic, Int8RNN, Sparse, SparseInt8
 from lamina.errors import FormatError
+from lamina.ops.sparse_blocks import BLOCKS
 from lamina.prune.patterns import check_sparsity, parse
 
 SCHEMA, VERSION = "lamina-compress", 1
@@ -49,7 +50,7 @@ PRUNING_SHARE = 0.5
 CHANGES_PER_EPOCH = 5
 # What sparse int8 kernels know, and for other zeros which float ones see the largest blocks in them.
 INT8_PATTERNS = ("1x4", "2x4", "4x4")
-FLOAT_PATTERNS = {"4x1": "4x1", "4x4": "4x1", "2x1": "2x1", "2x4": "2x1"}
+FLOAT_PATTERNS = {"4x1": "4x1", "4x4": "4x1", "2x1": "2x1", "2x4": "2x1", **{block: block for block in BLOCKS}}
 
 
 @dataclass(frozen=True)

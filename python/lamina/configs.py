@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.ops.sparse_linear import PATTERNS as SPARSE_PATTERNS
+from lamina.ops.sparse_int8_linear import GPU_PATTERNS as GPU_INT8_PATTERNS
+from lamina.ops.sparse_int8_linear import PATTERNS as INT8_PATTERNS
+from lamina.ops.sparse_linear import GPU_PATTERNS, PATTERNS
 from lamina.quant.calibration import Calibration, check_calibration
 from lamina.quant.observers import check_observer
 
@@ -57,15 +59,17 @@ class Int8Static(Config):
 class SparseInt8(Config):
     """nn.Linear -> lamina.nn.SparseInt8Linear: int8, and only the blocks of the weight that hold a nonzero.
 
-    pattern: the blocks that pruning made zero, output channels x inputs: "1x4", "2x4" or "4x4". A layer with too few
-    zero blocks to be faster than the dense int8 layer is left alone.
+    pattern: the blocks that pruning made zero, output channels x inputs: "1x4", "2x4", "4x4", "16x16", "32x32" or
+        "64x64" (the last three as they are on a GPU, as "4x4" on the CPU). A layer with too few zero blocks to be
+        faster than the dense int8 layer is left alone.
     """
 
     pattern: str = "4x4"
 
     def __post_init__(self) -> None:
-        if self.pattern not in ("1x4", "2x4", "4x4"):
-            raise ValueError(f"SparseInt8: pattern is '{self.pattern}', but must be 1x4, 2x4 or 4x4")
+        known = *INT8_PATTERNS, *GPU_INT8_PATTERNS
+        if self.pattern not in known:
+            raise ValueError(f"SparseInt8: pattern '{self.pattern}' is unknown; use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,10 @@ class Sparse(Config):
     """nn.Linear, Conv2d -> lamina.nn.SparseLinear, SparseConv2d, for pruned models: of their weights only blocks that
     hold other values than zero are stored and multiplied.
 
-    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1" or "4x1"; or "auto": the one in which
-        the layer is fastest, and none, with the reason in the report, where the dense layer is faster.
+    pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or "64x64" (the
+        last three as they are on a GPU, as "4x1" on the CPU), or "2:4" (by the GPU's sparse tensor cores where that is
+        faster than the dense layer; as "unstructured" on the CPU); or "auto": the one in which the layer is fastest,
+        and none, with the reason in the report, where the dense layer is faster.
     rows: of input on which "auto" times a linear layer, on torch's threads; None counts zeros only, for those who
         measure by themselves, as `accelerate` does.
 
@@ -107,10 +113,9 @@ class Sparse(Config):
     rows: int | None = 128
 
     def __post_init__(self) -> None:
-        if self.pattern not in (*SPARSE_PATTERNS, "auto"):
-            raise ValueError(
-                f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(SPARSE_PATTERNS)} or auto"
-            )
+        known = *PATTERNS, *GPU_PATTERNS
+        if self.pattern not in (*known, "auto"):
+            raise ValueError(f"Sparse: pattern '{self.pattern}' is unknown; use one of {', '.join(known)} or auto")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"Sparse: rows is {self.rows}, but must be positive or None")
 
@@ -156,6 +161,9 @@ AUTO: tuple[Config, ...] = (
     *(Int8Dynamic(), FusedAttention(), FusedRNN(), Int8RNN(), FusedConv(winograd=4)),
     Sparse("auto", rows=None),
 )
+# Of a model on a GPU: what lamina has kernels for there. Between rows that are quantized too and weights only, which
+# pay where rows are few, time decides.
+AUTO_ON_GPU: tuple[Config, ...] = (Int8Dynamic(), Int8WeightOnly(), FusedAttention(), Sparse("auto", rows=None))
 
 
 def resolve(config: ConfigLike | str) -> Callable[[str], tuple[Config, ...]]:

@@ -37,12 +37,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(0)
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _gpus() -> list[int]:
+    """Those whose generators a seed would set: none before CUDA is in use."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def copied(inputs: Any) -> Any:
@@ -58,7 +63,7 @@ def copied(inputs: Any) -> Any:
 
 def outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]:
     """The floating-point tensors among the outputs, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=_gpus()):
         torch.manual_seed(0)
         return floats(call(model))
 

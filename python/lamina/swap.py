@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from lamina._backends import has_triton
 from lamina.configs import (
     Config,
     ConfigLike,
@@ -46,11 +47,12 @@ from lamina.nn.sparse_int8_linear import SparseInt8Linear
 from lamina.nn.sparse_linear import SparseLinear
 from lamina.nn.weight_only_linear import Int4WeightOnlyLinear, Int8WeightOnlyLinear
 from lamina.ops.sparse_int8_linear import BREAK_EVEN_DENSITY, block_density
+from lamina.ops.sparse_linear import sparse_kernel
 from lamina.quant.calibration import Calibration, observe, takes_static_scale
 from lamina.quant.observers import make_observer
 from lamina.rerouted import rerouted_methods
 from lamina.running import FilterFn
-from lamina.sparsity import choose_pattern
+from lamina.sparsity import choose_pattern, choose_semi_structured
 
 
 @dataclass(frozen=True)
@@ -301,9 +303,10 @@ def swap_(model: nn.Module, config: ConfigLike, filter_fn: FilterFn | None = Non
     shares its weight with an embedding gets a copy of its own while the embedding keeps its floats; the report says by
     how much memory grows then.
 
-    Left alone, with the reason in the report: layers in other dtypes than float32 and bfloat16, on other devices than
-    the CPU, with NaN or infinite weights, with hooks, parametrized or patched, compiled by torch.compile, subclasses
-    that may compute something else, and layers whose parent reads their weight instead of calling them.
+    Left alone, with the reason in the report: layers in other dtypes than float32 and bfloat16, on devices that lamina
+    has no kernels for (on a GPU those for linear layers, int8 convolutions and attention, by Triton), with NaN or
+    infinite weights, with hooks, parametrized or patched, compiled by torch.compile, subclasses that may compute
+    something else, and layers whose parent reads their weight instead of calling them.
 
     Args:
         model: any module. The weights of replaced layers no longer train; gradients still flow through them.
@@ -417,8 +420,8 @@ def replace_linear(
     owner = site.attention or next((p for p, _ in site.places if _original(p) in _READS_CHILD_WEIGHTS), None)
     if (owner is None or not packed) and (reason := read_by_parent(site)) is not None:
         return reason
-    if linear.weight.device.type != "cpu":
-        return f"the weight is on {linear.weight.device}, and {kernels} run on the CPU"
+    if (reason := _off(linear.weight.device, kernels)) is not None:
+        return f"the weight is {reason}"
     if linear.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weight is {linear.weight.dtype}, and {kernels} take float32 and bfloat16"
     if owner is None or not packed:
@@ -429,6 +432,15 @@ def replace_linear(
         if (reason := _patched(layer, ())) is not None:
             return f"its {type(layer).__name__} must stay: {reason}"
     return _inside_attention(site, owner, lambda: build(linear))
+
+
+def _off(device: torch.device, kernels: str, *, on_gpu: bool = True) -> str | None:
+    """Why `kernels` do not run on a device, with where that is; `on_gpu`: whether there are any for GPUs."""
+    if device.type == "cpu" or (on_gpu and device.type == "cuda" and has_triton()):
+        return None
+    if on_gpu and device.type == "cuda":
+        return f"on {device}, and {kernels} need Triton there, which is not installed"
+    return f"on {device}, and {kernels} run on the CPU{' and on GPUs' if on_gpu else ''}"
 
 
 def _inside_attention(site: Site, owner: nn.Module, build: Callable[[], nn.Module]) -> Candidate | str:
@@ -508,14 +520,14 @@ _INT8_CONVS = {nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d, nn.ConvTranspose2d:
 
 
 def replace_conv(
-    site: Site, build: Callable[[Conv], nn.Module], *, kernels: str = "int8 kernels"
+    site: Site, build: Callable[[Conv], nn.Module], *, kernels: str = "int8 kernels", on_gpu: bool = True
 ) -> Candidate | str | None:
     """What a handler for convolutions says of a site, as `replace_linear` does for linear layers."""
     module, conv = site.module, as_conv(site.module)
     if conv is None:
         return _refuse_subclass(module) if isinstance(module, tuple(_INT8_CONVS)) else None
-    if conv.weight.device.type != "cpu":
-        return f"the weight is on {conv.weight.device}, and {kernels} run on the CPU"
+    if (reason := _off(conv.weight.device, kernels, on_gpu=on_gpu)) is not None:
+        return f"the weight is {reason}"
     if conv.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weight is {conv.weight.dtype}, and {kernels} take float32 and bfloat16"
     return replacement(site, lambda: build(conv), lambda new: _note_of_shared(site, new))
@@ -580,7 +592,20 @@ def _sparse_int8(site: Site, config: SparseInt8) -> Candidate | str | None:
             )
         return SparseInt8Linear.from_float(linear, pattern=config.pattern)
 
-    return replace_linear(site, build, packed=True)
+    return _with_kernel(replace_linear(site, build, packed=True), site, config.pattern)
+
+
+def _with_kernel(found: Candidate | str | None, site: Site, pattern: str) -> Candidate | str | None:
+    """`found`, with a note where the device of the layer has no sparse kernel for the pattern."""
+    weight = getattr(site.module, "weight", None)
+    if not isinstance(found, Candidate) or weight is None:
+        return found
+    kernel = sparse_kernel(pattern, weight.device, weight.detach())
+    return _noted(found, kernel) if kernel.startswith("dense") else found
+
+
+def _noted(found: Candidate, note: str) -> Candidate:
+    return replace(found, note="; ".join([note, *([found.note] if found.note else [])]))
 
 
 @handles(Int8WeightOnly)
@@ -597,7 +622,8 @@ def _int4_weight_only(site: Site, config: Int4WeightOnly) -> Candidate | str | N
 @handles(Sparse)
 def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
     if isinstance(site.module, nn.Conv2d):
-        return replace_conv(site, lambda conv: _sparse_conv(conv, config), kernels="sparse kernels")
+        build_conv = lambda conv: _sparse_conv(conv, config)  # noqa: E731
+        return replace_conv(site, build_conv, kernels="sparse convolutions", on_gpu=False)
     chosen: list[str] = []
 
     def build(linear: nn.Linear) -> nn.Module:
@@ -610,12 +636,16 @@ def _sparse(site: Site, config: Sparse) -> Candidate | str | None:
                 raise ValueError(choice.reason)
             pattern = choice.pattern
             chosen.append(choice.reason)
+        elif pattern == "2:4" and linear.weight.is_cuda and config.rows is not None:
+            choice = choose_semi_structured(linear.weight, config.rows)
+            if choice.speedup is not None and choice.pattern is None:
+                raise ValueError(choice.reason)
         return SparseLinear.from_float(linear, pattern=pattern)
 
     found = replace_linear(site, build, kernels="sparse kernels", packed=True)
-    if isinstance(found, Candidate) and chosen:
-        return replace(found, note="; ".join([*chosen, *([found.note] if found.note else [])]))
-    return found
+    if config.pattern != "auto":
+        return _with_kernel(found, site, config.pattern)
+    return _noted(found, *chosen) if isinstance(found, Candidate) else found
 
 
 def _sparse_conv(conv: nn.Conv2d, config: Sparse) -> nn.Module:
@@ -694,8 +724,9 @@ def _torch_attention(site: Site) -> Candidate | str:
             return f"its parent {type(parent).__name__} reads its weights in evaluation instead of calling it"
     if (reason := _patched(module, site.places)) is not None:
         return reason
-    if any(parameter.device.type != "cpu" for parameter in module.parameters()):
-        return f"it is on {next(module.parameters()).device}, and the fused attention runs on the CPU"
+    for parameter in module.parameters():
+        if (reason := _off(parameter.device, "attention kernels")) is not None:
+            return f"it is {reason}"
     apply, revert = functools.partial(adopt, module, "attention"), functools.partial(release, module, "attention")
     now = f"lamina {original.__name__}"
     found = Candidate(site.fqn, describe(module), now, module, module, module, apply, revert)
@@ -741,8 +772,8 @@ def _replace_rnn(site: Site, kinds: Mapping[type[nn.Module], type[nn.Module]], w
     if kind is None:
         return f"{type(module).__name__} is a subclass of nn.{name} and may compute something else"
     weight = next(module.parameters())
-    if weight.device.type != "cpu":
-        return f"the weights are on {weight.device}, and the {what} {name} runs on the CPU"
+    if (reason := _off(weight.device, f"{what} {name} kernels", on_gpu=False)) is not None:
+        return f"the weights are {reason}"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weights are {weight.dtype}, and the {what} {name} takes float32 and bfloat16"
     return replacement(site, lambda: kind.from_float(module))
@@ -765,8 +796,8 @@ def _fused_conv(site: Site, config: FusedConv) -> Candidate | str | None:
         return None
     if conv_class(module) is None:
         return _refuse_subclass(module)
-    if module.weight.device.type != "cpu":
-        return f"the weight is on {module.weight.device}, and the fused convolution runs on the CPU"
+    if (reason := _off(module.weight.device, "fused convolutions", on_gpu=False)) is not None:
+        return f"the weight is {reason}"
     if module.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weight is {module.weight.dtype}, and the fused convolution takes float32 and bfloat16"
 

@@ -128,7 +128,7 @@ def test_an_accelerated_model_is_bound(monkeypatch):
     monkeypatch.setattr(
         sys.modules["lamina.accelerate"],
         "_interleaved",
-        lambda before, after, seconds: (before(), after(), (2.0, 1.0))[2],
+        lambda before, after, seconds, stopwatch: (before(), after(), (2.0, 1.0))[2],
     )
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 6)
     fast = lamina.accelerate(model, (x,)).model

@@ -18,6 +18,11 @@ if not ON_GPU:
 from lamina import _C  # noqa: E402
 from lamina.ops.library import CUDA_IMPLEMENTATIONS  # noqa: E402
 
+if not ON_GPU:
+    from interpreter_repairs import repair
+
+    repair()
+
 
 def pytest_report_header(config):
     return f"GPU tests run on {torch.cuda.get_device_name() if ON_GPU else 'the CPU, by the interpreter of Triton'}"

@@ -7,6 +7,7 @@ with its own data; the cold variant does the opposite and empties the caches bef
 """
 
 import contextlib
+import functools
 import gc
 import math
 import statistics
@@ -16,8 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lamina.stopwatch import Stopwatch, on_cpu
+
 # Below this a sample is mostly the clock itself (reading it costs about 0.05 us), so shorter calls are timed in groups.
 SHORTEST_SAMPLE = 20e-6
+# Events of a GPU are good to about 1 us, and what lies between two kernels of one stream counts as time: more calls.
+SHORTEST_GPU_SAMPLE = 500e-6
 # A turn lasts about this long: far above a context switch, far below the seconds over which a machine drifts.
 TURN = 2e-3
 MAX_SAMPLES_A_TURN = 20
@@ -111,20 +116,26 @@ def measure(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch | None = None,
 ) -> dict[str, Timing]:
     """Time several callables against each other.
 
     Args:
-        contenders: name -> callable without arguments; the work must be done when it returns.
+        contenders: name -> callable without arguments; the work must be done when it returns, or be in the queue of
+            the GPU whose `stopwatch` it is.
         budget: seconds the timed rounds may take together; `min_rounds` are made whatever they cost.
         flush: called, untimed, before every timed call: the cold variant.
         between: called, untimed, before every turn: what watches the machine meanwhile.
         min_rounds, max_rounds: bounds on how often every contender gets its turn.
         clock: returns seconds; the tests put a false one here.
+        stopwatch: what times the calls, if not that clock: `lamina.stopwatch.OnGPU` for work on a GPU.
 
     Example: `measure({"eager": eager, "lamina": ours}, budget=0.5)["lamina"].q50` is seconds a call.
     """
-    plans = {name: _plan(call, cold=flush is not None, clock=clock) for name, call in contenders.items()}
+    shortest = SHORTEST_SAMPLE if stopwatch is None else SHORTEST_GPU_SAMPLE
+    timed = stopwatch or functools.partial(on_cpu, clock=clock)
+    cold = flush is not None
+    plans = {name: _plan(call, cold=cold, timed=timed, shortest=shortest) for name, call in contenders.items()}
     rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
     order = list(contenders)
     with _no_garbage_collection():
@@ -134,7 +145,7 @@ def measure(
             for name in order:
                 if between is not None:
                     between()
-                rounds[name].append(_turn(contenders[name], plans[name], flush, clock))
+                rounds[name].append(_turn(contenders[name], plans[name], flush, timed))
             order.reverse()
             now = clock()
             if done < min_rounds:
@@ -155,32 +166,25 @@ class _Plan:
     calls: int
 
 
-def _plan(call: Callable[[], object], *, cold: bool, clock: Callable[[], float]) -> _Plan:
+def _plan(call: Callable[[], object], *, cold: bool, timed: Stopwatch, shortest: float) -> _Plan:
     call()  # the first call ever may allocate, pack or compile
-    start = clock()
-    call()
-    once = max(clock() - start, 1e-9)
+    once = max(timed(call, 1), 1e-9)
     if cold:
         return _Plan(warm_calls=0, samples=1, calls=1)
-    calls = max(1, math.ceil(SHORTEST_SAMPLE / once))
+    calls = max(1, math.ceil(shortest / once))
     samples = max(1, min(MAX_SAMPLES_A_TURN, int(TURN / (once * calls))))
     warm_calls = max(1, min(WARM_CALLS, int(WARM_SECONDS / once))) if once < WARM_CALL_LIMIT else 0
     return _Plan(warm_calls, samples, calls)
 
 
-def _turn(
-    call: Callable[[], object], plan: _Plan, flush: Callable[[], None] | None, clock: Callable[[], float]
-) -> list[float]:
+def _turn(call: Callable[[], object], plan: _Plan, flush: Callable[[], None] | None, timed: Stopwatch) -> list[float]:
     for _ in range(plan.warm_calls):
         call()
     samples = []
     for _ in range(plan.samples):
         if flush is not None:
             flush()
-        start = clock()
-        for _ in range(plan.calls):
-            call()
-        samples.append((clock() - start) / plan.calls)
+        samples.append(timed(call, plan.calls))
     return samples
 
 

@@ -12,7 +12,9 @@ Nothing is made less precise unless asked for: float layers stay float. A model 
 projections in one call; between layers of `lamina.Int8Static` go int8 codes. options={"config": lamina.Int8Dynamic()}
 makes linear layers int8 while compiling and keeps the float weights too.
 
-Graphs that need gradients run as they were captured: call the model under torch.no_grad or torch.inference_mode.
+Graphs that need gradients run as they were captured: call the model under torch.no_grad or torch.inference_mode. So do
+graphs of tensors on a GPU, for which options={"fallback": "inductor"} or backend="inductor" is what makes them faster:
+lamina's ops are ops of the graph for both.
 """
 
 import logging
@@ -34,6 +36,8 @@ from lamina.compile.lower import Lowered, lower
 from lamina.configs import Config, FusedAttention, Int8Dynamic
 
 __all__ = ["CaptureError", "CompileReport", "GraphReport", "backend", "compile_", "explain", "uncompile_"]
+
+NOT_FOR_GPUS = "fusions and plans are for the CPU"
 
 _log = logging.getLogger(__name__)
 _OPTIONS = ("config", "fallback", "measure", "plan")
@@ -141,6 +145,8 @@ def _not_ours(example_inputs: list[Any]) -> str | None:
     tensors = [t for t in example_inputs if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "it needs gradients; run it under torch.no_grad or torch.inference_mode"
+    if on_gpu := next((t.device for t in tensors if t.is_cuda), None):
+        return f"its tensors are on {on_gpu}, and {NOT_FOR_GPUS}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast decides its dtypes call by call"
     return None

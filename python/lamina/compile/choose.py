@@ -4,7 +4,6 @@ A candidate replaces what is there only if it is clearly faster on tensors of th
 answer is kept by operation, shapes, dtypes, threads and instruction set for the life of the process.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from lamina import _C
+from lamina.stopwatch import in_turns
 
 # The first candidate is what stands there already: it stays unless another takes this share of its time or less.
 _CLEARLY = 0.97
@@ -38,18 +38,8 @@ def fastest(key: tuple, candidates: dict[str, Callable[[], Any]]) -> str:
 
 def best_times(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """The best time of each, called in turn for so long, but for a few rounds at least, after one call for nothing."""
-    best = dict.fromkeys(candidates, float("inf"))
     with torch.no_grad():
-        for run in candidates.values():
-            run()
-        end, rounds = time.perf_counter() + seconds, 0
-        while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-            for name, run in candidates.items():
-                start = time.perf_counter()
-                run()
-                best[name] = min(best[name], time.perf_counter() - start)
-            rounds += 1
-    return best
+        return {name: min(times) for name, times in in_turns(candidates, seconds, _MIN_ROUNDS).items()}
 
 
 def describe(args: Any) -> tuple:

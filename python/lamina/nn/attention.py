@@ -327,7 +327,7 @@ def nest(rows: Tensor, like: Tensor) -> Tensor:
 def _fuses(norm: nn.Module) -> bool:
     """Whether a norm may be computed with the sum before it: nobody else looks at it."""
     plain = type(norm) is nn.LayerNorm and not norm._forward_hooks and not norm._forward_pre_hooks
-    return plain and not torch.is_autocast_enabled("cpu")
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
 
 
 def _norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:

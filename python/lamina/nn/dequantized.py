@@ -37,8 +37,14 @@ class DequantizedWeight(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[], Tensor]) -> "DequantizedWeight":
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
+    def __new__(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        compute: Callable[[], Tensor],
+        device: torch.device | str = "cpu",
+    ) -> "DequantizedWeight":
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         weight._compute = compute
         return weight
 

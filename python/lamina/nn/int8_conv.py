@@ -17,6 +17,7 @@ from lamina.ops.int8_conv2d import (
     four_paddings,
     from_phases,
     int8_conv_transpose2d,
+    move_int8_conv_weight,
     pack_int8_conv_transpose_weight,
     pack_int8_conv_weight,
     traced_conv_weight,
@@ -93,8 +94,12 @@ class _Int8Conv(Int8Input):
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
+    def _moved(self, packed: PackedInt8ConvWeight, device: torch.device) -> PackedInt8ConvWeight:
+        return move_int8_conv_weight(packed, device)
+
     def _saved(self) -> tuple[Tensor, Tensor]:
-        return unpack_int8_conv_weight(self.packed_weight).reshape(self.weight_shape), self._scale.detach()
+        codes = unpack_int8_conv_weight(self._for_host()).reshape(self.weight_shape)
+        return codes.to(self._like.device), self._scale.detach()
 
     def _dequantize(self, traced: bool) -> Tensor:
         if traced:
@@ -255,8 +260,12 @@ class Int8ConvTranspose2d(_Int8Conv, nn.ConvTranspose2d):
     def weight_shape(self) -> tuple[int, ...]:
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
 
+    def _moved(self, packed: PackedInt8ConvTransposeWeight, device: torch.device) -> PackedInt8ConvTransposeWeight:
+        return packed._replace(conv=move_int8_conv_weight(packed.conv, device))
+
     def _saved(self) -> tuple[Tensor, Tensor]:
-        return unpack_int8_conv_transpose_weight(self.packed_weight)
+        codes, scale = unpack_int8_conv_transpose_weight(self._for_host())
+        return codes.to(self._like.device), scale.to(self._like.device)
 
     def _dequantize(self, traced: bool) -> Tensor:
         packed = self.packed_weight

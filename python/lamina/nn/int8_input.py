@@ -19,7 +19,7 @@ class Int8Input(PackedWeight):
         if out_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"{name}: out_dtype is {out_dtype}, but must be None, torch.float32 or torch.bfloat16")
         self.out_dtype = out_dtype
-        scale = None if input_scale is None else _input_scale(name, input_scale)
+        scale = None if input_scale is None else _input_scale(name, input_scale).to(self._scale.device)
         if scale is not None and self._scale.numel() and not (scale * self._scale).isfinite().all():
             raise ValueError(
                 f"{name}: input_scale {scale.item():g} times the largest weight scale {self._scale.max().item():g} is "
@@ -50,7 +50,9 @@ class Int8Input(PackedWeight):
         self._buffers["input_scale"] = None
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
         # Weight and static scale belong together: a checkpoint without one makes the layer dynamic.
-        self._buffers["input_scale"] = before if self._packed is packed else scale
+        if self._packed is packed:
+            scale = before
+        self._buffers["input_scale"] = None if scale is None else scale.to(self._packed.device)
 
 
 def _input_scale(layer: str, scale: Tensor | float) -> Tensor:

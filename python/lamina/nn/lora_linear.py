@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lamina.nn.linears import as_linear
 from lamina.nn.packed_linear import PackedLinear
+from lamina.nn.packed_weight import on_host
 
 
 class LoRALinear(nn.Module):
@@ -100,9 +101,9 @@ class LoRALinear(nn.Module):
             raise ValueError("LoRALinear: the update has NaN or infinity")
         if isinstance(self.base, PackedLinear):
             # Not base.weight, which is rounded to the model's dtype.
-            packed = self.base._pack(self.base._dequantize(False) + update, None)
-            self._unmerged = (self.base, self.base.packed_weight)
-            self.base._set_packed(packed)
+            packed = self.base._pack(on_host(self.base._dequantize(False) + update), None)
+            self._unmerged = (self.base, self.base._for_host())
+            self.base._place(packed)
         else:
             # A new Parameter: the old one may belong to an embedding as well, and is what unmerge puts back.
             self._unmerged = (self.base, (self.base.weight,))
@@ -118,7 +119,7 @@ class LoRALinear(nn.Module):
         if base is not self.base:
             raise RuntimeError("LoRALinear: the base was exchanged after merge(), so there is nothing to put back")
         if isinstance(base, PackedLinear):
-            base._set_packed(former)
+            base._place(former)
         else:
             (base.weight,) = former
         self._unmerged = None

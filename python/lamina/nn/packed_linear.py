@@ -12,6 +12,7 @@ from lamina.nn.packed_weight import PackedWeight
 from lamina.ops.int8_linear import (
     PackedInt8Weight,
     call_int8_linear,
+    move_int8_weight,
     pack_int8_weight,
     traced_weight,
     unpack_int8_weight,
@@ -69,8 +70,8 @@ class PackedLinear(PackedWeight, nn.Linear):
 class Int8PackedLinear(PackedLinear):
     """PackedLinear with int8 codes and one scale per output channel; saved as int8 [out, in] and float32 [out].
 
-    The class attributes are those of the packed weight's op: its type, (packed, in_features) -> codes, and the same as
-    the dequantized weight by an op that graphs can hold.
+    The class attributes are those of the packed weight's op: its type, (packed, in_features) -> codes, the same as the
+    dequantized weight by an op that graphs can hold, and (packed, in_features, device) -> packed for that device.
     """
 
     # .to(bfloat16) and .half() concern activations: in bfloat16 scales, outputs would lose three digits.
@@ -79,6 +80,7 @@ class Int8PackedLinear(PackedLinear):
     _packed_type: Callable[..., Any] = PackedInt8Weight
     _unpack = staticmethod(unpack_int8_weight)
     _trace = staticmethod(traced_weight)
+    _move = staticmethod(move_int8_weight)
 
     def _pack(self, weight: Tensor, scale: Tensor | None) -> Any:
         return pack_int8_weight(weight, scale)
@@ -87,8 +89,14 @@ class Int8PackedLinear(PackedLinear):
         for name, value in zip(("_packed", "_scale", "_compensation"), packed, strict=True):
             self.register_buffer(name, value, persistent=False)
 
+    def _moved(self, packed: Any, device: torch.device) -> Any:
+        return self._move(packed, self.in_features, device)
+
+    def _codes(self) -> Tensor:
+        return self._unpack(self._for_host(), self.in_features)
+
     def _saved(self) -> tuple[Tensor, Tensor]:
-        return self._unpack(self.packed_weight, self.in_features), self._scale.detach()
+        return self._codes().to(self._like.device), self._scale.detach()
 
     @property
     def packed_weight(self) -> Any:
@@ -97,7 +105,7 @@ class Int8PackedLinear(PackedLinear):
     def _dequantize(self, traced: bool) -> Tensor:
         if traced:
             return self._trace(self.packed_weight, self.in_features)
-        return dequantize_weight(self._unpack(self.packed_weight, self.in_features), self._scale)
+        return dequantize_weight(*self._saved())
 
 
 class DenseInt8Linear(Int8PackedLinear):
@@ -111,8 +119,9 @@ class DenseInt8Linear(Int8PackedLinear):
         inputs = self.in_features
         if inputs % 4 or rows.start % PANEL or (rows.stop % PANEL and rows.stop != self.out_features):
             return super().part(input, rows)
-        # Whole panels of the packed weight, which lie one behind the other.
-        data = self._packed[rows.start * inputs : (rows.stop + -rows.stop % 16) * inputs]
+        # Whole panels of the packed weight, which lie one behind the other; on a GPU its rows.
+        panels = slice(rows.start * inputs, (rows.stop + -rows.stop % 16) * inputs)
+        data = self._packed[rows if self._packed.ndim == 2 else panels]
         packed = PackedInt8Weight(data, self._scale[rows], self._compensation[rows.start : rows.stop + -rows.stop % 16])
         return self._multiply(input, packed, None if self.bias is None else self.bias[rows])
 

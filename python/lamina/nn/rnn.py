@@ -5,6 +5,7 @@ They are siblings of the torch classes, subclasses of nn.RNNBase: torch.compile 
 and breaks the graph there, subclasses included, while an op of lamina is one node of it.
 """
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -127,7 +128,8 @@ class LSTM(_FusedRNN):
 
     Every option of nn.LSTM is honoured: layers, directions, projections, batch_first, dropout, initial states, packed
     and unbatched input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32; what
-    it leaves to torch it says (`lamina.ops.lstm`). Each gate is within 3e-7 of the exact function of its float32 sum.
+    it leaves to torch it says (`lamina.ops.lstm`); on a GPU that is every call, which cuDNN computes. Each gate is
+    within 3e-7 of the exact function of its float32 sum.
 
     >>> layer = lamina.nn.LSTM.from_float(nn.LSTM(40, 256, num_layers=3)).eval()
     >>> output, (h_n, c_n) = layer(torch.randn(160, 1, 40))
@@ -159,7 +161,8 @@ class GRU(_FusedRNN):
 
     Every option of nn.GRU is honoured: layers, directions, batch_first, dropout, initial state, packed and unbatched
     input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32; what it leaves to
-    torch it says (`lamina.ops.gru`). Each gate is within 3e-7 of the exact function of its float32 sum.
+    torch it says (`lamina.ops.gru`); on a GPU that is every call, which cuDNN computes. Each gate is within 3e-7 of the
+    exact function of its float32 sum.
 
     >>> layer = lamina.nn.GRU.from_float(nn.GRU(40, 256, num_layers=3)).eval()
     >>> output, h_n = layer(torch.randn(160, 1, 40))
@@ -185,7 +188,8 @@ class RNN(_FusedRNN):
     `rnn_relu`.
 
     Every option of nn.RNN is honoured: nonlinearity, layers, directions, batch_first, dropout, initial state, packed
-    and unbatched input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32.
+    and unbatched input. The op computes float32 and bfloat16 on the CPU, with a gradient of its own for float32; on a
+    GPU torch's own (cuDNN) computes.
 
     >>> layer = lamina.nn.RNN.from_float(nn.RNN(40, 256, nonlinearity="relu")).eval()
     >>> output, h_n = layer(torch.randn(160, 1, 40))
@@ -297,6 +301,10 @@ class RNNCell(_Cell, nn.RNNCell):
         return op(x, states[0] if states else None, weights, self.bias)[1:]
 
 
+# Of int8 layers on GPUs: what their weights were, and the float layer that was made of them.
+_ON_GPU: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, nn.RNNBase]]" = weakref.WeakKeyDictionary()
+
+
 class _Int8RNN(_FusedRNN):
     """What Int8LSTM and Int8GRU share: frozen int8 weights under the names of the float ones, each with its scale.
 
@@ -363,9 +371,23 @@ class _Int8RNN(_FusedRNN):
         return layer.train(self.training)
 
     def _elsewhere(self, input: Tensor | PackedSequence, hx):
-        """Training (dropout, the straight-through gradient) and inputs that torch refuses in its own words."""
+        """Training (dropout, the straight-through gradient), GPUs, and inputs that torch refuses in its own words."""
         dtype = input.data.dtype
-        return self.dequantized(dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)(input, hx)
+        dtype = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+        if not self.weight_ih_l0.is_cuda:
+            return self.dequantized(dtype)(input, hx)
+        return self._on_gpu(dtype)(input, hx)
+
+    def _on_gpu(self, dtype: torch.dtype) -> nn.RNNBase:
+        """The layer that cuDNN runs, kept until a weight changes: with weights in one piece of memory, as it wants."""
+        # Beside the layer, not in it: no state_dict, copy or file shall hold the floats.
+        stamp = dtype, self.training, [(t.data_ptr(), t._version) for t in self._buffers.values()]
+        known = _ON_GPU.get(self)
+        if known is None or known[0] != stamp:
+            layer = self.dequantized(dtype)
+            layer.flatten_parameters()
+            known = _ON_GPU[self] = stamp, layer
+        return known[1]
 
     def _takes_dtype(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.float32, torch.bfloat16)
@@ -428,9 +450,9 @@ class Int8LSTM(_Int8RNN):
 
     Every matrix has one scale per row; each row of the input, and of the state at every step, is quantized on the fly;
     sums are exact, biases, gates and cells float32. The state_dict has the names of nn.LSTM, int8, and `<name>_scale`
-    for each matrix; a float state_dict is quantized when it is loaded. Where gradients are asked for, torch's layer
-    with the dequantized weights computes: the gradient for the input is the straight-through one, the weights do not
-    train.
+    for each matrix; a float state_dict is quantized when it is loaded. Where gradients are asked for, and on a GPU
+    (cuDNN), torch's layer with the dequantized weights computes: the gradient for the input is the straight-through
+    one, the weights do not train.
 
     >>> layer = lamina.nn.Int8LSTM.from_float(nn.LSTM(40, 256, num_layers=3)).eval()
     >>> output, (h_n, c_n) = layer(torch.randn(160, 1, 40))
@@ -451,9 +473,9 @@ class Int8GRU(_Int8RNN):
 
     Every matrix has one scale per row; each row of the input, and of the state at every step, is quantized on the fly;
     sums are exact, biases, gates and states float32. The state_dict has the names of nn.GRU, int8, and `<name>_scale`
-    for each matrix; a float state_dict is quantized when it is loaded. Where gradients are asked for, torch's layer
-    with the dequantized weights computes: the gradient for the input is the straight-through one, the weights do not
-    train.
+    for each matrix; a float state_dict is quantized when it is loaded. Where gradients are asked for, and on a GPU
+    (cuDNN), torch's layer with the dequantized weights computes: the gradient for the input is the straight-through
+    one, the weights do not train.
 
     >>> layer = lamina.nn.Int8GRU.from_float(nn.GRU(40, 256, num_layers=3)).eval()
     >>> output, h_n = layer(torch.randn(160, 1, 40))

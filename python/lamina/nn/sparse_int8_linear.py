@@ -10,10 +10,12 @@ from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     block_density,
     call_sparse_int8_linear,
+    move_sparse_int8_weight,
     pack_sparse_int8_weight,
     traced_sparse_int8_weight,
     unpack_sparse_int8_weight,
 )
+from lamina.ops.sparse_linear import sparse_kernel
 
 
 class SparseInt8Linear(Int8ProductLinear):
@@ -25,8 +27,10 @@ class SparseInt8Linear(Int8ProductLinear):
     `layer.weight` is the dequantized weight, computed when its values are used.
 
     Args as in nn.Linear, and
-        pattern: the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4" or "4x4". Sizes that
-            it does not divide are padded.
+        pattern: the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4", "4x4", "16x16",
+            "32x32" or "64x64". Sizes that it does not divide are padded. The CPU multiplies square blocks as the "4x4"
+            they are made of; a GPU multiplies those from 16 as they are, and the weight of any other pattern as a dense
+            one.
         activation, out_dtype: as in Int8Linear.
 
     Accuracy: that of Int8Linear: weights and activations have 8 bits with one scale per channel and row; sums are
@@ -82,7 +86,10 @@ class SparseInt8Linear(Int8ProductLinear):
     @property
     def density(self) -> float:
         """The share of blocks that are kept."""
-        return block_density(self._unpack(self.packed_weight, self.in_features), self.pattern)
+        return block_density(self._codes(), self.pattern)
+
+    def _moved(self, packed: PackedSparseInt8Weight, device: torch.device) -> PackedSparseInt8Weight:
+        return move_sparse_int8_weight(packed, self.in_features, device, self.pattern)
 
     def _pack(self, weight: Tensor, scale: Tensor | None) -> PackedSparseInt8Weight:
         return pack_sparse_int8_weight(weight, scale, pattern=self.pattern)
@@ -91,4 +98,6 @@ class SparseInt8Linear(Int8ProductLinear):
         return {**super().options(), "pattern": self.pattern}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.3g}"
+        words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.3g}"
+        device = self._like.device
+        return words if device.type == "cpu" else f"{words}, kernel={sparse_kernel(self.pattern, device)}"

@@ -26,8 +26,10 @@ class SparseLinear(SparseWeight, PackedLinear):
     Args as in nn.Linear, and
         activation: None, "relu", "relu6", "gelu", "gelu_tanh", "quick_gelu", "silu", "hardswish" or "tanh", applied
             inside the op.
-        pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1" or "4x1". Any shape holds any of
-            them: what a block has beyond the weight's edge counts as zeros.
+        pattern: output channels x inputs of a block: "unstructured" (1 x 1), "2x1", "4x1", "16x16", "32x32" or
+            "64x64"; or "2:4". Any shape holds any block: what it has beyond the weight's edge counts as zeros. The CPU
+            multiplies square blocks as the "4x1" they are made of, and 2:4 as "unstructured"; a GPU multiplies them as
+            they are, and the weight of any other pattern as a dense one.
 
     >>> lamina.prune.magnitude_(linear, sparsity=0.9, pattern="4x1")
     >>> layer = lamina.nn.SparseLinear.from_float(linear, pattern="4x1")
@@ -63,9 +65,10 @@ class SparseLinear(SparseWeight, PackedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], float32 or bfloat16."""
         # Straight to the op and past nn.Module.__getattr__, as in Int8Linear.
-        return call_sparse_linear(
-            input, self._buffers["_packed"], self._parameters["bias"], self.out_features, self._op_activation
-        )
+        buffers, bias = self._buffers, self._parameters["bias"]
+        if (index := buffers["_index"]) is None:
+            return call_sparse_linear(input, buffers["_packed"], bias, self.out_features, self._op_activation)
+        return call_sparse_linear(input, buffers["_packed"], bias, self.out_features, self._op_activation, index)
 
     @property
     def rows_shape(self) -> tuple[int, int]:

@@ -5,13 +5,16 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lamina.nn.packed_weight import PackedWeight
+from lamina.nn.packed_weight import PackedWeight, on_host
 from lamina.ops.sparse_linear import (
+    GPU_PATTERNS,
     PATTERNS,
     PackedSparseWeight,
     SparseInfo,
+    move_sparse_weight,
     pack_sparse_weight,
     sparse_info,
+    sparse_kernel,
     traced_sparse_weight,
     unpack_sparse_weight,
 )
@@ -25,8 +28,9 @@ class SparseWeight(PackedWeight):
     """
 
     def _set_pattern(self, pattern: str) -> None:
-        if pattern not in PATTERNS:
-            raise ValueError(f"{type(self).__name__}: pattern '{pattern}' is unknown; use one of {', '.join(PATTERNS)}")
+        known = *PATTERNS, *GPU_PATTERNS
+        if pattern not in known:
+            raise ValueError(f"{type(self).__name__}: pattern '{pattern}' is unknown; use one of {', '.join(known)}")
         self.pattern = pattern
 
     @property
@@ -55,36 +59,53 @@ class SparseWeight(PackedWeight):
 
     def _set_packed(self, packed: PackedSparseWeight) -> None:
         self.register_buffer("_packed", packed.data, persistent=False)
-        # A packed weight brings its own pattern.
-        self.pattern = self.sparse_info.pattern
+        self.register_buffer("_index", packed.index, persistent=False)
+
+    def _place(self, packed: PackedSparseWeight) -> None:
+        # A packed weight brings its own pattern; blocks that only GPUs have kernels for are packed in smaller ones.
+        own = sparse_info(packed.data).pattern
+        if GPU_PATTERNS.get(self.pattern, self.pattern) != own:
+            self.pattern = own
+        super()._place(packed)
+
+    def _moved(self, packed: PackedSparseWeight, device: torch.device) -> PackedSparseWeight:
+        return move_sparse_weight(packed, self.rows_shape[1], self.pattern, device)
 
     def pack_saved(self, weight: Tensor, scale: Tensor | None, name: str = "weight") -> PackedSparseWeight:
         if weight.is_floating_point():
             return super().pack_saved(weight, scale, name)
         try:
-            return self._pack(weight, None)
+            return self._pack(on_host(weight), None)
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None
 
     def _saved(self) -> tuple[Tensor, None]:
-        return self._packed.detach(), None
+        return self._for_host().data.detach().to(self._like.device), None
 
     def _dequantize(self, traced: bool) -> Tensor:
         if traced:
             return self._from_rows(traced_sparse_weight(self.packed_weight, self.rows_shape[1]))
-        return self._from_rows(unpack_sparse_weight(self.packed_weight)).to(torch.float32)
+        rows = unpack_sparse_weight(self._for_host()).to(self._like.device, torch.float32)
+        return self._from_rows(rows)
 
     @property
     def packed_weight(self) -> PackedSparseWeight:
-        return PackedSparseWeight(self._packed, self.rows_shape[0])
+        return PackedSparseWeight(self._packed, self.rows_shape[0], self._index)
 
     @property
     def sparse_info(self) -> SparseInfo:
         """Pattern, dtype, sizes and density of the packed weight."""
-        return sparse_info(self._packed)
+        return sparse_info(self._for_host().data)
 
     def options(self) -> dict[str, str | int | None]:
         return {**super().options(), "pattern": self.pattern}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
+        words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
+        device = self._like.device
+        if device.type == "cpu":
+            return words
+        kernel = sparse_kernel(self.pattern, device)
+        if self._index is None and not kernel.startswith("dense"):
+            kernel = "dense: no kernel for 2:4 takes it"
+        return f"{words}, kernel={kernel}"

@@ -10,6 +10,7 @@ from lamina.ops.int8_linear import PackedInt8Weight
 from lamina.ops.weight_only_linear import (
     PackedInt4Weight,
     call_weight_only_linear,
+    move_int4_weight,
     pack_int4_weight,
     traced_int4_weight,
     unpack_int4_weight,
@@ -119,8 +120,15 @@ class Int4WeightOnlyLinear(PackedLinear):
     def _set_packed(self, packed: PackedInt4Weight) -> None:
         self.register_buffer("_packed", packed.data, persistent=False)
 
+    def _moved(self, packed: PackedInt4Weight, device: torch.device) -> PackedInt4Weight:
+        return move_int4_weight(packed, self.in_features, device)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        codes, scale = unpack_int4_weight(self._for_host(), self.in_features)
+        return codes.to(self._like.device), scale.to(self._like.device)
+
     def _saved(self) -> tuple[Tensor, Tensor]:
-        codes, scale = unpack_int4_weight(self.packed_weight, self.in_features)
+        codes, scale = self._codes()
         return pack_nibbles(codes), scale
 
     @staticmethod
@@ -134,7 +142,7 @@ class Int4WeightOnlyLinear(PackedLinear):
     def _dequantize(self, traced: bool) -> Tensor:
         if traced:
             return traced_int4_weight(self.packed_weight, self.in_features)
-        return dequantize_weight_groups(*unpack_int4_weight(self.packed_weight, self.in_features), self.group_size)
+        return dequantize_weight_groups(*self._codes(), self.group_size)
 
     def options(self) -> dict[str, str | int | None]:
         return {**super().options(), "group_size": self.group_size}

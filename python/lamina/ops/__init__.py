@@ -54,6 +54,7 @@ from lamina.ops.softmax import softmax
 from lamina.ops.sparse_conv2d import pack_sparse_conv_weight, sparse_conv2d, unpack_sparse_conv_weight
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
+    move_sparse_int8_weight,
     pack_sparse_int8_weight,
     sparse_int8_linear,
     sparse_int8_linear_panels,
@@ -62,8 +63,10 @@ from lamina.ops.sparse_int8_linear import (
 from lamina.ops.sparse_linear import (
     PackedSparseWeight,
     SparseInfo,
+    move_sparse_weight,
     pack_sparse_weight,
     sparse_info,
+    sparse_kernel,
     sparse_linear,
     unpack_sparse_weight,
 )
@@ -125,6 +128,8 @@ __all__ = [
     "move_int4_weight",
     "move_int8_conv_weight",
     "move_int8_weight",
+    "move_sparse_int8_weight",
+    "move_sparse_weight",
     "pack_int4_weight",
     "pack_int8_conv_transpose_weight",
     "pack_int8_conv_weight",
@@ -146,6 +151,7 @@ __all__ = [
     "sparse_info",
     "sparse_int8_linear",
     "sparse_int8_linear_panels",
+    "sparse_kernel",
     "sparse_linear",
     "token_panels",
     "token_rows",

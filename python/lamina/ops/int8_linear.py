@@ -113,19 +113,18 @@ def plain_int8_weight(codes: Tensor, scale: Tensor) -> PackedInt8Weight:
 
 
 def move_int8_weight(packed: PackedInt8Weight, in_features: int, device: torch.device | str) -> PackedInt8Weight:
-    """A packed weight [N, in_features] on another device, in the layout that its kernels read; itself if it is there.
+    """A packed weight on `device`, in the form that the kernels there read: on a GPU the codes [N, in_features].
 
-    >>> packed = lamina.ops.move_int8_weight(packed, 768, "cuda")
+    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
+
+    >>> packed = lamina.ops.move_int8_weight(packed, linear.in_features, "cuda")
     """
-    device = torch.device(device)
-    if packed.data.device == device:
-        return packed
-    if device.type == "cpu":
+    device, plain = torch.device(device), packed.data.ndim == 2
+    if device.type == "cpu" and plain:
         return pack_int8_weight(unpack_int8_weight(packed, in_features).cpu(), packed.scale.cpu())
-    if packed.data.ndim == 2:
-        return PackedInt8Weight(*(t.to(device) for t in packed))
-    codes = unpack_int8_weight(packed, in_features).to(device)
-    return PackedInt8Weight(codes, packed.scale.to(device), codes.new_empty(0, dtype=torch.int32))
+    if device.type == "cuda" and not plain:
+        packed = plain_int8_weight(unpack_int8_weight(packed, in_features), packed.scale)
+    return PackedInt8Weight(*(t.to(device) for t in packed))
 
 
 def int8_output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -396,6 +395,18 @@ def int8_product(
     launch(codes, x_scale, weight, w_scale, bias, activation, residual, out_scale, out)
 
 
+def gpu_codes(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows [M, K] on a GPU as int8 codes with adjacent columns, and their scale, [] or [M]."""
+    if x.dtype is torch.int8:
+        return x if x.stride(1) == 1 else x.contiguous(), x_scale
+    from lamina.kernels.quantize_rows import quantize_rows as quantize
+
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    quantize(x, x_scale, codes, scales)
+    return codes, scales
+
+
 def _cuda_kernel(
     x: Tensor,
     data: Tensor,
@@ -416,15 +427,7 @@ def _cuda_kernel(
     if data.shape[1] != x.shape[1]:
         raise ValueError(f"int8_linear: x has {x.shape[1]} features, but packed_weight was packed for {data.shape[1]}")
     check_gpu_operands("int8_linear", x, data.shape[0], scale, bias, activation, residual, x_scale, out_scale, out)
-    if x.dtype is torch.int8:
-        codes = x if x.stride(1) == 1 else x.contiguous()
-    else:
-        from lamina.kernels.quantize_rows import quantize_rows as quantize
-
-        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-        scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        quantize(x, x_scale, codes, scales)
-        x_scale = scales
+    codes, x_scale = gpu_codes(x, x_scale)
     bias = None if bias is None else bias.contiguous()
     int8_product(codes, x_scale, data, scale, bias, activation, residual, out_scale, out)
 

@@ -28,6 +28,22 @@ def _cpu(
     return rnn.run(_CELL, _C.int8_lstm, input, batch_sizes, (h_0, c_0), weights, *options)
 
 
+def _cuda(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (has_biases, num_layers, bidirectional, batch_first, scales)
+    return rnn.run_float(_CELL, input, batch_sizes, (h_0, c_0), weights, *options)
+
+
 def _fake(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -49,6 +65,7 @@ _op = define(
     "bool has_biases, int num_layers, bool bidirectional, bool batch_first) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 
 
@@ -68,7 +85,8 @@ def int8_lstm(
 
     Every matrix has one scale per row. Each row of the input, and of the state at every step, is quantized
     symmetrically (`quantize_rows`), products are summed exactly in int32; biases, gates and cells stay float32. A row
-    that holds NaN gives NaN. There is no gradient.
+    that holds NaN gives NaN. There is no gradient. On a GPU torch's float op (cuDNN) computes with the dequantized
+    weights, and nothing else is quantized.
 
     Args:
         input: [T, B, I], [B, T, I] if batch_first, or packed [N, I] with batch_sizes; float32 or bfloat16, T >= 1.

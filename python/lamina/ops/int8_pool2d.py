@@ -221,7 +221,8 @@ def int8_pool2d(
     """Pooling of int8 codes: the largest code of each window and channel, or the mean.
 
     Sums are exact in int32, and multiplied once, in float32, by x_scale / out_scale / divisor. Codes are rounded half
-    to even and clamped to [-127, 127]; all results are the same bits on every instruction set.
+    to even and clamped to [-127, 127]; all results are the same bits on every instruction set, and on a GPU, where
+    the op is composed of torch's.
 
     Args:
         x: [images, channels, height, width] or [channels, height, width], int8; best in torch.channels_last.

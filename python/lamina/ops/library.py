@@ -25,7 +25,7 @@ def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None 
     """Define `lamina::<schema>` with its implementations; returns the function to call.
 
     It takes all arguments of the schema, by position. `cuda` imports `lamina.kernels.<op>` when it is called, not
-    before: Triton is not a dependency, and importing lamina must not load it.
+    before: Triton is not a dependency, and importing lamina must not load it. Without it a tensor on a GPU is refused.
 
     The name may be that of an overload ("layer_norm.with_sum"): one op, several results.
 
@@ -38,8 +38,8 @@ def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None 
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.lamina, packet), overload or "default")
     CPU_IMPLEMENTATIONS[op] = cpu
+    LIBRARY.impl(name, cuda or _refusal(name), "CUDA")
     if cuda is not None:
-        LIBRARY.impl(name, cuda, "CUDA")
         CUDA_IMPLEMENTATIONS[name] = cuda
 
     def call(*arguments):
@@ -48,6 +48,13 @@ def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None 
         return op(*arguments)
 
     return call
+
+
+def _refusal(name: str) -> Callable:
+    def refuse(*arguments):
+        raise NotImplementedError(f"{name}: it runs on the CPU, but one of its tensors is on a GPU")
+
+    return refuse
 
 
 class Override:

@@ -4,17 +4,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lamina import _C
 from lamina.ops.int8_linear import ACTIVATIONS, bias_gradient
 from lamina.ops.library import define
+from lamina.reference.int8_linear import ACTIVATIONS as FORWARD
 
 
 class PackedLinearWeight(NamedTuple):
     """A float32 weight [N, K] in the order the kernels read it. One layout serves every instruction set.
 
     data: float32 [N rounded up to 16, K], as many floats in another order: panels of 64 output channels, [K][channels];
-    out_features: N.
+    on a GPU the weight itself, [N, K]. out_features: N.
     """
 
     data: Tensor
@@ -24,16 +26,20 @@ class PackedLinearWeight(NamedTuple):
 def pack_linear_weight(weight: Tensor) -> PackedLinearWeight:
     """Pack a weight [N, K] for `linear`: a copy of its size.
 
-    weight: float32 on the CPU, any strides; NaN and infinity are values like others. Raises ValueError for other
-    dtypes, shapes and devices.
+    weight: float32 on the CPU, or on a GPU, whose tensors torch's own product then takes; any strides; NaN and infinity
+    are values like others. Raises ValueError for other dtypes, shapes and devices.
 
     >>> packed = lamina.ops.pack_linear_weight(linear.weight)
     """
     if weight.ndim != 2:
         raise ValueError(f"pack_linear_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
+    n, k = weight.shape
+    if weight.is_cuda:
+        if weight.dtype is not torch.float32:
+            raise ValueError(f"pack_linear_weight: weight is {weight.dtype}, but must be torch.float32")
+        return PackedLinearWeight(weight.detach().clone(memory_format=torch.contiguous_format), n)
     if weight.device.type != "cpu":
         raise ValueError(f"pack_linear_weight: weight is on {weight.device}, but lamina's linear layers run on the CPU")
-    n, k = weight.shape
     data = torch.empty((n + 15) // 16 * 16, k)
     _C.linear_pack(weight.detach(), data)
     return PackedLinearWeight(data, n)
@@ -41,6 +47,8 @@ def pack_linear_weight(weight: Tensor) -> PackedLinearWeight:
 
 def unpack_linear_weight(packed: PackedLinearWeight) -> Tensor:
     """The weight [N, K], the same bits that were packed; `pack_linear_weight` is the inverse."""
+    if packed.data.is_cuda:
+        return packed.data.clone()
     weight = torch.empty(packed.out_features, packed.data.shape[1])
     _C.linear_unpack(packed.data, weight)
     return weight
@@ -71,6 +79,22 @@ def _cpu(
     return out
 
 
+def _cuda(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    if activation not in FORWARD:
+        raise ValueError(f"linear: activation '{activation}' is unknown; use one of {', '.join(FORWARD)}")
+    y = F.linear(x.float(), data, None if bias is None else bias.float())
+    if residual is not None:
+        y = y + _residual_like(y, residual)
+    return FORWARD[activation](y).to(x.dtype)
+
+
 def _residual_like(out: Tensor, residual: Tensor) -> Tensor:
     """The residual with contiguous rows."""
     if residual.shape != out.shape:
@@ -97,6 +121,7 @@ _op = define(
     "linear(Tensor x, Tensor data, Tensor? bias, int out_features, str activation, Tensor? residual=None) -> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 
 
@@ -108,7 +133,12 @@ def _backward_fake(grad: Tensor, data: Tensor) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], data.shape[1])
 
 
-_backward_op = define("linear_backward(Tensor grad, Tensor data) -> Tensor", cpu=_backward_cpu, fake=_backward_fake)
+_backward_op = define(
+    "linear_backward(Tensor grad, Tensor data) -> Tensor",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    cuda=lambda grad, data: grad @ data.to(grad.dtype),
+)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -148,7 +178,7 @@ def linear(
     Sums are float32, also of bfloat16 inputs, made of partial sums over 128 inputs, which gives about the rounding
     error of torch's own; residual and activation follow in float32 and the result is rounded once. The same inputs give
     the same bits for every number of threads and whatever other rows are in the call. The gradient for x, bias and
-    residual is that of the plain layer; the weight does not train.
+    residual is that of the plain layer; the weight does not train. On a GPU torch's own product computes it.
 
     Args:
         x: [..., K] float32 or bfloat16, any strides.

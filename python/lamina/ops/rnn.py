@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lamina import _C
 from lamina.ops.library import LIBRARY, define
 from lamina.ops.packed_cache import PackedCache
+from lamina.quant.weights import dequantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -249,6 +250,26 @@ def _plain(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
+def run_float(
+    cell: Cell,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    scales: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The CUDA implementation of a recurrent op with int8 weights: torch's float op, with what the codes mean."""
+    check_inputs(cell.op, input, batch_sizes, weights, states, scales)
+    remaining = iter(scales)
+    floats = [(dequantize_weight(w, next(remaining)) if w.ndim == 2 else w).to(input.dtype) for w in weights]
+    options = (has_biases, num_layers, bidirectional, batch_first)
+    return _torch_op(cell, input, batch_sizes, states, floats, *options, 0.0)
+
+
 def fake(
     cell: Cell,
     input: Tensor,
@@ -441,7 +462,7 @@ def call(
     batch_first: bool,
     dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """The op where it can run, torch's own elsewhere (other devices and dtypes, autocast); with a gradient if asked."""
+    """The op where it can run, torch's own elsewhere (GPUs, other dtypes, autocast); with a gradient if asked."""
     tensors = (input, *states, *weights)
     dtype, gradient, plain = input.dtype, False, True
     for t in tensors:
@@ -470,7 +491,24 @@ def call(
                 x = F.dropout(x, dropout)
         output = x.transpose(0, 1) if batch_first and batch_sizes is None else x
         return output, *(torch.cat(ends) for ends in zip(*last, strict=True))
+    options = (has_biases, num_layers, bidirectional, batch_first)
+    return _torch_op(cell, input, batch_sizes, states, weights, *options, dropout)
+
+
+def _torch_op(
+    cell: Cell,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+) -> tuple[Tensor, ...]:
     if any(state is None for state in states):
+        directions = 2 if bidirectional else 1
         sizes = sizes_of(cell.op, cell.gates, input.shape[-1], weights, has_biases, num_layers, directions)
         batch = int(batch_sizes[0]) if batch_sizes is not None else _batch(input, None, states, batch_first)
         widths = (sizes.state, sizes.hidden)[: cell.states]

@@ -11,6 +11,7 @@ from lamina.ops.int8_conv2d import four_paddings
 from lamina.ops.int8_linear import ACTIVATIONS
 from lamina.ops.library import define
 from lamina.ops.sparse_linear import PackedSparseWeight, pack_sparse_weight, traced_sparse_weight, unpack_sparse_weight
+from lamina.reference.int8_linear import ACTIVATIONS as FORWARD
 
 
 def pack_sparse_conv_weight(weight: Tensor, pattern: str = "unstructured") -> PackedSparseWeight:
@@ -74,6 +75,26 @@ def _cpu(
     return out
 
 
+def _cuda(
+    x: Tensor, data: Tensor, bias: Tensor | None, out_channels: int, geometry: Sequence[int], activation: str
+) -> Tensor:
+    kh, kw, sh, sw, dh, dw, top, bottom, left, right = geometry
+    if data.ndim != 2:
+        raise ValueError("sparse_conv2d: packed_weight has the layout of the CPU, but x is on a GPU; move it there")
+    if activation not in FORWARD:
+        raise ValueError(f"sparse_conv2d: activation '{activation}' is unknown; use one of {', '.join(FORWARD)}")
+    weight = from_window_rows(data, (kh, kw)).to(x.dtype)
+    if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1]:
+        raise ValueError(
+            f"sparse_conv2d: x has shape {list(x.shape)}, but must be [B, {weight.shape[1]}, H, W] or "
+            f"[{weight.shape[1]}, H, W]"
+        )
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, (sh, sw), 0, (dh, dw))
+    y = FORWARD[activation](y)
+    return y if y.ndim == 3 else y.contiguous(memory_format=torch.channels_last)
+
+
 def _fake(
     x: Tensor, data: Tensor, bias: Tensor | None, out_channels: int, geometry: Sequence[int], activation: str
 ) -> Tensor:
@@ -88,6 +109,7 @@ _op = define(
     "sparse_conv2d(Tensor x, Tensor data, Tensor? bias, int out_channels, int[] geometry, str activation) -> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 
 
@@ -154,6 +176,7 @@ def sparse_conv2d(
     Each output pixel is a row of `sparse_linear` over the window it sees; panels of windows are gathered as they are
     multiplied. Sums are float32; zeros that are not stored multiply nothing. Outputs are channels_last; inputs that are
     too are read as they lie. The gradient for x and bias is that of the dense convolution; the weight does not train.
+    On a GPU torch's dense convolution computes it.
 
     Args:
         x: [B, C, H, W] or [C, H, W], float32 or bfloat16.
@@ -172,5 +195,5 @@ def sparse_conv2d(
     """
     kernel, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
     geometry = (*kernel, *stride, *dilation, *four_paddings(padding, kernel, stride, dilation))
-    data, out_channels = packed_weight
+    data, out_channels = packed_weight.data, packed_weight.out_features
     return call_sparse_conv2d(x, data, bias, out_channels, geometry, activation or "none")

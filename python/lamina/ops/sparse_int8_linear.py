@@ -6,13 +6,23 @@ import torch
 from torch import Tensor
 
 from lamina import _C
-from lamina.ops.int8_linear import define_int8_product
+from lamina.ops.int8_linear import (
+    check_gpu_operands,
+    define_int8_product,
+    gpu_codes,
+    int8_product,
+    plain_int8_weight,
+)
 from lamina.ops.library import define
+from lamina.ops.sparse_blocks import BLOCKS, join, pack_blocks, split, unpack_blocks
 from lamina.ops.token_panels import PANEL, new_codes
 from lamina.quant.weights import quantize_weight
 
-# Output channels x inputs of a block.
+# Output channels x inputs of a block that the CPU's kernels know.
 PATTERNS = ("1x4", "2x4", "4x4")
+
+# Patterns that GPUs have kernels for, and what the CPU packs them as.
+GPU_PATTERNS = dict.fromkeys(BLOCKS, "4x4")
 
 # Where the header of packed data names the pattern (SparseHeader in csrc/ops/sparse_format.h).
 _PATTERN = slice(24, 40)
@@ -20,14 +30,20 @@ _PATTERN = slice(24, 40)
 # The share of blocks with a nonzero above which int8_linear with the dense weight is as fast, measured with VNNI at 16
 # to 128 rows of 3072 inputs and 768 outputs. For one row, which dense weights are only read for, it is 0.1, 0.2 and
 # 0.45.
-BREAK_EVEN_DENSITY = {"1x4": 0.35, "2x4": 0.55, "4x4": 0.7}
+BREAK_EVEN_DENSITY = {"1x4": 0.35, "2x4": 0.55, "4x4": 0.7, **dict.fromkeys(BLOCKS, 0.7)}
 
 
 class PackedSparseInt8Weight(NamedTuple):
-    """A block-sparse int8 weight [N, K] in the order the kernels read it. One layout serves every instruction set.
+    """A block-sparse int8 weight [N, K] as the kernels of a device read it; `move_sparse_int8_weight` makes that of
+    another device.
 
-    data: uint8 [packed bytes], which starts with a header that names version, pattern and sizes; scale: float32 [N],
-    weight = code * scale; compensation: int32 [N rounded up to 16].
+    scale: float32 [N], weight = code * scale. On the CPU, where one layout serves every instruction set, data is uint8
+    [packed bytes], which start with a header that names version, pattern and sizes; compensation: int32 [N rounded up
+    to 16]. On a GPU compensation is empty, and data is int8:
+
+        blocks   [S + index, b, b]: those of b x b codes that hold a nonzero, row by row, and behind them an int32 index
+                 of their places (see kernels/sparse_linear.py); compensation [0, K].
+        dense    [N, K], of patterns that GPUs have no kernel for, as `int8_linear` takes it.
     """
 
     data: Tensor
@@ -41,20 +57,27 @@ def pack_sparse_int8_weight(
     """Pack a weight [N, K] for `sparse_int8_linear`.
 
     `weight` is floating point and quantized per output channel here (symmetric, [-127, 127]), or int8 with its `scale`
-    [N]. `pattern` is the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4" or "4x4". Any
-    weight can be packed: a block is stored if any of its codes is not zero, and sizes that blocks do not divide are
-    padded. A weight without zero blocks takes 13% to 50% more than `pack_int8_weight` makes of it and is slower.
+    [N]. `pattern` is the block that is kept or dropped whole, output channels x inputs: "1x4", "2x4", "4x4", "16x16",
+    "32x32" or "64x64". Any weight can be packed: a block is stored if any of its codes is not zero, and sizes that
+    blocks do not divide are padded. A weight without zero blocks takes 13% to 50% more than `pack_int8_weight` makes of
+    it and is slower.
+
+    The CPU has kernels for the first three patterns, and packs the square blocks, which are made of such, as "4x4". A
+    GPU has kernels for the square blocks from 16, and keeps a weight of the others dense.
 
     Raises ValueError for another pattern, NaN or infinite values or scales, and codes of -128.
 
     >>> packed = lamina.ops.pack_sparse_int8_weight(linear.weight, pattern="4x4")
     """
-    if pattern not in PATTERNS:
-        raise ValueError(f"pack_sparse_int8_weight: pattern '{pattern}' is unknown; use {', '.join(PATTERNS)}")
+    known = *PATTERNS, *GPU_PATTERNS
+    if pattern not in known:
+        raise ValueError(f"pack_sparse_int8_weight: pattern '{pattern}' is unknown; use {', '.join(known)}")
     if weight.ndim != 2:
         raise ValueError(f"pack_sparse_int8_weight: weight has shape {list(weight.shape)}, but must be [N, K]")
-    if weight.device.type != "cpu":
-        raise ValueError(f"pack_sparse_int8_weight: weight is on {weight.device}, but int8 kernels run on the CPU")
+    if weight.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"pack_sparse_int8_weight: weight is on {weight.device}, but int8 kernels run on the CPU and on NVIDIA GPUs"
+        )
     if weight.is_floating_point():
         if scale is not None:
             raise ValueError(
@@ -63,6 +86,9 @@ def pack_sparse_int8_weight(
         weight, scale = quantize_weight(weight.detach())
     elif scale is None:
         raise ValueError("pack_sparse_int8_weight: an int8 weight needs its scale")
+    if weight.device.type == "cuda":
+        return pack_gpu_sparse_int8_weight(weight, scale, pattern)
+    pattern = GPU_PATTERNS.get(pattern, pattern)
     codes = weight.contiguous()
     packed = PackedSparseInt8Weight(
         data=torch.empty(_C.sparse_int8_linear_packed_size(codes, pattern), dtype=torch.uint8),
@@ -73,15 +99,40 @@ def pack_sparse_int8_weight(
     return packed
 
 
+def pack_gpu_sparse_int8_weight(codes: Tensor, scale: Tensor, pattern: str) -> PackedSparseInt8Weight:
+    """int8 codes [N, K] and their scale [N] in the layout of GPUs, on whatever device they are."""
+    data, scale, nothing = plain_int8_weight(codes, scale)
+    if pattern in BLOCKS:
+        data = join(*pack_blocks(data, BLOCKS[pattern]))
+        nothing = nothing.view(0, codes.shape[1])  # whose shape tells what that of the blocks does not
+    return PackedSparseInt8Weight(data, scale, nothing)
+
+
+def move_sparse_int8_weight(
+    packed: PackedSparseInt8Weight, in_features: int, device: torch.device | str, pattern: str = "4x4"
+) -> PackedSparseInt8Weight:
+    """A packed weight [N, in_features] in the layout of `device`, on that device; `pattern` as it was packed with.
+
+    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
+
+    >>> packed = lamina.ops.move_sparse_int8_weight(packed, linear.in_features, "cuda", "64x64")
+    """
+    device = torch.device(device)
+    on_gpu = packed.data.dtype is not torch.uint8
+    if on_gpu == (device.type == "cuda") or device.type not in ("cpu", "cuda"):
+        return PackedSparseInt8Weight(*(t.to(device) for t in packed))
+    codes = unpack_sparse_int8_weight(packed, in_features).to(device)
+    return pack_sparse_int8_weight(codes, packed.scale.to(device), pattern=pattern)
+
+
 def unpack_sparse_int8_weight(packed: PackedSparseInt8Weight, in_features: int) -> Tensor:
-    """The int8 codes [N, in_features] of a packed weight, zeros included.
+    """The int8 codes [N, in_features] of a packed weight, zeros included, on its device.
 
     `pack_sparse_int8_weight(codes, packed.scale, pattern=...)` is the inverse. Raises FormatError, a ValueError, if
     `packed.data` is foreign, damaged or from another version.
     """
-    weight = torch.empty(packed.scale.shape[0], in_features, dtype=torch.int8)
-    _C.sparse_int8_linear_unpack(packed.data, weight)
-    return weight
+    _check_features(packed.data, packed.compensation, in_features)
+    return _unpack(packed.data, packed.scale, in_features)
 
 
 def packed_pattern(data: Tensor) -> str:
@@ -106,11 +157,67 @@ def block_density(weight: Tensor, pattern: str) -> float:
 
 
 def _unpack(data: Tensor, scale: Tensor, in_features: int) -> Tensor:
-    return unpack_sparse_int8_weight(PackedSparseInt8Weight(data, scale, data), in_features)
+    n = scale.shape[0]
+    if data.dtype is torch.int8:
+        values, index = _gpu_blocks(data, n, in_features)
+        return values.clone() if index is None else unpack_blocks(values, index, n, in_features)
+    weight = torch.empty(n, in_features, dtype=torch.int8)
+    _C.sparse_int8_linear_unpack(data, weight)
+    return weight
+
+
+def _gpu_blocks(data: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor | None]:
+    """Blocks and their index, or a dense weight and None, of what must be a weight of that size in the layout of
+    GPUs."""
+    shape = out_features, in_features
+    if data.dtype is torch.int8 and data.shape == shape:
+        return data, None
+    if data.dtype is torch.int8 and data.ndim == 3 and data.shape[1] == data.shape[2] in BLOCKS.values():
+        parts = split(data, *shape)
+        if parts is not None:
+            return parts
+    raise ValueError(
+        f"sparse_int8_linear: packed_weight.data is {str(data.dtype).removeprefix('torch.')} {list(data.shape)}, which "
+        f"is no weight {list(shape)} in the layout of GPUs; use move_sparse_int8_weight"
+    )
+
+
+def _check_features(data: Tensor, compensation: Tensor, in_features: int) -> None:
+    if data.ndim == 3 and compensation.shape != (0, in_features):
+        raise ValueError(
+            f"sparse_int8_linear: x has {in_features} features, but packed_weight was packed for "
+            f"{compensation.shape[-1]}"
+        )
+
+
+def _cuda_kernel(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    compensation: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    n = scale.shape[0]
+    _check_features(data, compensation, x.shape[1])
+    values, index = _gpu_blocks(data, n, x.shape[1])
+    check_gpu_operands("sparse_int8_linear", x, n, scale, bias, activation, residual, x_scale, out_scale, out)
+    codes, x_scale = gpu_codes(x, x_scale)
+    bias = None if bias is None else bias.contiguous()
+    if index is None:
+        int8_product(codes, x_scale, values, scale, bias, activation, residual, out_scale, out)
+        return
+    from lamina.kernels.sparse_int8_linear import sparse_int8_linear as launch
+
+    launch(codes, x_scale, values, index, scale, bias, activation, residual, out_scale, out)
 
 
 call_sparse_int8_linear, traced_sparse_int8_weight = define_int8_product(
-    "sparse_int8_linear", _C.sparse_int8_linear, _unpack
+    "sparse_int8_linear", _C.sparse_int8_linear, _unpack, _cuda_kernel
 )
 
 

@@ -34,9 +34,9 @@ def magnitude_(
             Conv1D. Biases, norms and embeddings stay.
         sparsity: share of the weights that become zero, 0 to 1; or a policy `{fqn or "re:pattern": share, "_default":
             share}` by the layer's name, which leaves layers alone that it does not name.
-        pattern: "unstructured"; "2x1", "4x1", "1x4", "2x4", "4x4": blocks of so many output channels x input channels
-            (of one kernel position), where what the edge cuts off is a block too; "2:4": two of four neighbouring
-            inputs, at sparsity 0.5 only.
+        pattern: "unstructured"; "2x1", "4x1", "1x4", "2x4", "4x4", and for GPUs "16x16", "32x32", "64x64": blocks of so
+            many output channels x input channels (of one kernel position), where what the edge cuts off is a block
+            too; "2:4": two of four neighbouring inputs, at sparsity 0.5 only.
         scope: "layer": every layer to the same sparsity; "global": the blocks of all layers compete, and layers of
             small weights lose more; "lamp": they compete by their share of what their layer has left ("Layer-adaptive
             Sparsity for the Magnitude-based Pruning", Lee et al. 2021, arXiv:2010.07611), which spares small and

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PATTERNS = ("unstructured", "2x1", "4x1", "1x4", "2x4", "4x4", "2:4")
+PATTERNS = ("unstructured", "2x1", "4x1", "1x4", "2x4", "4x4", "16x16", "32x32", "64x64", "2:4")
 
 
 @dataclass(frozen=True)
