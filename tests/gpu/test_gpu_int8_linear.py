@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from interpreter_repairs import repair
 from tolerances import assert_activation, assert_exact, assert_lossy, assert_rounded
 
 from lamina.ops import (
@@ -16,8 +15,6 @@ from lamina.ops import (
 from lamina.ops.int8_linear import int8_product, plain_int8_weight
 from lamina.ops.library import CPU_IMPLEMENTATIONS
 from lamina.reference.int8_linear import ACTIVATIONS
-
-repair()
 
 BF16 = torch.bfloat16
 EXACT = ["none", "relu", "relu6"]
@@ -187,10 +184,8 @@ def test_layouts_move_between_devices(device):
     assert_exact(unpack_int8_weight(plain, 13).cpu(), unpack_int8_weight(packed, 13))
     back = pack_int8_weight(unpack_int8_weight(plain, 13).cpu(), plain.scale.cpu())
     assert_exact(tuple(back), tuple(packed))
-    assert move_int8_weight(packed, 13, "cpu") is packed
-    meta = move_int8_weight(packed, 13, "meta")
-    assert meta.data.shape == (19, 13)
-    assert meta.scale.shape == (19,)
+    assert move_int8_weight(packed, 13, "cpu").data is packed.data
+    assert move_int8_weight(packed, 13, "meta").data.shape == packed.data.shape
     if device == "cuda":
         moved = move_int8_weight(packed, 13, device)
         assert_exact(tuple(moved), tuple(plain))

@@ -3,14 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter_repairs import repair
 from tolerances import assert_composite, assert_exact
 
 from lamina.ops import layer_norm, layer_norm_codes
 from lamina.reference.layer_norm import layer_norm as reference
 from lamina.reference.quantize_rows import quantize_rows
-
-repair()
 
 ON_GPU = torch.cuda.is_available()
 FLOATS = [torch.float32, torch.bfloat16]

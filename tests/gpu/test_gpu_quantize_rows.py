@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from interpreter_repairs import repair
 from tolerances import assert_exact
 
 from lamina.ops import quantize_rows
 from lamina.reference.quantize_rows import quantize_rows as reference
-
-repair()
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

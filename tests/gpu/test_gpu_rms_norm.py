@@ -3,14 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter_repairs import repair
 from tolerances import assert_composite, assert_exact
 
 from lamina.ops import rms_norm, rms_norm_codes
 from lamina.reference.quantize_rows import quantize_rows
 from lamina.reference.rms_norm import rms_norm as reference
-
-repair()
 
 ON_GPU = torch.cuda.is_available()
 FLOATS = [torch.float32, torch.bfloat16]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from interpreter_repairs import repair
 from tolerances import ACTIVATION_SLOPE, activation_error, assert_exact, assert_sum
 
 from lamina.ops import (
@@ -20,8 +19,6 @@ from lamina.quant.weights import quantize_weight_groups
 from lamina.reference.int8_linear import ACTIVATIONS
 from lamina.reference.weight_only_linear import dequantize
 from lamina.reference.weight_only_linear import weight_only_linear as reference
-
-repair()
 
 BF16 = torch.bfloat16
 FORMATS = pytest.mark.parametrize("group", [0, 32, 128], ids=["int8", "int4", "int4 in groups of 128"])
@@ -165,8 +162,8 @@ def test_int4_layouts_move_between_devices(device, k, group):
     codes, scale = unpack_int4_weight(packed, k)
     plain = plain_int4_weight(codes, scale, group)
     assert_exact(plain_int4_codes(plain, k), (codes, scale))
-    assert move_int4_weight(packed, k, "cpu") is packed
-    assert move_int4_weight(packed, k, "meta").data.shape == plain.data.shape
+    assert move_int4_weight(packed, k, "cpu").data is packed.data
+    assert move_int4_weight(packed, k, "meta").data.shape == packed.data.shape
     on_gpu = plain._replace(data=plain.data.to(device))
     assert torch.equal(traced_int4_weight(on_gpu, k).cpu(), dequantize(codes, scale, group).float())
     if device == "cuda":

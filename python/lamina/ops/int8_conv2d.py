@@ -64,13 +64,6 @@ def pack_int8_conv_weight(weight: Tensor, scale: Tensor | None = None, *, groups
     return packed
 
 
-def move_int8_conv_weight(packed: PackedInt8ConvWeight, device: torch.device | str) -> PackedInt8ConvWeight:
-    """A packed weight on `device`, in the form that the kernels there read."""
-    if torch.device(device).type == "cuda":
-        raise NotImplementedError("move_int8_conv_weight: int8 convolutions run on the CPU")
-    return packed._replace(data=packed.data.to(device), scale=packed.scale.to(device))
-
-
 def unpack_int8_conv_weight(packed: PackedInt8ConvWeight) -> Tensor:
     """The int8 codes [N, C / groups, KH, KW] of a packed weight."""
     return _unpack(packed.data, packed.size, packed.groups)
@@ -90,19 +83,18 @@ def plain_int8_conv_weight(codes: Tensor, scale: Tensor, groups: int) -> PackedI
 
 
 def move_int8_conv_weight(packed: PackedInt8ConvWeight, device: torch.device | str) -> PackedInt8ConvWeight:
-    """A packed weight on another device, in the layout that its kernels read; itself if it is there.
+    """A packed weight on `device`, in the form that the kernels there read: on a GPU the codes [N, KH, KW, C / groups].
+
+    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
 
     >>> packed = lamina.ops.move_int8_conv_weight(packed, "cuda")
     """
-    device = torch.device(device)
-    if packed.data.device == device:
-        return packed
-    if device.type == "cpu":
+    device, plain = torch.device(device), packed.data.ndim == 4
+    if device.type == "cpu" and plain:
         return pack_int8_conv_weight(unpack_int8_conv_weight(packed).cpu(), packed.scale.cpu(), groups=packed.groups)
-    plain = packed
-    if packed.data.ndim != 4:
-        plain = plain_int8_conv_weight(unpack_int8_conv_weight(packed), packed.scale, packed.groups)
-    data, scale, compensation = (t.to(device) for t in plain[:3])
+    if device.type == "cuda" and not plain:
+        packed = plain_int8_conv_weight(unpack_int8_conv_weight(packed), packed.scale, packed.groups)
+    data, scale, compensation = (t.to(device) for t in packed[:3])
     return PackedInt8ConvWeight(data, scale, compensation, packed.size, packed.groups)
 
 

@@ -113,19 +113,18 @@ def plain_int8_weight(codes: Tensor, scale: Tensor) -> PackedInt8Weight:
 
 
 def move_int8_weight(packed: PackedInt8Weight, in_features: int, device: torch.device | str) -> PackedInt8Weight:
-    """A packed weight [N, in_features] on another device, in the layout that its kernels read; itself if it is there.
+    """A packed weight on `device`, in the form that the kernels there read: on a GPU the codes [N, in_features].
 
-    >>> packed = lamina.ops.move_int8_weight(packed, 768, "cuda")
+    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
+
+    >>> packed = lamina.ops.move_int8_weight(packed, linear.in_features, "cuda")
     """
-    device = torch.device(device)
-    if packed.data.device == device:
-        return packed
-    if device.type == "cpu":
+    device, plain = torch.device(device), packed.data.ndim == 2
+    if device.type == "cpu" and plain:
         return pack_int8_weight(unpack_int8_weight(packed, in_features).cpu(), packed.scale.cpu())
-    if packed.data.ndim == 2:
-        return PackedInt8Weight(*(t.to(device) for t in packed))
-    codes = unpack_int8_weight(packed, in_features).to(device)
-    return PackedInt8Weight(codes, packed.scale.to(device), codes.new_empty(0, dtype=torch.int32))
+    if device.type == "cuda" and not plain:
+        packed = plain_int8_weight(unpack_int8_weight(packed, in_features), packed.scale)
+    return PackedInt8Weight(*(t.to(device) for t in packed))
 
 
 def int8_output_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype | None:

@@ -126,21 +126,19 @@ def _wrong_size(data: Tensor, n: int, k: int, group_size: int) -> str:
 
 
 def move_int4_weight(packed: PackedInt4Weight, in_features: int, device: torch.device | str) -> PackedInt4Weight:
-    """A packed weight [N, in_features] on another device, in the layout that its kernels read; itself if it is there.
+    """A packed weight on `device`, in the form that the kernels there read.
 
-    >>> packed = lamina.ops.move_int4_weight(packed, 768, "cuda")
+    Between the CPU and a GPU it is packed anew, from the same codes; elsewhere it is copied.
+
+    >>> packed = lamina.ops.move_int4_weight(packed, linear.in_features, "cuda")
     """
     device = torch.device(device)
-    data, n, group_size = packed
-    if data.device == device:
-        return packed
-    if data.is_cpu:
-        plain = plain_int4_weight(*unpack_int4_weight(packed, in_features), group_size)
-        return plain._replace(data=plain.data.to(device))
-    if device.type == "cpu":
+    if device.type == "cpu" and packed.data.is_cuda:
         codes, scale = unpack_int4_weight(packed, in_features)
-        return pack_int4_weight(codes.cpu(), scale.cpu(), group_size=group_size)
-    return PackedInt4Weight(data.to(device), n, group_size)
+        return pack_int4_weight(codes.cpu(), scale.cpu(), group_size=packed.group_size)
+    if device.type == "cuda" and packed.data.is_cpu:
+        packed = plain_int4_weight(*unpack_int4_weight(packed, in_features), packed.group_size)
+    return packed._replace(data=packed.data.to(device))
 
 
 def _cpu(
