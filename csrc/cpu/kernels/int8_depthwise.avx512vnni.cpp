@@ -287,7 +287,8 @@ __attribute__((noinline)) void codes_of_3x3(const Block<Parts, Masked>& b, const
       c1 = c2;
     };
     // Outputs whose columns end inside the image.
-    const int64_t whole = (a.width + a.pad_x - 3) / StrideX + 1 - ox;
+    const int64_t room = a.width + a.pad_x;
+    const int64_t whole = (room < 3 ? 0 : (room - 3) / StrideX + 1) - ox;
     for (int i = 0; i < count;) {
       if (x < 0 || i >= whole) {
         output(any);
@@ -512,15 +513,11 @@ void block(const Int8DepthwiseArgs& a, int64_t first) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t ox = a.out_width * chunk / chunks;
       const int count = int(a.out_width * (chunk + 1) / chunks - ox);
-      if (is(3, 3, 1)) {
-        (rows == 2 ? codes_of_3x3<1, 2, Parts, Masked> : codes_of_3x3<1, 1, Parts, Masked>)(b, places, folded, w, ox,
-                                                                                            count, columns);
-        continue;
-      }
-      if (is(3, 3, 2)) {
-        for (int h = 0; h < rows; ++h) {
-          codes_of_3x3<2, 1>(b, places, folded, w, ox, count, columns);
-        }
+      if (is(3, 3, 1) || is(3, 3, 2)) {
+        const auto codes = a.stride_x == 1
+                               ? (rows == 2 ? codes_of_3x3<1, 2, Parts, Masked> : codes_of_3x3<1, 1, Parts, Masked>)
+                               : (rows == 2 ? codes_of_3x3<2, 2, Parts, Masked> : codes_of_3x3<2, 1, Parts, Masked>);
+        codes(b, places, folded, w, ox, count, columns);
         continue;
       }
       for (int q = 0; q < quads; ++q) {

@@ -18,7 +18,10 @@ inline constexpr long kInt8ConvFewPixels = 64;
 // Fewer multiply-adds than this are not worth waking a second thread for, fewer than this of a depthwise convolution,
 // and fewer values to quantize or copy.
 inline constexpr long kInt8ConvWorkPerThread = 1L << 20;
-inline constexpr long kInt8DepthwiseWorkPerThread = 1L << 18;
+inline constexpr long kInt8DepthwiseWorkPerThread = 3L << 16;
 inline constexpr long kInt8ConvPixelsPerThread = 1L << 15;
+
+// Fewer output rows than this for a thread, which computes two or four at a time, and threads share channels instead.
+inline constexpr long kInt8DepthwiseRowsPerThread = 6;
 
 }  // namespace lamina::tuning
