@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "cpu/kernels/int8_conv.h"
 #include "cpu/kernels/int8_depthwise.h"
@@ -212,6 +213,9 @@ void multiply(const Call& call, const ConvPixels& x, const ConvEpilogue& end, in
                          .taps_x = run ? 1 : int(w.kw),
                          .tap_x = call.dilation_x * x.pixel,
                          .length = run ? w.row_bytes() : w.row_bytes() / w.kw,
+                         .edge = run && w.kw == 3 && call.dilation_x == 1 && w.c % 4 == 0 ? w.c : 0,
+                         .left_edge = call.left == 1,
+                         .right_edge = (call.out_width - 1) * call.stride_x - call.left + 2 == call.width,
                          .out_height = call.out_height,
                          .out_width = call.out_width,
                          .row_begin = 0,
@@ -351,8 +355,9 @@ void multiply_depthwise(const Call& call, const ConvPixels& x, const ConvEpilogu
   const int64_t units = (w.n + kDepthwiseBlock - 1) / kDepthwiseBlock;
   const int64_t work = rows * call.out_width * w.n * w.kh * w.kw / tuning::kInt8DepthwiseWorkPerThread;
   const int64_t threads = std::clamp<int64_t>(work, 1, max_threads());
-  // Rows are what the layers around share out, too; channels only where there are too few.
-  const int64_t by_rows = std::min(rows, threads), by_units = std::min(units, threads / by_rows);
+  // Rows are what the layers around share out, too; channels where there are too few for shares of nearly equal size.
+  const bool few = rows < tuning::kInt8DepthwiseRowsPerThread * threads && units >= 2 * threads;
+  const int64_t by_rows = few ? 1 : std::min(rows, threads), by_units = std::min(units, threads / by_rows);
   parallel_tasks(by_rows * by_units, [&](int64_t task) {
     const int64_t r = task / by_units, u = task % by_units;
     const int64_t channel = units * u / by_units * kDepthwiseBlock;
@@ -596,7 +601,9 @@ void int8_conv2d(const TensorView& x, const TensorView& data, const TensorView& 
     check_shape(kOp, "x_scale", *x_scale, {call.images});
   } else if (x_scale) {
     given = positive_scale(kOp, "x_scale", *x_scale);
-    for (int64_t i = 0; i < w.n; ++i) {
+    int bad = 0;  // a loop without exits is vectorized
+    for (int64_t i = 0; i < w.n; ++i) bad |= !(std::fabs(given * call.w_scale[i]) <= std::numeric_limits<float>::max());
+    for (int64_t i = 0; bad && i < w.n; ++i) {
       check(std::isfinite(given * call.w_scale[i]), kOp, "x_scale ", given, " times the weight scale ", call.w_scale[i],
             " of output channel ", i, " is too large for float32");
     }
@@ -627,13 +634,14 @@ void int8_conv2d(const TensorView& x, const TensorView& data, const TensorView& 
       std::all_of(pixels.scales, pixels.scales + call.images, [&](float s) { return s == pixels.scales[0]; });
   const int64_t count = one_scale ? 1 : call.images;
   const bool foldable = can_fold(call);
-  const Factors plain = make_factors(call, pixels.scales, count, 1.0f, frame);
-  const Factors folded = foldable ? make_factors(call, pixels.scales, count, call.out_inverse, frame) : plain;
+  Factors folded{}, plain{};
+  if (foldable) folded = make_factors(call, pixels.scales, count, call.out_inverse, frame);
   const auto folds = [&](int64_t image) { return foldable && bounded(call, folded, count > 1 ? image : 0); };
   for (int64_t image = 0; image < call.images;) {
     const bool fold = folds(image);
     int64_t last = image + 1;
     while (last < call.images && (count == 1 || folds(last) == fold)) ++last;
+    if (!fold && !plain.scale) plain = make_factors(call, pixels.scales, count, 1.0f, frame);
     const ConvEpilogue end = epilogue_of(call, fold ? folded : plain, count, image, fold);
     if (winograd.pays) {
       multiply_by_winograd(call, winograd, pixels, end, image, last - image);

@@ -66,6 +66,33 @@ def test_integer_sums_are_exact_on_every_isa(data):
         assert_exact(out.contiguous(), expected, isa)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_depthwise_codes_are_the_same_on_every_isa(data):
+    """Any kernel and stride, and channels around multiples of 16, 32 and 64."""
+    draw = data.draw
+    channels = draw(st.sampled_from([2, 3, 15, 16, 17, 32, 33, 40, 64, 65, 96, 112, 144]))
+    kernel = draw(st.sampled_from([(3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (4, 2), (9, 9)]))
+    stride = draw(st.sampled_from([(1, 1), (2, 2), (1, 2), (2, 1), (3, 3)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 2)]))
+    padding = tuple(draw(st.integers(0, 3)) for _ in range(2))
+    size = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2, 5, 7, 13, 60]))
+    size = [max(s, d * (k - 1) + 1 - 2 * p) for s, d, k, p in zip(size, dilation, kernel, padding, strict=True)]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    images = draw(st.integers(1, 3))
+    x = codes_of(images, channels, *size, generator=generator, low=-128).contiguous(memory_format=torch.channels_last)
+    packed = pack_int8_conv_weight(torch.randn(channels, 1, *kernel, generator=generator), groups=channels)
+    scales = {"x_scale": torch.tensor(0.02) if draw(st.booleans()) else torch.rand(images, generator=generator) + 0.01}
+    if draw(st.integers(0, 3)):
+        scales["out_scale"] = torch.tensor(draw(st.sampled_from([0.02, 0.1, 1.0])))
+    activation = draw(st.sampled_from([None, "relu", "relu6"]))
+    bits_on_every_isa(
+        lambda: lamina.ops.int8_conv2d(
+            x, packed, torch.arange(channels) / 7, stride, padding, dilation, activation=activation, **scales
+        )
+    )
+
+
 def bits_on_every_isa(call) -> None:
     """What is not finite among the bits, too."""
     with lamina.force_isa("generic"):

@@ -53,10 +53,10 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
                                            int channels) {
   __m512i acc[MR][NR];
   {
-    const int32_t* compensation = a.compensation + tile.tap_begin * a.ld_compensation + first;
+    const int32_t* compensation = tile.compensation + tile.tap_begin * tile.ld_compensation + first;
     LAMINA_UNROLL
     for (int j = 0; j < NR; ++j) acc[0][j] = _mm512_setzero_si512();
-    for (int t = tile.tap_begin; t < tile.tap_end; ++t, compensation += a.ld_compensation) {
+    for (int t = tile.tap_begin; t < tile.tap_end; ++t, compensation += tile.ld_compensation) {
       LAMINA_UNROLL
       for (int j = 0; j < NR; ++j) {
         acc[0][j] = _mm512_sub_epi32(acc[0][j], _mm512_loadu_si512(compensation + 16 * j));
@@ -71,7 +71,7 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
   prefetch_ends<MR>(a.end, tile, first, channels);
   __m512i signs = _mm512_set1_epi32(int32_t(0x80808080u));
   __asm__("" : "+v"(signs));  // keeps it in a register
-  w += tile.tap_begin * a.taps_x * a.length * 16 * NR;
+  w += (tile.tap_begin * a.taps_x * a.length + tile.from) * 16 * NR;
   const int8_t* x[MR];
   LAMINA_UNROLL
   for (int i = 0; i < MR; ++i) x[i] = tile.x[i];
@@ -89,8 +89,8 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
   };
   for (int ty = 0; ty < tile.tap_end - tile.tap_begin; ++ty) {
     for (int tx = 0; tx < a.taps_x; ++tx) {
-      int64_t k = ty * a.dilation_y * a.row + tx * a.tap_x;
-      const int64_t end = k + a.length;
+      int64_t k = ty * a.dilation_y * a.row + tx * a.tap_x + tile.from;
+      const int64_t end = k + tile.to - tile.from;
       for (; k + 16 <= end; k += 16) {
         step(k);
         step(k + 4);
@@ -98,6 +98,7 @@ __attribute__((noinline)) void tile_kernel(const Int8ConvArgs& a, const ConvTile
         step(k + 12);
       }
       for (; k < end; k += 4) step(k);
+      w += (a.length - tile.to + tile.from) * 16 * NR;
     }
   }
   if constexpr (NR == 2) {
@@ -131,10 +132,10 @@ __attribute__((noinline)) void wide_tile(const Int8ConvArgs& a, const ConvTile& 
   const int64_t depth = a.taps_y * a.taps_x * a.length;
   __m512i acc[MR][4];
   {
-    const int32_t* compensation = a.compensation + tile.tap_begin * a.ld_compensation + first;
+    const int32_t* compensation = tile.compensation + tile.tap_begin * tile.ld_compensation + first;
     LAMINA_UNROLL
     for (int j = 0; j < 4; ++j) acc[0][j] = _mm512_setzero_si512();
-    for (int t = tile.tap_begin; t < tile.tap_end; ++t, compensation += a.ld_compensation) {
+    for (int t = tile.tap_begin; t < tile.tap_end; ++t, compensation += tile.ld_compensation) {
       LAMINA_UNROLL
       for (int j = 0; j < 4; ++j) {
         acc[0][j] = _mm512_sub_epi32(acc[0][j], _mm512_loadu_si512(compensation + 16 * j));
@@ -149,7 +150,7 @@ __attribute__((noinline)) void wide_tile(const Int8ConvArgs& a, const ConvTile& 
   prefetch_ends<MR>(a.end, tile, first, 64);
   __m512i signs = _mm512_set1_epi32(int32_t(0x80808080u));
   __asm__("" : "+v"(signs));  // keeps it in a register
-  w += tile.tap_begin * a.taps_x * a.length * kConvPanel;
+  w += (tile.tap_begin * a.taps_x * a.length + tile.from) * kConvPanel;
   const int8_t* second = w + depth * kConvPanel;
   const int8_t* x[MR];
   LAMINA_UNROLL
@@ -167,8 +168,8 @@ __attribute__((noinline)) void wide_tile(const Int8ConvArgs& a, const ConvTile& 
   };
   for (int ty = 0; ty < tile.tap_end - tile.tap_begin; ++ty) {
     for (int tx = 0; tx < a.taps_x; ++tx) {
-      int64_t k = ty * a.dilation_y * a.row + tx * a.tap_x;
-      const int64_t end = k + a.length;
+      int64_t k = ty * a.dilation_y * a.row + tx * a.tap_x + tile.from;
+      const int64_t end = k + tile.to - tile.from;
       for (; k + 16 <= end; k += 16, w += 512, second += 512) {
         step(k, 0);
         step(k + 4, 128);
@@ -176,6 +177,9 @@ __attribute__((noinline)) void wide_tile(const Int8ConvArgs& a, const ConvTile& 
         step(k + 12, 384);
       }
       for (; k < end; k += 4, w += 128, second += 128) step(k, 0);
+      const int64_t left_out = (a.length - tile.to + tile.from) * kConvPanel;
+      w += left_out;
+      second += left_out;
     }
   }
   store_folded_lines<MR>(a.end, tile, [&](int i, int j) __attribute__((always_inline)) { return acc[i][j]; }, first);
@@ -195,6 +199,28 @@ constexpr Tile kTiles[kConvMaxPixels] = {
     tile_kernel<6, NR>,  tile_kernel<7, NR>,  tile_kernel<8, NR>,  tile_kernel<9, NR>, tile_kernel<10, NR>,
     tile_kernel<11, NR>, tile_kernel<12, NR>, tile_kernel<13, NR>, tile_kernel<14, NR>};
 
+constexpr int kEdgeChannels = 256;
+
+// The compensation of rows of taps without one of their three taps, of channels [begin, end): [taps_y][kEdgeChannels].
+void edge_compensation(const Int8ConvArgs& a, int64_t begin, int64_t end, int tap, int32_t* to) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int ty = 0; ty < a.taps_y; ++ty) {
+    for (int64_t first = begin; first < end; first += kConvPanel) {
+      const int8_t* w = a.panels + first * a.taps_y * a.length + (ty * a.length + tap * a.edge) * kConvPanel;
+      __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      for (int64_t k = 0; k < a.edge; k += 4, w += 128) {
+        dot4_memory(sums[0], ones, w);
+        dot4_memory(sums[1], ones, w + 64);
+      }
+      for (int j = 0; j < 2; ++j) {
+        const __m512i all = _mm512_loadu_si512(a.compensation + ty * a.ld_compensation + first + 16 * j);
+        _mm512_store_si512(to + ty * kEdgeChannels + first - begin + 16 * j,
+                           _mm512_sub_epi32(all, _mm512_slli_epi32(sums[j], 7)));
+      }
+    }
+  }
+}
+
 void int8_conv(const Int8ConvArgs& a) {
   const int64_t depth = a.taps_y * a.taps_x * a.length;
   int64_t most = tuning::kInt8ConvWeightBytes / (depth > 0 ? depth : 1) / kConvPanel * kConvPanel;
@@ -203,21 +229,59 @@ void int8_conv(const Int8ConvArgs& a) {
   const bool shallow = depth <= tuning::kInt8ConvShallowDepth || pixels <= tuning::kInt8ConvFewPixels;
   const bool wide = a.end.folded && a.channels % kWideChannels == 0 && (a.end.residual.data || shallow);
   if (wide) most = most < kWideChannels ? kWideChannels : most / kWideChannels * kWideChannels;
+  // On a 7 x 7 map a tenth of the products of a 3 x 3 kernel are with columns of padding. The first and the last column
+  // on their own are few pixels, enough for tiles only where there are several images.
+  const bool edges = a.edge > 0 && a.taps_y == 3 && a.out_width >= 2 && a.out_width <= tuning::kInt8ConvNarrow &&
+                     a.row_end - a.row_begin >= tuning::kInt8ConvNarrowImages * a.out_height &&
+                     a.channels % kConvPanel == 0;
+  if (edges && most > kEdgeChannels) most = kEdgeChannels;
+  alignas(64) int32_t compensation[2][3 * kEdgeChannels];
+  int rows_there = 0;  // bit 4 * taps_begin + taps_end
+  for (ConvRow row(a, a.row_begin); edges && row.index < a.row_end; row.next(a)) {
+    rows_there |= 1 << (4 * row.begin + row.end);
+  }
   for (int64_t begin = 0; begin < a.channels; begin += most) {
     const int64_t end = begin + most < a.channels ? begin + most : a.channels;
-    if (wide) {
-      for_each_conv_tile(a, kWidePixels, [&](const ConvTile& tile) {
-        for (int64_t first = begin; first < end; first += kWideChannels) {
-          kWideTiles[tile.count - 1](a, tile, a.panels + first * depth, first);
-        }
+    const auto tiles = [&](const ConvColumns& columns) {
+      if (wide) {
+        for_each_conv_tile(a, columns, kWidePixels, [&](const ConvTile& tile) {
+          for (int64_t first = begin; first < end; first += kWideChannels) {
+            kWideTiles[tile.count - 1](a, tile, a.panels + first * depth, first);
+          }
+        });
+        return;
+      }
+      for_each_conv_tile(a, columns, kConvMaxPixels, [&](const ConvTile& tile) {
+        for_each_conv_panel(a, begin, end, [&](const int8_t* panel, int64_t first, int channels, int width) {
+          (width == 32 ? kTiles<2> : kTiles<1>)[tile.count - 1](a, tile, panel, first, channels);
+        });
       });
+    };
+    ConvColumns columns{0, a.out_width, 0, a.length, a.compensation, a.ld_compensation};
+    if (!edges) {
+      tiles(columns);
       continue;
     }
-    for_each_conv_tile(a, kConvMaxPixels, [&](const ConvTile& tile) {
-      for_each_conv_panel(a, begin, end, [&](const int8_t* panel, int64_t first, int channels, int width) {
-        (width == 32 ? kTiles<2> : kTiles<1>)[tile.count - 1](a, tile, panel, first, channels);
-      });
-    });
+    const auto all_rows = [&](ConvColumns columns) {
+      columns.some_rows = true;
+      for (int rows = 0; rows < 16; ++rows) {
+        if (!(rows_there >> rows & 1)) continue;
+        columns.taps_begin = rows / 4;
+        columns.taps_end = rows % 4;
+        tiles(columns);
+      }
+    };
+    if (a.left_edge) {
+      edge_compensation(a, begin, end, 0, compensation[0]);
+      all_rows({0, 1, a.edge, a.length, compensation[0] - begin, kEdgeChannels});
+      columns.begin = 1;
+    }
+    if (a.right_edge) {
+      edge_compensation(a, begin, end, 2, compensation[1]);
+      all_rows({a.out_width - 1, a.out_width, 0, a.length - a.edge, compensation[1] - begin, kEdgeChannels});
+      columns.end = a.out_width - 1;
+    }
+    if (columns.begin < columns.end) all_rows(columns);
   }
 }
 

@@ -51,6 +51,11 @@ struct Int8ConvArgs {
   int taps_y, taps_x;
   int64_t tap_x;   // bytes between taps of a row
   int64_t length;  // bytes of a tap, a multiple of 4
+  // A kernel may leave out the taps of a row that see nothing but padding. `edge`: bytes of each of the three taps that
+  // a run consists of, or 0 where nothing may be left out; the first output column does not need the first of them if
+  // left_edge, the last column not the last if right_edge.
+  int64_t edge;
+  bool left_edge, right_edge;
   int64_t out_height, out_width;
   int64_t row_begin, row_end;  // output rows to compute, counted through all images
   const int8_t* panels;

@@ -24,12 +24,12 @@ struct Int8DepthwiseArgs {
   void* scratch;     // [depthwise_scratch] bytes at a multiple of 64
 };
 
-// Output columns whose input a kernel may hold in scratch at a time.
-constexpr int kDepthwiseColumns = 16;
+// Output columns and rows whose input a kernel may hold in scratch at a time.
+constexpr int kDepthwiseColumns = 56, kDepthwiseRows = 4;
 
 constexpr int64_t depthwise_scratch(int64_t taps_y, int64_t taps_x, int64_t stride_x, int64_t dilation_x) {
   const int64_t columns = (kDepthwiseColumns - 1) * stride_x + (taps_x - 1) * dilation_x + 1;
-  return (taps_y + 3) / 4 * (taps_x + columns) * 256;
+  return (taps_y + 3) / 4 * (kDepthwiseRows * taps_x + columns) * 256;
 }
 
 extern const KernelTable<void(const Int8DepthwiseArgs&)> int8_depthwise_table;

@@ -15,10 +15,17 @@ inline constexpr long kInt8ConvWeightBytes = 256 * 1024;
 inline constexpr long kInt8ConvShallowDepth = 256;
 inline constexpr long kInt8ConvFewPixels = 64;
 
+// Maps of so few columns, in so many images, have their first and last column computed on their own, without the taps
+// that see padding only.
+inline constexpr long kInt8ConvNarrow = 14, kInt8ConvNarrowImages = 3;
+
 // Fewer multiply-adds than this are not worth waking a second thread for, fewer than this of a depthwise convolution,
 // and fewer values to quantize or copy.
 inline constexpr long kInt8ConvWorkPerThread = 1L << 20;
-inline constexpr long kInt8DepthwiseWorkPerThread = 1L << 18;
+inline constexpr long kInt8DepthwiseWorkPerThread = 3L << 16;
 inline constexpr long kInt8ConvPixelsPerThread = 1L << 15;
+
+// Fewer output rows than this for a thread, which computes two or four at a time, and threads share channels instead.
+inline constexpr long kInt8DepthwiseRowsPerThread = 6;
 
 }  // namespace lamina::tuning

@@ -1,5 +1,6 @@
 """int8_conv2d: a convolution with int8 weights; activations are quantized inside the op, or come in as codes."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,20 +110,20 @@ def _unpack(data: Tensor, size: Sequence[int], groups: int) -> Tensor:
 def _pixels_together(t: Tensor, rows_too: bool = False) -> Tensor:
     """t [images, channels, height, width] with the channels of a pixel side by side, or, `rows_too`, the columns of a
     row: itself where it is."""
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t
     if t.shape[1] == 1 or t.stride(1) == 1 or (rows_too and (t.shape[3] == 1 or t.stride(3) == 1)):
         return t
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _out_like(x: Tensor, size: Sequence[int], stride, padding, dilation, dtype: torch.dtype | None) -> Tensor:
-    """An empty output, channels_last."""
-    images, _, height, width = x.shape
+def _out_shape(x: Sequence[int], size: Sequence[int], stride, padding, dilation) -> tuple:
+    images, _, height, width = x
     n, _, window_y, window_x = size
     (top, bottom, left, right), (step_y, step_x), (tap_y, tap_x) = padding, stride, dilation
     out_height = (height + top + bottom - tap_y * (window_y - 1) - 1) // step_y + 1
     out_width = (width + left + right - tap_x * (window_x - 1) - 1) // step_x + 1
-    shape = images, n, out_height, out_width
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return images, n, out_height, out_width
 
 
 def _out_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
@@ -137,11 +138,21 @@ def _out_dtype(x: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype | Non
     return out_dtype
 
 
-def _check_sizes(x: Tensor, size: Sequence[int], stride, padding, dilation) -> None:
-    """What must hold before an output can be allocated; the compiled op checks the rest."""
-    if x.ndim != 4:
+@functools.lru_cache(maxsize=4096)
+def _output(
+    x: tuple[int, ...],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of the output for an input of shape `x`; remembered: a layer asks for the same every time.
+
+    Checks what must hold before an output can be allocated; the compiled op checks the rest.
+    """
+    if len(x) != 4:
         raise ValueError(
-            f"int8_conv2d: x has shape {list(x.shape)}, but must be [images, channels, height, width] or [channels, "
+            f"int8_conv2d: x has shape {list(x)}, but must be [images, channels, height, width] or [channels, "
             "height, width]"
         )
     for name, values in (("stride", stride), ("dilation", dilation)):
@@ -154,12 +165,15 @@ def _check_sizes(x: Tensor, size: Sequence[int], stride, padding, dilation) -> N
     if len(size) != 4 or min(size[2:]) < 1:
         raise ValueError(f"int8_conv2d: the weight's size is {list(size)}, but must be [N, C, KH, KW] with taps")
     for i in range(2):
-        room = x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1]
+        room = x[2 + i] + padding[2 * i] + padding[2 * i + 1]
         window = dilation[i] * (size[2 + i] - 1) + 1
         if room < window:
             raise ValueError(
                 f"int8_conv2d: the padded input has {room} {('rows', 'columns')[i]}, but the kernel covers {window}"
             )
+    shape = _out_shape(x, size, stride, padding, dilation)
+    _, n, height, width = shape
+    return shape, (height * width * n, 1, width * n, n)
 
 
 def _cpu(
@@ -184,14 +198,14 @@ def _cpu(
     if unbatched:
         x = x.unsqueeze(0)
         residual = None if residual is None else residual.unsqueeze(0)
-    _check_sizes(x, size, stride, padding, dilation)
-    out = _out_like(x, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
+    shape, strides = _output(x.shape, tuple(size), tuple(stride), tuple(padding), tuple(dilation))
+    out = torch.empty_strided(shape, strides, dtype=_out_dtype(x, out_scale, out_dtype), device=x.device)
     if residual is not None:
-        if residual.shape != out.shape:
+        if residual.shape != shape:
             shown = slice(1, None) if unbatched else slice(None)
             raise ValueError(
                 f"int8_conv2d: residual has shape {list(residual.shape[shown])}, but must be "
-                f"{list(out.shape[shown])} like the output"
+                f"{list(shape[shown])} like the output"
             )
         residual = _pixels_together(residual)
     _C.int8_conv2d(
@@ -342,7 +356,9 @@ def _fake(
     known = x.dtype in (torch.float32, torch.bfloat16, torch.int8) or (x.dtype is torch.float16 and not x.is_cpu)
     torch._check(known, lambda: f"int8_conv2d: x is {x.dtype}")
     batched = x if x.ndim == 4 else x.unsqueeze(0)
-    out = _out_like(batched, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
+    shape = _out_shape(batched.shape, size, stride, padding, dilation)
+    dtype = _out_dtype(x, out_scale, out_dtype)
+    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     return out if x.ndim == 4 else out.squeeze(0)
 
 
@@ -491,7 +507,7 @@ def call_int8_conv2d(
 ) -> Tensor:
     """The op on pairs of numbers (padding: top, bottom, left, right), with a gradient where one is asked for."""
     data, scale, compensation, size, groups = packed
-    geometry = list(stride), list(padding), list(dilation), groups
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     if (
         torch.is_grad_enabled()
         and out_scale is None
@@ -509,7 +525,7 @@ def call_int8_conv2d(
             data,
             scale,
             compensation,
-            list(size),
+            size,
             bias,
             geometry,
             activation,
@@ -524,7 +540,7 @@ def call_int8_conv2d(
         data,
         scale,
         compensation,
-        list(size),
+        size,
         bias,
         *geometry,
         activation,
@@ -550,6 +566,8 @@ def four_paddings(
     padding: int | str | Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int, int, int]:
     """nn.Conv2d's padding as top, bottom, left, right. "same" puts the odd one at the end, as torch does."""
+    if isinstance(padding, int):
+        return padding, padding, padding, padding
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "same":
