@@ -1,9 +1,9 @@
 // A few new queries over a cache of keys and values: what bounds it is reading the cache, so each byte of it is read
 // once, by whoever serves all the rows (queries times heads) that share it.
 //
-// A block has 8 or 16 rows, one head of keys and values and a part ("split") of the keys. Each of its warps walks its
-// own tiles of 16 keys through a ring of stages in shared memory, filled by asynchronous copies some tiles ahead, and
-// waits for no other warp before the end. The products are those of tensor cores with the keys as the long side:
+// A block has 8, 16 or 32 rows, one head of keys and values and a part ("split") of the keys. Each of its warps walks
+// its own tiles of 16 keys through a ring of stages in shared memory, filled by asynchronous copies some tiles ahead,
+// and waits for no other warp before the end. The products are those of tensor cores with the keys as the long side:
 //
 //   scores^T [16 keys, 8 rows] = K [16, D] q^T [D, 8]        sums^T [Dv, 8 rows] += V^T [Dv, 16 keys] weights^T [16, 8]
 //
@@ -404,7 +404,7 @@ __device__ __forceinline__ void copy_rows(char* to, int pitch, const DecodeCache
 }
 
 template <class Math, int kColumns, int kGroups>
-__global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
+__global__ void __launch_bounds__(32 * tuning::kDecodeWarps, 2)
     attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
   LAMINA_DYNAMIC_SHARED(shared);
   constexpr int kRows = 8 * kGroups;
@@ -488,6 +488,7 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
       }
     }
     copy_async_commit();
+    __syncwarp();  // together again behind loops of unequal length, as the instructions of whole warps need it
   };
   for (int i = 0; i < room.stages - 1; ++i) start_copies(i, i);
 
@@ -727,9 +728,9 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
     attention_decode_merge_kernel(const __grid_constant__ DecodeArgs a) {
   LAMINA_DYNAMIC_SHARED(shared);
   constexpr int kThreads = tuning::kDecodeMergeThreads, kWarps = kThreads / 32;
-  float* const weights = reinterpret_cast<float*>(shared);                      // [splits]
-  float* const extra = weights + a.splits;                                      // [kWarps]
-  float* const warp_sums = extra + kWarps + (4 - (a.splits + kWarps) % 4) % 4;  // [kWarps][partial_pitch]
+  float* const weights = reinterpret_cast<float*>(shared);           // [splits]
+  float* const extra = weights + a.splits;                           // [kWarps]
+  float* const warp_sums = extra + kWarps + (4 - a.splits % 4) % 4;  // [kWarps][partial_pitch]
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t record = int64_t(blockIdx.x) * a.splits;
   const int row = int(blockIdx.x % unsigned(a.rows)), head_of_keys = int(blockIdx.x / unsigned(a.rows)) % a.kv_heads;
@@ -754,8 +755,8 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
   float total = 0.0f;
   for (int s = int(threadIdx.x); s < a.splits; s += kThreads) {
     const float its_total = stats[2 * s + 1], weight = weight_of(stats[2 * s], largest);
-    // Not 0 where a score is NaN, although NaN is no maximum: the total is one then.
-    weights[s] = its_total == 0.0f ? 0.0f : its_total == its_total ? weight : its_total;
+    // Negative: no keys, and no sums to read. NaN where a score is, although NaN is no maximum: the total is one then.
+    weights[s] = its_total == 0.0f ? -1.0f : its_total == its_total ? weight : its_total;
     total += its_total == 0.0f ? 0.0f : weight * its_total;
   }
 #pragma unroll
@@ -772,8 +773,8 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
 #pragma unroll 8
     for (int s = warp; s < a.splits; s += kWarps) {
       const float weight = weights[s];
-      if (weight == 0.0f) continue;
-      const float4 x = read<float4>(from + int64_t(s) * a.partial_pitch * 4);
+      float4 x{0.0f, 0.0f, 0.0f, 0.0f};
+      if (!(weight < 0.0f)) x = read<float4>(from + int64_t(s) * a.partial_pitch * 4);
       sum.x += weight * x.x;
       sum.y += weight * x.y;
       sum.z += weight * x.z;
@@ -865,6 +866,12 @@ __global__ void __launch_bounds__(32 * tuning::kAppendWarps)
 
 template <class Math, int kColumns>
 void launch_rows(const DecodeArgs& a, const Launch& how) {
+  if constexpr (Math::kBytes == 2 && kColumns <= 128) {
+    if (a.block_rows == 32) {
+      launch(kOp, how, attention_decode_kernel<Math, kColumns, 4>, a);
+      return;
+    }
+  }
   if (a.block_rows == 8) {
     launch(kOp, how, attention_decode_kernel<Math, kColumns, 1>, a);
   } else {

@@ -38,6 +38,7 @@ def emulated(library, monkeypatch, device):
         monkeypatch.setattr(_C, "with_cuda", True)
         for name in FUNCTIONS:
             monkeypatch.setattr(_C, name, getattr(library, name), raising=False)
+        monkeypatch.setattr(_C, "has_code_cuda", lambda device: True, raising=False)
     elif not _C.with_cuda:
         pytest.fail("there is a GPU, but this build of lamina has no CUDA kernels")
 
