@@ -357,9 +357,16 @@ struct Int8Math {
 
 // -- the tiles of a warp
 
-template <int kBytes>
-__device__ __forceinline__ void copy_row(char* to, const char* from, int bytes, bool valid, int lane) {
-  for (int at = lane * kBytes; at < bytes; at += 8 * kBytes) copy_async<kBytes>(to + at, from + at, valid);
+// Eight lanes to a row, 8 * kWidth adjacent bytes at a time. Each lane has its part of four of the sixteen rows.
+template <int kWidth>
+__device__ __forceinline__ void copy_parts(char* to, int pitch, const char* const (&rows)[4], int bytes, int valid,
+                                           int lane) {
+  to += lane / 8 * pitch;
+#pragma unroll 1
+  for (int at = lane % 8 * kWidth; at < bytes; at += 8 * kWidth) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) copy_async<kWidth>(to + 4 * i * pitch + at, rows[i] + at, 4 * i + lane / 8 < valid);
+  }
 }
 
 // Keys (or values) `offset` of each lane's key l % 16 lies at; `valid` of them are there, the others become zeros.
@@ -385,21 +392,20 @@ __device__ __forceinline__ void copy_rows(char* to, int pitch, const DecodeCache
     }
     return;
   }
-  // Eight lanes to a row: 128 adjacent bytes at a time.
-  const int bytes = cache.size * kBytes;
+  const char* rows[4];
 #pragma unroll
-  for (int first = 0; first < kKeys; first += 4) {
-    const int row = first + lane / 8;
+  for (int i = 0; i < 4; ++i) {
+    const int row = 4 * i + lane / 8;
     const char* p = reinterpret_cast<const char*>(__shfl_sync(kAll, reinterpret_cast<long long>(from), row));
-    const bool there = row < valid;
-    if (!there) p = head;
-    if (cache.copy == 16) {
-      copy_row<16>(to + row * pitch, p, bytes, there, lane % 8);
-    } else if (cache.copy == 8) {
-      copy_row<8>(to + row * pitch, p, bytes, there, lane % 8);
-    } else {
-      copy_row<4>(to + row * pitch, p, bytes, there, lane % 8);
-    }
+    rows[i] = row < valid ? p : head;
+  }
+  const int bytes = cache.size * kBytes;
+  if (cache.copy == 16) {
+    copy_parts<16>(to, pitch, rows, bytes, valid, lane);
+  } else if (cache.copy == 8) {
+    copy_parts<8>(to, pitch, rows, bytes, valid, lane);
+  } else {
+    copy_parts<4>(to, pitch, rows, bytes, valid, lane);
   }
 }
 

@@ -108,8 +108,10 @@ def _composite(
     q, k_cache, v_cache, cache_seqlens, block_table, scale, window, softcap, alibi_slopes, sinks, k_scale, v_scale, out,
     lse,
 ) -> Tensor:  # fmt: skip
-    """The same in PyTorch's operations, for builds without kernels for the device. It reads whole caches, but never waits for
-    the device."""
+    """The same in PyTorch's operations, for builds without kernels for the device.
+
+    It reads whole caches, but never waits for the device.
+    """
     queries, heads = q.shape[1:3]
     if 0 in q.shape[:3] or k_cache.shape[2] == 0:
         if lse is not None:
