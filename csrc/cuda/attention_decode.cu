@@ -436,7 +436,8 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps, 2)
   const int begin = a.window ? smaller(larger(first_position - a.window + 1, 0), end) : 0;
   const int common_end = first_position + 1, common_begin = a.window ? last_position - a.window + 1 : 0;
   const int all_tiles = (end - begin + kKeys - 1) / kKeys;
-  const int tiles = ((all_tiles + a.splits - 1) / a.splits + warps - 1) / warps * warps;
+  const int share = larger((all_tiles + a.splits - 1) / a.splits, a.splits > 1 ? tuning::kDecodeSplitTiles : 0);
+  const int tiles = (share + warps - 1) / warps * warps;
   const int first_tile = smaller(all_tiles, split * tiles), end_tile = smaller(all_tiles, first_tile + tiles);
 
   const int64_t record = ((int64_t(b) * a.kv_heads + head) * a.rows + first_row) * a.splits + split;

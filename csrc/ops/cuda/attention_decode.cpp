@@ -135,8 +135,10 @@ Shares share_out(const TensorView& q, const TensorView& k_cache, const TensorVie
   const int64_t blocks = std::max<int64_t>(1, s.row_blocks * kv_heads * q.size(0));
   const int64_t wanted =
       int64_t(device_attribute(cudaDevAttrMultiProcessorCount, device)) * tuning::kDecodeBlocksPerMultiprocessor;
-  s.splits = std::clamp<int64_t>(wanted / blocks, 1, std::max<int64_t>(1, capacity / tuning::kDecodeSplitKeys));
-  s.splits = std::min<int64_t>(s.splits, tuning::kDecodeMostSplits);
+  // Not for many rows, whose sums would be many as well.
+  const int64_t fewest = s.row_blocks == 1 && blocks < wanted ? ceil_div(capacity, tuning::kDecodeMostSplitKeys) : 1;
+  const int64_t most = std::clamp<int64_t>(capacity / tuning::kDecodeSplitKeys, 1, tuning::kDecodeMostSplits);
+  s.splits = std::min(std::max(wanted / blocks, std::max<int64_t>(1, fewest)), most);
   return s;
 }
 
