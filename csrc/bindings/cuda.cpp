@@ -18,6 +18,7 @@ void define_cuda(py::module_& m) {
   [[maybe_unused]] const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.attr("with_cuda") = true;
   m.def("cuda_devices", &cuda_devices, no_gil);
+  m.def("has_code_cuda", &has_code_cuda, no_gil);
   m.def("attention_decode_append_cuda", &attention_decode_append_cuda, no_gil);
   m.def("attention_decode_cuda", &attention_decode_cuda, no_gil);
   m.def("attention_decode_workspace_cuda", &attention_decode_workspace_cuda, no_gil);

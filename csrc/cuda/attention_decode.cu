@@ -1,9 +1,9 @@
 // A few new queries over a cache of keys and values: what bounds it is reading the cache, so each byte of it is read
 // once, by whoever serves all the rows (queries times heads) that share it.
 //
-// A block has 8 or 16 rows, one head of keys and values and a part ("split") of the keys. Each of its warps walks its
-// own tiles of 16 keys through a ring of stages in shared memory, filled by asynchronous copies some tiles ahead, and
-// waits for no other warp before the end. The products are those of tensor cores with the keys as the long side:
+// A block has 8, 16 or 32 rows, one head of keys and values and a part ("split") of the keys. Each of its warps walks
+// its own tiles of 16 keys through a ring of stages in shared memory, filled by asynchronous copies some tiles ahead,
+// and waits for no other warp before the end. The products are those of tensor cores with the keys as the long side:
 //
 //   scores^T [16 keys, 8 rows] = K [16, D] q^T [D, 8]        sums^T [Dv, 8 rows] += V^T [Dv, 16 keys] weights^T [16, 8]
 //
@@ -357,9 +357,16 @@ struct Int8Math {
 
 // -- the tiles of a warp
 
-template <int kBytes>
-__device__ __forceinline__ void copy_row(char* to, const char* from, int bytes, bool valid, int lane) {
-  for (int at = lane * kBytes; at < bytes; at += 8 * kBytes) copy_async<kBytes>(to + at, from + at, valid);
+// Eight lanes to a row, 8 * kWidth adjacent bytes at a time. Each lane has its part of four of the sixteen rows.
+template <int kWidth>
+__device__ __forceinline__ void copy_parts(char* to, int pitch, const char* const (&rows)[4], int bytes, int valid,
+                                           int lane) {
+  to += lane / 8 * pitch;
+#pragma unroll 1
+  for (int at = lane % 8 * kWidth; at < bytes; at += 8 * kWidth) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) copy_async<kWidth>(to + 4 * i * pitch + at, rows[i] + at, 4 * i + lane / 8 < valid);
+  }
 }
 
 // Keys (or values) `offset` of each lane's key l % 16 lies at; `valid` of them are there, the others become zeros.
@@ -385,26 +392,25 @@ __device__ __forceinline__ void copy_rows(char* to, int pitch, const DecodeCache
     }
     return;
   }
-  // Eight lanes to a row: 128 adjacent bytes at a time.
-  const int bytes = cache.size * kBytes;
+  const char* rows[4];
 #pragma unroll
-  for (int first = 0; first < kKeys; first += 4) {
-    const int row = first + lane / 8;
+  for (int i = 0; i < 4; ++i) {
+    const int row = 4 * i + lane / 8;
     const char* p = reinterpret_cast<const char*>(__shfl_sync(kAll, reinterpret_cast<long long>(from), row));
-    const bool there = row < valid;
-    if (!there) p = head;
-    if (cache.copy == 16) {
-      copy_row<16>(to + row * pitch, p, bytes, there, lane % 8);
-    } else if (cache.copy == 8) {
-      copy_row<8>(to + row * pitch, p, bytes, there, lane % 8);
-    } else {
-      copy_row<4>(to + row * pitch, p, bytes, there, lane % 8);
-    }
+    rows[i] = row < valid ? p : head;
+  }
+  const int bytes = cache.size * kBytes;
+  if (cache.copy == 16) {
+    copy_parts<16>(to, pitch, rows, bytes, valid, lane);
+  } else if (cache.copy == 8) {
+    copy_parts<8>(to, pitch, rows, bytes, valid, lane);
+  } else {
+    copy_parts<4>(to, pitch, rows, bytes, valid, lane);
   }
 }
 
 template <class Math, int kColumns, int kGroups>
-__global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
+__global__ void __launch_bounds__(32 * tuning::kDecodeWarps, 2)
     attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
   LAMINA_DYNAMIC_SHARED(shared);
   constexpr int kRows = 8 * kGroups;
@@ -430,7 +436,8 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
   const int begin = a.window ? smaller(larger(first_position - a.window + 1, 0), end) : 0;
   const int common_end = first_position + 1, common_begin = a.window ? last_position - a.window + 1 : 0;
   const int all_tiles = (end - begin + kKeys - 1) / kKeys;
-  const int tiles = ((all_tiles + a.splits - 1) / a.splits + warps - 1) / warps * warps;
+  const int share = larger((all_tiles + a.splits - 1) / a.splits, a.splits > 1 ? tuning::kDecodeSplitTiles : 0);
+  const int tiles = (share + warps - 1) / warps * warps;
   const int first_tile = smaller(all_tiles, split * tiles), end_tile = smaller(all_tiles, first_tile + tiles);
 
   const int64_t record = ((int64_t(b) * a.kv_heads + head) * a.rows + first_row) * a.splits + split;
@@ -488,6 +495,7 @@ __global__ void __launch_bounds__(32 * tuning::kDecodeWarps)
       }
     }
     copy_async_commit();
+    __syncwarp();  // together again behind loops of unequal length, as the instructions of whole warps need it
   };
   for (int i = 0; i < room.stages - 1; ++i) start_copies(i, i);
 
@@ -727,9 +735,9 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
     attention_decode_merge_kernel(const __grid_constant__ DecodeArgs a) {
   LAMINA_DYNAMIC_SHARED(shared);
   constexpr int kThreads = tuning::kDecodeMergeThreads, kWarps = kThreads / 32;
-  float* const weights = reinterpret_cast<float*>(shared);                      // [splits]
-  float* const extra = weights + a.splits;                                      // [kWarps]
-  float* const warp_sums = extra + kWarps + (4 - (a.splits + kWarps) % 4) % 4;  // [kWarps][partial_pitch]
+  float* const weights = reinterpret_cast<float*>(shared);           // [splits]
+  float* const extra = weights + a.splits;                           // [kWarps]
+  float* const warp_sums = extra + kWarps + (4 - a.splits % 4) % 4;  // [kWarps][partial_pitch]
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t record = int64_t(blockIdx.x) * a.splits;
   const int row = int(blockIdx.x % unsigned(a.rows)), head_of_keys = int(blockIdx.x / unsigned(a.rows)) % a.kv_heads;
@@ -754,8 +762,8 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
   float total = 0.0f;
   for (int s = int(threadIdx.x); s < a.splits; s += kThreads) {
     const float its_total = stats[2 * s + 1], weight = weight_of(stats[2 * s], largest);
-    // Not 0 where a score is NaN, although NaN is no maximum: the total is one then.
-    weights[s] = its_total == 0.0f ? 0.0f : its_total == its_total ? weight : its_total;
+    // Negative: no keys, and no sums to read. NaN where a score is, although NaN is no maximum: the total is one then.
+    weights[s] = its_total == 0.0f ? -1.0f : its_total == its_total ? weight : its_total;
     total += its_total == 0.0f ? 0.0f : weight * its_total;
   }
 #pragma unroll
@@ -772,8 +780,8 @@ __global__ void __launch_bounds__(tuning::kDecodeMergeThreads)
 #pragma unroll 8
     for (int s = warp; s < a.splits; s += kWarps) {
       const float weight = weights[s];
-      if (weight == 0.0f) continue;
-      const float4 x = read<float4>(from + int64_t(s) * a.partial_pitch * 4);
+      float4 x{0.0f, 0.0f, 0.0f, 0.0f};
+      if (!(weight < 0.0f)) x = read<float4>(from + int64_t(s) * a.partial_pitch * 4);
       sum.x += weight * x.x;
       sum.y += weight * x.y;
       sum.z += weight * x.z;
@@ -865,6 +873,12 @@ __global__ void __launch_bounds__(32 * tuning::kAppendWarps)
 
 template <class Math, int kColumns>
 void launch_rows(const DecodeArgs& a, const Launch& how) {
+  if constexpr (Math::kBytes == 2 && kColumns <= 128) {
+    if (a.block_rows == 32) {
+      launch(kOp, how, attention_decode_kernel<Math, kColumns, 4>, a);
+      return;
+    }
+  }
   if (a.block_rows == 8) {
     launch(kOp, how, attention_decode_kernel<Math, kColumns, 1>, a);
   } else {

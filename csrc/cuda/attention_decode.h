@@ -50,7 +50,8 @@ struct DecodeArgs {
   DecodeCache k, v;
   DecodeSequences sequences;
   int batch, queries, heads, kv_heads;
-  // Row r of a key/value head is query r / group of its head r % group. A block takes 8 or 16 of them.
+  // Row r of a key/value head is query r / group of its head r % group. A block takes 8 or 16 of them,
+  // or 32 where a cache of two bytes has values of up to 128 columns.
   int group, rows, block_rows, row_blocks;
   int splits;            // parts of the keys that the rows of a block take, each with a block of its own
   int window;            // 0: none

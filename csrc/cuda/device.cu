@@ -1,7 +1,10 @@
 // Lists the devices that this build has code for: asking for the attributes of an embedded kernel fails on the others.
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace lamina {
 namespace {
@@ -28,6 +31,19 @@ std::vector<std::string> cuda_devices() {
   }
   cudaSetDevice(current);
   return names;
+}
+
+bool has_code_cuda(int device) {
+  constexpr int kKnown = 64;
+  static std::atomic<signed char> known[kKnown];  // 0: not yet
+  if (device < 0 || device >= kKnown) return false;
+  if (const int answer = known[device].load(std::memory_order_relaxed)) return answer > 0;
+  const cuda::DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const bool there = cudaFuncGetAttributes(&attributes, runs_here) == cudaSuccess;
+  if (!there) cudaGetLastError();  // or the next to look for an error would find this one
+  known[device].store(there ? 1 : -1, std::memory_order_relaxed);
+  return there;
 }
 
 }  // namespace lamina

@@ -10,4 +10,7 @@ namespace lamina {
 // Initialises CUDA: never called on import.
 std::vector<std::string> cuda_devices();
 
+// Whether this build has code for the device. Asked once for each.
+bool has_code_cuda(int device);
+
 }  // namespace lamina

@@ -22,24 +22,31 @@ inline constexpr int kDecodeWarpBytesAhead = 12 << 10;
 // Tiles that a warp has room for: the one it works on and those under way. copy_async_wait knows as many.
 inline constexpr int kDecodeMostStages = 4;
 
-// Shared memory of a block, which takes fewer warps where rows are long: a block of compute capability 8.0 can have
-// 163 KB. Two blocks share the 227 KB of a 9.0 at half of that.
+// Shared memory of a block, which keeps less under way and then has fewer warps where rows are long: two blocks in the
+// 227 KB of compute capability 9.0 and 10.0. As much as the device allows where that is less (99 KB on 8.6 and 8.9),
+// which is enough for one warp of any row.
 inline constexpr int kDecodeSharedBytes = 112 << 10;
-inline constexpr int kDecodeMostSharedBytes = 160 << 10;
 
 // Keys of a block below which more blocks do not pay: 256 keys of head size 128 in bfloat16 are 128 KB, 4 us of one
-// multiprocessor's share, beside which the sums of 8 rows that are written and read again are 8 KB.
+// multiprocessor's part of the bandwidth, beside which the sums of 8 rows that are written and read again are 8 KB.
 inline constexpr int kDecodeSplitKeys = 256;
 
 // Blocks for each multiprocessor, where the cache is long enough: the last wave of 8 at two at a time is a quarter of
 // the whole at worst, and blocks of short sequences make room for those of long ones.
 inline constexpr int kDecodeBlocksPerMultiprocessor = 16;
 
+// And the fewest and the most keys of a block, when lengths turn out to be other than the room there is for them: eight
+// tiles are 64 KB of bfloat16, and a long sequence among short ones must not end as a few blocks: the 64 KB that one
+// has under way are, at 700 ns, a fiftieth of what the memory gives.
+inline constexpr int kDecodeSplitTiles = 8;
+inline constexpr int kDecodeMostSplitKeys = 8192;
+
 // Parts of one sequence: what the merge keeps the weights of in shared memory.
 inline constexpr int kDecodeMostSplits = 1024;
 
-// Threads of a block of the merge: warps take splits in turn and bring their sums together at the end.
-inline constexpr int kDecodeMergeThreads = 128;
+// Threads of a block of the merge: warps take splits in turn, eight loads at a time, and bring their sums together at
+// the end. With 264 splits of one sequence that is five rounds to memory.
+inline constexpr int kDecodeMergeThreads = 256;
 
 // Warps of a block that appends, one row of keys or values each.
 inline constexpr int kAppendWarps = 4;

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from cases import SUITES
-from conftest import ON_GPU
 from emulator.emulated import Emulated, compile_library
 from tolerances import assert_composite, assert_exact
 
@@ -20,6 +19,7 @@ from lamina import _C
 from lamina.ops import append_to_cache_, attention_decode, quantize_rows
 from lamina.reference.attention_decode import attention_decode as reference
 
+ON_GPU = torch.cuda.is_available()
 SUITE = SUITES["attention_decode"]
 CASES = {case.id: case for case in SUITE.cases}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +38,7 @@ def emulated(library, monkeypatch, device):
         monkeypatch.setattr(_C, "with_cuda", True)
         for name in FUNCTIONS:
             monkeypatch.setattr(_C, name, getattr(library, name), raising=False)
+        monkeypatch.setattr(_C, "has_code_cuda", lambda device: True, raising=False)
     elif not _C.with_cuda:
         pytest.fail("there is a GPU, but this build of lamina has no CUDA kernels")
 

@@ -128,14 +128,17 @@ Shares share_out(const TensorView& q, const TensorView& k_cache, const TensorVie
   const int64_t kv_heads = k_cache.size(2), group = kv_heads ? q.size(2) / kv_heads : 0;
   Shares s{};
   s.rows = q.size(1) * group;
-  s.block_rows = s.rows <= 8 ? 8 : 16;
+  const bool wide = dtype_bytes(k_cache.dtype) == 2 && v_cache.size(3) <= 128;
+  s.block_rows = s.rows <= 8 ? 8 : s.rows <= 16 || !wide ? 16 : 32;
   s.row_blocks = ceil_div(s.rows, s.block_rows);
   s.partial_pitch = (v_cache.size(3) + 3) / 4 * 4;
   const int64_t blocks = std::max<int64_t>(1, s.row_blocks * kv_heads * q.size(0));
   const int64_t wanted =
       int64_t(device_attribute(cudaDevAttrMultiProcessorCount, device)) * tuning::kDecodeBlocksPerMultiprocessor;
-  s.splits = std::clamp<int64_t>(wanted / blocks, 1, std::max<int64_t>(1, capacity / tuning::kDecodeSplitKeys));
-  s.splits = std::min<int64_t>(s.splits, tuning::kDecodeMostSplits);
+  // Not for many rows, whose sums would be many as well.
+  const int64_t fewest = s.row_blocks == 1 && blocks < wanted ? ceil_div(capacity, tuning::kDecodeMostSplitKeys) : 1;
+  const int64_t most = std::clamp<int64_t>(capacity / tuning::kDecodeSplitKeys, 1, tuning::kDecodeMostSplits);
+  s.splits = std::min(std::max(wanted / blocks, std::max<int64_t>(1, fewest)), most);
   return s;
 }
 
@@ -145,7 +148,8 @@ int pitch_of(int columns, int element_bytes) {
   return 16 * (sixteens | 1);
 }
 
-DecodeRoom room_of(DecodeType q_type, DecodeType cache_type, int block_rows, int head_size, int value_size) {
+DecodeRoom room_of(DecodeType q_type, DecodeType cache_type, int block_rows, int head_size, int value_size,
+                   int device) {
   namespace tuning = cuda::tuning;
   const bool codes = cache_type == DecodeType::int8;
   const int element = cache_type == DecodeType::float32 ? 4 : codes ? 1 : 2;
@@ -162,8 +166,10 @@ DecodeRoom room_of(DecodeType q_type, DecodeType cache_type, int block_rows, int
   r.stages = std::clamp(1 + int(ceil_div(tuning::kDecodeWarpBytesAhead, r.stage_bytes)), 2, tuning::kDecodeMostStages);
   r.warps = tuning::kDecodeWarps;
   const auto bytes = [&] { return r.ring + r.warps * r.stages * r.stage_bytes; };
-  while (bytes() > tuning::kDecodeSharedBytes && r.stages > 2) --r.stages;
-  while (bytes() > tuning::kDecodeMostSharedBytes) r.warps /= 2;
+  const int most =
+      std::min(tuning::kDecodeSharedBytes, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  while (bytes() > most && r.stages > 2) --r.stages;
+  while (bytes() > most && r.warps > 1) r.warps /= 2;
   const int columns = value_size <= 64 ? 64 : value_size <= 128 ? 128 : 256;
   const int at_the_end = r.ring + 4 * block_rows * (columns + 4 + 2 * r.warps);
   r.shared_bytes = std::max(bytes(), at_the_end);
@@ -209,45 +215,46 @@ void attention_decode_cuda(const CudaTensorView& q, const CudaTensorView& k_cach
   const DecodeType q_type = decode_type(q.dtype), cache_type = decode_type(k_cache.dtype);
   const int slopes_head = alibi_slopes ? alibi_slopes->ndim - 1 : 0;
   cuda::attention_decode_launch(
-      DecodeArgs{.q_type = q_type,
-                 .cache_type = cache_type,
-                 .q = q.as<char>(),
-                 .q_batch = bytes_between(q, 0),
-                 .q_query = bytes_between(q, 1),
-                 .q_head = bytes_between(q, 2),
-                 .q_element = bytes_between(q, 3),
-                 .k = decode_cache(k_cache, k_scale),
-                 .v = decode_cache(v_cache, v_scale),
-                 .sequences = sequences,
-                 .batch = int(batch),
-                 .queries = int(queries),
-                 .heads = int(heads),
-                 .kv_heads = int(kv_heads),
-                 .group = int(heads / kv_heads),
-                 .rows = int(shares.rows),
-                 .block_rows = shares.block_rows,
-                 .row_blocks = int(shares.row_blocks),
-                 .splits = int(shares.splits),
-                 // Wider than a cache is no window.
-                 .window = window && *window < sequences.capacity + queries ? int(*window) : 0,
-                 .scale = float(scale),
-                 .softcap = float(softcap.value_or(0)),
-                 .slopes = alibi_slopes ? alibi_slopes->as<char>() : nullptr,
-                 .slopes_batch = slopes_head == 1 ? bytes_between(*alibi_slopes, 0) : 0,
-                 .slopes_head = alibi_slopes ? bytes_between(*alibi_slopes, slopes_head) : 0,
-                 .sinks = sinks ? sinks->as<char>() : nullptr,
-                 .sinks_head = sinks ? bytes_between(*sinks, 0) : 0,
-                 .out = out.as<char>(),
-                 .out_batch = bytes_between(out, 0),
-                 .out_query = bytes_between(out, 1),
-                 .out_head = bytes_between(out, 2),
-                 .lse = lse ? lse->as<char>() : nullptr,
-                 .lse_batch = lse ? bytes_between(*lse, 0) : 0,
-                 .lse_query = lse ? bytes_between(*lse, 2) : 0,
-                 .lse_head = lse ? bytes_between(*lse, 1) : 0,
-                 .partial = workspace.as<float>(),
-                 .partial_pitch = int(shares.partial_pitch),
-                 .room = room_of(q_type, cache_type, shares.block_rows, int(q.size(3)), int(v_cache.size(3)))},
+      DecodeArgs{
+          .q_type = q_type,
+          .cache_type = cache_type,
+          .q = q.as<char>(),
+          .q_batch = bytes_between(q, 0),
+          .q_query = bytes_between(q, 1),
+          .q_head = bytes_between(q, 2),
+          .q_element = bytes_between(q, 3),
+          .k = decode_cache(k_cache, k_scale),
+          .v = decode_cache(v_cache, v_scale),
+          .sequences = sequences,
+          .batch = int(batch),
+          .queries = int(queries),
+          .heads = int(heads),
+          .kv_heads = int(kv_heads),
+          .group = int(heads / kv_heads),
+          .rows = int(shares.rows),
+          .block_rows = shares.block_rows,
+          .row_blocks = int(shares.row_blocks),
+          .splits = int(shares.splits),
+          // Wider than a cache is no window.
+          .window = window && *window < sequences.capacity + queries ? int(*window) : 0,
+          .scale = float(scale),
+          .softcap = float(softcap.value_or(0)),
+          .slopes = alibi_slopes ? alibi_slopes->as<char>() : nullptr,
+          .slopes_batch = slopes_head == 1 ? bytes_between(*alibi_slopes, 0) : 0,
+          .slopes_head = alibi_slopes ? bytes_between(*alibi_slopes, slopes_head) : 0,
+          .sinks = sinks ? sinks->as<char>() : nullptr,
+          .sinks_head = sinks ? bytes_between(*sinks, 0) : 0,
+          .out = out.as<char>(),
+          .out_batch = bytes_between(out, 0),
+          .out_query = bytes_between(out, 1),
+          .out_head = bytes_between(out, 2),
+          .lse = lse ? lse->as<char>() : nullptr,
+          .lse_batch = lse ? bytes_between(*lse, 0) : 0,
+          .lse_query = lse ? bytes_between(*lse, 2) : 0,
+          .lse_head = lse ? bytes_between(*lse, 1) : 0,
+          .partial = workspace.as<float>(),
+          .partial_pitch = int(shares.partial_pitch),
+          .room = room_of(q_type, cache_type, shares.block_rows, int(q.size(3)), int(v_cache.size(3)), q.device)},
       device_attribute(cudaDevAttrComputeCapabilityMajor, q.device) >= 9, q.stream);
 }
 

@@ -79,10 +79,14 @@ def _lse_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_) -> tuple[Tensor, 
     return _new_output(q, v_cache), _new_lse(q)
 
 
+def _has_kernels(tensor: Tensor) -> bool:
+    return _C.with_cuda and _C.has_code_cuda(tensor.get_device())
+
+
 def _run_on_cuda(lse: Tensor | None, q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest) -> Tensor:
     out = _new_output(q, v_cache)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if not _C.with_cuda:
+    if not _has_kernels(q):
         return _composite(q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest, out, lse)
     workspace = q.new_empty(_C.attention_decode_workspace_cuda(q, k_cache, v_cache, block_table), dtype=torch.float32)
     _C.attention_decode_cuda(q, k_cache, v_cache, cache_seqlens, block_table, scale, *rest, out, lse, workspace)
@@ -104,8 +108,10 @@ def _composite(
     q, k_cache, v_cache, cache_seqlens, block_table, scale, window, softcap, alibi_slopes, sinks, k_scale, v_scale, out,
     lse,
 ) -> Tensor:  # fmt: skip
-    """The same in PyTorch's operations, for builds without CUDA kernels. It reads whole caches, but never waits for
-    the device."""
+    """The same in PyTorch's operations, for builds without kernels for the device.
+
+    It reads whole caches, but never waits for the device.
+    """
     queries, heads = q.shape[1:3]
     if 0 in q.shape[:3] or k_cache.shape[2] == 0:
         if lse is not None:
@@ -183,7 +189,7 @@ def _append_cuda(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    if _C.with_cuda:
+    if _has_kernels(k):
         _C.attention_decode_append_cuda(k_cache, v_cache, cache_seqlens, k, v, block_table, k_scale, v_scale)
         return
     token = cache_seqlens.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [B, L]
