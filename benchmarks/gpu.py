@@ -14,6 +14,7 @@ Only the standard library is used: lamina itself is what the first part builds.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,7 +48,8 @@ OPS = {
 class Part:
     """One step: commands that run one after the other, in so many seconds together.
 
-    needed: whether nothing behind it can run without it. partial: whether running out of time is no failure of it.
+    needed: whether nothing behind it can run without it. partial: whether running out of time is no failure of it,
+    unless its log has a line that `wrong`, a regular expression, finds.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Part:
     commands: Callable[[float], Sequence[Sequence[str]]]
     needed: bool = False
     partial: bool = False
+    wrong: str = ""
 
 
 @dataclass
@@ -107,10 +110,12 @@ class Job:
                     left = budget - (self.clock() - start)
                     status = call(command, max(1.0, left), stream)
                     if status is None:
-                        outcome.outcome = "left out" if part.partial else "failed"
-                        outcome.note = f"stopped after {budget:.0f} s" + (
-                            ", with nothing wrong so far" if part.partial else ""
-                        )
+                        stream.flush()
+                        found = [line for line in tail(log, 10**6).splitlines() if re.search(part.wrong or "$^", line)]
+                        late = part.partial and not found
+                        outcome.outcome = "left out" if late else "failed"
+                        outcome.note = f"stopped after {budget:.0f} s"
+                        outcome.note += ", with nothing wrong so far" if late else "".join(f"; {x}" for x in found[:1])
                         break
                     if status:
                         outcome.outcome, outcome.note = "failed", f"exit status {status}; see logs/{log.name}"
@@ -205,7 +210,7 @@ def build(budget: float) -> Sequence[Sequence[str]]:
 
 def tests(budget: float) -> Sequence[Sequence[str]]:
     # What compiles for other architectures needs no GPU.
-    options = ["-q", "-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal", "-p", "no:cacheprovider"]
+    options = ["-v", "-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal", "-p", "no:cacheprovider"]
     return [[sys.executable, "-m", "pytest", "tests/gpu", "--ignore=tests/gpu/test_gpu_compile.py", *options]]
 
 
@@ -249,10 +254,10 @@ def parts_of(out: Path) -> list[Part]:
     """In the order of their worth: what is left out is at the end."""
     return [
         Part("build", 200.0, build, needed=True),
-        Part("tests", 110.0, tests, partial=True),
+        Part("tests", 140.0, tests, partial=True, wrong=r"\b(FAILED|ERROR) tests/"),
         *(Part(f"bench {op}", seconds, bench(op, out), partial=True) for op, seconds in OPS.items()),
+        Part("sanitizer", 50.0, sanitizer, partial=True, wrong=r"^=+ (Invalid|Race|ERROR SUMMARY: [1-9])"),
         Part("tuning", 120.0, tuning(out), partial=True),
-        Part("sanitizer", 60.0, sanitizer, partial=True),
     ]
 
 

@@ -7,7 +7,7 @@ of int8_linear, in the same order of operations, so that the bits are those of i
 import triton
 import triton.language as tl
 from lamina.kernels.device import capability, check_same_device, on_device_of
-from lamina.kernels.int8_linear import _finish, _int8_linear_finish_kernel
+from lamina.kernels.int8_linear import _finish
 from lamina.kernels.sparse_linear import block_operands, block_products, sections
 from lamina.kernels.tuning import FINISH_TILE, SparseTile, sparse_tile
 from torch import Tensor
@@ -81,6 +81,52 @@ def _sparse_int8_linear_kernel(
         sums,
         row + tl.arange(0, ROWS),
         block_row * BLOCK + part * OUTPUTS + tl.arange(0, OUTPUTS),
+        rows,
+        outputs,
+        x_scale,
+        x_scale_step,
+        w_scale,
+        bias,
+        residual,
+        residual_row,
+        out_scale,
+        out,
+        out_row,
+        ACTIVATION,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        WANTS_CODES,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _finish_sums_kernel(
+    sums,
+    x_scale,
+    w_scale,
+    bias,
+    residual,
+    out_scale,
+    out,
+    rows,
+    outputs,
+    x_scale_step,
+    residual_row,
+    out_row,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    WANTS_CODES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (row < rows)[:, None] & (column < outputs)[None, :]
+    _finish(
+        tl.load(sums + row.to(tl.int64)[:, None] * outputs + column[None, :], mask=there, other=0),
+        row,
+        column,
         rows,
         outputs,
         x_scale,
@@ -188,7 +234,7 @@ def finish_sums(
     rows, outputs = out.shape
     tile = FINISH_TILE
     with on_device_of(sums):
-        _int8_linear_finish_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns))](
+        _finish_sums_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns))](
             sums.contiguous(),
             x_scale,
             w_scale,
@@ -205,9 +251,8 @@ def finish_sums(
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             WANTS_CODES=out_scale is not None,
-            SPLIT=1,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
             num_warps=tile.warps,
             enable_fp_fusion=False,
         )

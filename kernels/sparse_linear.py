@@ -251,10 +251,11 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def fits_descriptor(tensor: Tensor) -> bool:
-    """Whether the copy engine can read the matrix: its rows begin at multiples of 16 bytes."""
+    """Whether the copy engine can read the matrix: rows that do not overlap begin at multiples of 16 bytes."""
     return (
         tensor.numel() > 0
         and tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.shape[1]
         and tensor.stride(0) * tensor.element_size() % 16 == 0
         and tensor.data_ptr() % 16 == 0
     )

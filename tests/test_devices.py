@@ -214,6 +214,14 @@ def test_a_model_on_a_gpu_is_accelerated_by_what_runs_there(monkeypatch):
     assert report.form == "swapped layers"
 
 
+def test_a_graph_of_the_cpu_is_not_for_tensors_of_a_gpu():
+    """An accelerated model may be moved: then its layers run, and not the graph that was made for the CPU."""
+    describe = sys.modules["lamina.accelerate"]._describe
+    with torch._subclasses.FakeTensorMode():
+        assert describe(torch.empty(2, 3)) != describe(torch.empty(2, 3, device="cuda"))
+        assert describe(torch.empty(2, 3)) == describe(torch.empty(2, 3))
+
+
 def test_what_a_gpu_is_tried_with():
     kinds = {type(config) for config in lamina.configs.AUTO_ON_GPU}
     assert kinds == {lamina.Int8Dynamic, lamina.Int8WeightOnly, lamina.FusedAttention, lamina.Sparse}
@@ -229,24 +237,3 @@ def test_layers_are_left_where_nothing_runs(monkeypatch):
     assert off(there, "fused GRU kernels", on_gpu=False) == "on cuda:0, and fused GRU kernels run on the CPU"
     monkeypatch.setattr(sys.modules["lamina.swap"], "has_triton", lambda: False)
     assert off(there, "int8 kernels") == "on cuda:0, and int8 kernels need Triton there, which is not installed"
-
-
-def test_patterns_of_zeros_that_a_gpu_takes(monkeypatch):
-    from lamina import sparsity
-
-    class OnGPU(torch.Tensor):
-        is_cuda = True
-
-    weight = torch.zeros(128, 128)
-    weight[:64, :64] = 1.0
-    on_gpu = weight.as_subclass(OnGPU)
-    monkeypatch.setattr(sparsity, "GPU_PATTERNS", {"16x16": "4x1", "64x64": "4x1"})
-    choice = sparsity.choose_pattern(on_gpu, None)
-    assert (choice.pattern, choice.density) == ("64x64", 0.25)
-    scattered = torch.eye(128).as_subclass(OnGPU)
-    spread = torch.zeros(128, 128)
-    spread[::16, ::16] = 1.0
-    assert "too many for a GPU" in sparsity.choose_pattern(spread.as_subclass(OnGPU), None).reason
-    assert sparsity.choose_pattern(scattered, None).pattern == "16x16"
-    monkeypatch.setattr(sparsity, "GPU_PATTERNS", {})
-    assert sparsity.choose_pattern(on_gpu, None).reason == "there are no sparse kernels for GPUs"

@@ -426,7 +426,7 @@ def _ordinary(value: Any) -> Any:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.requires_grad
+        return value.shape, value.stride(), value.dtype, value.requires_grad, value.is_cpu
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):

@@ -10,6 +10,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,10 @@ def load_(model: nn.Module, path: str | Path) -> dict[str, str]:
 
     for fqn, layer in replacements.items():
         parent, child = _split(model, fqn)
-        layer.train(_target(model, fqn).training)
+        target = _target(model, fqn)
+        layer.train(target.training)
+        if (device := next(chain(target.parameters(), target.buffers())).device).type == "cuda":
+            layer.to(device)
         if type(parent) in LAYERS:  # torch's attention layers read weights, lamina's call their layers
             adopt(parent, child)
         if child in parent._modules:

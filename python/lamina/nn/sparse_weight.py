@@ -27,6 +27,9 @@ class SparseWeight(PackedWeight):
     `weight` is packed in the layer's pattern when it is loaded.
     """
 
+    # On a GPU these are the values, which .to(bfloat16) would round.
+    _kept_dtypes = ("_packed",)
+
     def _set_pattern(self, pattern: str) -> None:
         known = *PATTERNS, *GPU_PATTERNS
         if pattern not in known:
