@@ -94,16 +94,39 @@ def _forward_tile(
     v = load_rows(v_of, first_key, keys, KEYS, SHAPE[4], SHAPE[5], MIXED, TMA)
     if CAREFUL:
         wide = v.to(tl.float32)
-        clean = tl.where(is_finite(wide), wide, 0.0).to(v.dtype)
-        acc = tl.dot(weights.to(v.dtype), clean, acc, input_precision=PRECISION)
-        takes = tl.where(keep, 1.0, tl.zeros([ROWS, KEYS], tl.float32)).to(v.dtype)
-        up = tl.where((wide == float("inf")) | (wide != wide), 1.0, 0.0).to(v.dtype)
-        acc += tl.where(tl.dot(takes, up) > 0.0, float("inf"), 0.0)
-        down = tl.where((wide == float("-inf")) | (wide != wide), 1.0, 0.0).to(v.dtype)
-        acc -= tl.where(tl.dot(takes, down) > 0.0, float("inf"), 0.0)
-    else:
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        v = tl.where(is_finite(wide), wide, 0.0).to(v.dtype)
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_top, total
+
+
+@triton.jit
+def _mark_infinite(
+    acc,
+    v_of,
+    first_row,
+    first_key,
+    limits,
+    factors,
+    mask_of,
+    SHAPE: tl.constexpr,
+    FLAGS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Gives the values of a block of keys that are not finite to the rows that take them."""
+    ROWS: tl.constexpr = SHAPE[0]
+    KEYS: tl.constexpr = SHAPE[1]
+    row = (first_row + tl.arange(0, ROWS))[:, None]
+    column = (first_key + tl.arange(0, KEYS))[None, :]
+    nothing = tl.zeros([ROWS, KEYS], tl.float32)
+    _, keep, _ = score_tile(nothing, row, column, limits, factors, mask_of, FLAGS, True)
+    v = load_rows(v_of, first_key, limits[1], KEYS, SHAPE[4], SHAPE[5], True, TMA)
+    wide = v.to(tl.float32)
+    takes = tl.where(keep, 1.0, nothing).to(v.dtype)
+    up = tl.where((wide == float("inf")) | (wide != wide), 1.0, 0.0).to(v.dtype)
+    acc += tl.where(tl.dot(takes, up) > 0.0, float("inf"), 0.0)
+    down = tl.where((wide == float("-inf")) | (wide != wide), 1.0, 0.0).to(v.dtype)
+    acc -= tl.where(tl.dot(takes, down) > 0.0, float("inf"), 0.0)
+    return acc
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -271,6 +294,8 @@ def _attention_forward_kernel(
                     acc, top, total, q_tile, k_of, v_of, first_row, j * KEYS, limits, factors, mask_of, dropout, SHAPE,
                     FLAGS, DROPOUT, TMA, PRECISION, True, True,
                 )  # fmt: skip
+            for j in tl.range(begin, end, num_stages=1):
+                acc = _mark_infinite(acc, v_of, first_row, j * KEYS, limits, factors, mask_of, SHAPE, FLAGS, TMA)
 
     acc = acc * tl.where(total != 0.0, growth / total, 0.0)[:, None]
     rows = first_row + tl.arange(0, ROWS)
