@@ -11,8 +11,6 @@ where there are no NaN.
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lamina.kernels import tuning
 from lamina.kernels.attention_scores import (
     LOG2E,
@@ -37,6 +35,7 @@ from lamina.kernels.attention_scores import (
     sort_blocks,
     window_of,
 )
+from torch import Tensor
 
 # A change of these compiles nothing: lengths, limits, counts and seeds.
 _ANY = ("heads", "group", "blocks", "queries", "keys", "bottom_right", "left", "right", "keep", "low", "high")
@@ -73,7 +72,7 @@ def _forward_tile(
     product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     row = (first_row + tl.arange(0, ROWS))[:, None]
     column = (first_key + tl.arange(0, KEYS))[None, :]
-    scores, keep, _ = score_tile(product, row, column, limits, factors, mask_of, FLAGS, MIXED)
+    scores, _, _ = score_tile(product, row, column, limits, factors, mask_of, FLAGS, MIXED)
     if FLAGS[3] or FLAGS[4] or FLAGS[0] == 2:
         new_top = tl.maximum(top, tl.max(scores, 1))
     else:
@@ -260,7 +259,9 @@ def _attention_forward_kernel(
 
     q_tile = load_rows(q_of, first_row, queries, ROWS, SIZE, COLUMNS, True, TMA)
     if NEGATIVE:
-        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)  # so that the scale is positive, and the largest product is the largest score
+        q_tile = (-q_tile.to(tl.float32)).to(
+            q_tile.dtype
+        )  # so that the scale is positive, and the largest product is the largest score
     acc = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
     top = tl.zeros([ROWS], tl.float32) + sink
     total = tl.where(top > float("-inf"), 1.0, 0.0)
@@ -284,7 +285,7 @@ def _attention_forward_kernel(
             DROPOUT, TMA, PRECISION, True, False,
         )  # fmt: skip
 
-    if MASK != 0 or LEFT or RIGHT or VARLEN:
+    if MASK != 0 or LEFT or RIGHT or VARLEN:  # noqa: SIM102, a constant of the compilation
         if any_not_finite(acc) != 0:
             acc = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
             top = tl.zeros([ROWS], tl.float32) + sink
@@ -331,7 +332,7 @@ def attention(
     seed: Tensor | None = None,
     ends: tuple[Tensor, Tensor, int, int] | None = None,
 ) -> None:
-    """Writes [B, H, L, Dv] into out and, if given, the log-sum-exp [B, H, L] into lse, both with adjacent rows or columns.
+    """Writes [B, H, L, Dv] into out, with adjacent columns, and if given the log-sum-exp [B, H, L], with adjacent rows.
 
     query [B, H, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv] with any strides; a mask broadcasts to [B, H, L, S].
     Products of float32 are made of three of TF32, which tensor cores have and whose error is that of float32; of one if
@@ -345,7 +346,7 @@ def attention(
         q_ends, k_ends, queries, keys = ends
         batch = q_ends.shape[0] - 1
     size, value_size = query.shape[3], value.shape[3]
-    if batch * heads * queries == 0 or out.numel() == 0 and lse is None:
+    if batch * heads * queries == 0 or (out.numel() == 0 and lse is None):
         return
     kind, arch = mask_kind(mask), capability(query)
     columns, value_columns = block_of(size), block_of(value_size)

@@ -15,8 +15,6 @@ As in the forward, operands are taken for finite, and a block whose result is no
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lamina.kernels import tuning
 from lamina.kernels.attention_scores import (
     LOG2E,
@@ -42,6 +40,7 @@ from lamina.kernels.attention_scores import (
     sort_blocks,
     window_of,
 )
+from torch import Tensor
 
 _ANY = ("heads", "group", "blocks", "queries", "keys", "bottom_right", "left", "right", "keep", "low", "high")
 _ANY += ("list_batch", "list_head", "others", "batches", "mask_heads", "row_blocks", "key_blocks")
@@ -358,7 +357,7 @@ def _attention_backward_keys_kernel(
                     mask_of, dropout, growth, SHAPE, FLAGS, DROPOUT, TMA, PRECISION, True, False,
                 )  # fmt: skip
 
-    if MASK != 0 or LEFT or RIGHT or VARLEN:
+    if MASK != 0 or LEFT or RIGHT or VARLEN:  # noqa: SIM102, a constant of the compilation
         if any_not_finite(k_sums) + any_not_finite(v_sums) != 0:
             k_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
             v_sums = tl.zeros([KEYS, VALUE_COLUMNS], tl.float32)
@@ -511,7 +510,7 @@ def _attention_backward_queries_kernel(
     delta,
     lse2,
     grad_q,
-    slope_rows,
+    slope_parts,
     mask,
     slopes,
     lists,
@@ -658,7 +657,7 @@ def _attention_backward_queries_kernel(
             mask_of, dropout, growth, SHAPE, FLAGS, DROPOUT, TMA, PRECISION, SLOPES, True, False,
         )  # fmt: skip
 
-    if MASK != 0 or LEFT or RIGHT or VARLEN:
+    if MASK != 0 or LEFT or RIGHT or VARLEN:  # noqa: SIM102, a constant of the compilation
         if any_not_finite(q_sums) != 0:
             q_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
             slope_sums = tl.zeros([ROWS], tl.float32)
@@ -680,7 +679,8 @@ def _attention_backward_queries_kernel(
     inside = (rows < queries)[:, None] & (columns < SIZE)
     tl.store(at, (q_sums * factor).to(grad_q.dtype.element_ty), mask=inside)
     if SLOPES:
-        tl.store(slope_rows + numbers + rows, slope_sums, mask=rows < queries)
+        at_part = (tl.cast(batch, tl.int64) * heads + head) * blocks + block
+        tl.store(slope_parts + at_part, tl.sum(tl.where(rows < queries, slope_sums, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -868,7 +868,7 @@ def attention_backward(
     delta = lse.new_empty((at_batch, heads, rows))
     lse2 = torch.empty_like(delta)
     wants_slopes = slopes_gradient and alibi_slopes is not None
-    slope_rows = torch.empty_like(delta) if wants_slopes else None
+    slope_parts = None
     kind, arch = mask_kind(mask), capability(query)
     columns, value_columns = block_of(size), block_of(value_size)
     widest, element = max(columns, value_columns), query.element_size()
@@ -890,7 +890,9 @@ def attention_backward(
         **_strides("grad", grad_out, 4),
         "delta_batch": heads * rows,
         "delta_head": rows,
-        **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_column"), broadcast_strides(mask, sizes), strict=True)),
+        **dict(
+            zip(("mask_batch", "mask_head", "mask_row", "mask_column"), broadcast_strides(mask, sizes), strict=True)
+        ),
         "slopes_batch": alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.ndim == 2 else 0,
         "slopes_head": 0 if alibi_slopes is None else alibi_slopes.stride(-1),
         "heads": heads,
@@ -984,9 +986,11 @@ def attention_backward(
         if batch * heads * queries and grad_query.numel():
             tiles = tuning.attention_tiles("queries", widest, element, kind > 0, arch)
             blocks = triton.cdiv(queries, tiles.queries)
+            if wants_slopes:
+                slope_parts = lse.new_zeros((batch, heads, blocks))
             _attention_backward_queries_kernel[blocks * heads * batch,](
                 grad_q=grad_query,
-                slope_rows=slope_rows,
+                slope_parts=slope_parts,
                 **_strides("grad_q", grad_query, 3),
                 blocks=blocks,
                 SLOPES=wants_slopes,
@@ -999,9 +1003,7 @@ def attention_backward(
             grad_mask = _mask_gradient(mask, sizes, tiles, {**common, **operands(tiles)})
     grad_slopes = grad_sinks = None
     if wants_slopes:
-        if ends is not None:
-            raise ValueError("attention_backward: slopes have no gradient where sequences lie one behind the other")
-        grad_slopes = slope_rows.sum(2)
+        grad_slopes = lse.new_zeros((batch, heads)) if slope_parts is None else slope_parts.sum(2)
         grad_slopes = grad_slopes if alibi_slopes.ndim == 2 else grad_slopes.sum(0)
     if sinks_gradient:
         shares = torch.exp2(sinks[:, None] * LOG2E - lse2)  # 0 for a query without keys, whose lse2 is inf

@@ -1,8 +1,8 @@
 """What the kernels of attention, its gradient and attention_varlen share: tiles, scores and dropout.
 
 Scores are in units of log2, so that a weight is one exp2. They are computed where two index tiles `row` and `column`
-broadcast to, so that a tile may lie as [queries, keys] or as [keys, queries]. What a call does not ask for is a constant
-of the compilation and costs nothing:
+broadcast to, so that a tile may lie as [queries, keys] or as [keys, queries]. What a call does not ask for is known when
+a kernel is compiled, and costs nothing:
 
     MASK      0 none, 1 boolean, 2 added to the scores
     LEFT      a query sees no further to the left than `left` keys
@@ -18,11 +18,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from lamina.kernels import tuning
 from lamina.kernels.tuning import Tiles
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634  # in kernels as a number: they take no globals
 INTERPRETED = triton.knobs.runtime.interpret
@@ -87,7 +86,7 @@ def tanh(x):
 def score_tile(product, row, column, limits, factors, mask_of, FLAGS: tl.constexpr, MIXED: tl.constexpr):
     """Scores of q k^T, which keys are kept, and the tanh of the cap.
 
-    Scores are -inf where a key takes no part. They are still to be multiplied by `scale`, the factor of the scores times
+    Scores are -inf where a key takes no part. They are still to be multiplied by `scale`, that of the scores times
     log2(e), unless they are capped or something is added: then they are ready. Unless MIXED every key of the tile is
     kept, and there is no mask to be added.
 
@@ -396,7 +395,9 @@ def is_describable(tensor: Tensor) -> bool:
     size = tensor.element_size()
     if tensor.numel() == 0 or tensor.data_ptr() % 16 or (tensor.shape[3] > 1 and tensor.stride(3) != 1):
         return False
-    return all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(tensor.shape[:3], tensor.stride(), strict=False))
+    return all(
+        n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(tensor.shape[:3], tensor.stride(), strict=False)
+    )
 
 
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -407,7 +408,7 @@ def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def block_of(size: int) -> int:
-    """Columns of a tile of heads of this size: tensor cores take multiples of 16, and a tile's sides are powers of 2."""
+    """Columns of a tile: tensor cores take multiples of 16, and the sides of tiles are powers of 2."""
     return max(16, triton.next_power_of_2(size))
 
 

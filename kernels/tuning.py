@@ -3,9 +3,7 @@
 Choices made on a GPU by a sweep may stand in a file: `load(path)` puts them before what is here.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 # -- attention
 

@@ -19,39 +19,6 @@ from lamina import _C  # noqa: E402
 from lamina.ops.library import CUDA_IMPLEMENTATIONS  # noqa: E402
 
 
-def _mend_the_interpreter() -> None:
-    """Of Triton 3.6: NumPy 2.4 makes no int of an array of one element, and bfloat16, kept as uint16, is multiplied so.
-
-    Beside products only conversions know bfloat16 there: kernels convert before they compare or subtract.
-    """
-    from triton.runtime import interpreter
-
-    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def patched(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def dot(self, a, b, *rest):
-        with np.errstate(invalid="ignore"):  # NaN among the operands
-            return create_dot(self, widened(a), widened(b), *rest)
-
-    import numpy as np
-    import triton.language as tl
-
-    interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = dot
-
-
-if not ON_GPU:
-    _mend_the_interpreter()
-
-
 def pytest_report_header(config):
     return f"GPU tests run on {torch.cuda.get_device_name() if ON_GPU else 'the CPU, by the interpreter of Triton'}"
 
