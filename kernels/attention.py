@@ -35,6 +35,7 @@ from lamina.kernels.attention_scores import (
     sort_blocks,
     window_of,
 )
+from lamina.kernels.tuning import AttentionShape
 from torch import Tensor
 
 # A change of these compiles nothing: lengths, limits, counts and seeds.
@@ -351,7 +352,7 @@ def attention(
     kind, arch = mask_kind(mask), capability(query)
     columns, value_columns = block_of(size), block_of(value_size)
     widest = max(columns, value_columns)
-    tiles = tuning.attention_tiles("forward", widest, query.element_size(), kind > 0, arch)
+    tiles = tuning.attention_tiles(AttentionShape("forward", widest, query.element_size(), kind > 0, arch))
     left, right = window_of(is_causal, window_left, window_right, queries + keys)
     sizes = batch, heads, queries, keys
     slopes_strides = (0, 0)

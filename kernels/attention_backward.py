@@ -40,6 +40,7 @@ from lamina.kernels.attention_scores import (
     sort_blocks,
     window_of,
 )
+from lamina.kernels.tuning import AttentionShape, Tiles
 from torch import Tensor
 
 _ANY = ("heads", "group", "blocks", "queries", "keys", "bottom_right", "left", "right", "keep", "low", "high")
@@ -871,7 +872,7 @@ def attention_backward(
     slope_parts = None
     kind, arch = mask_kind(mask), capability(query)
     columns, value_columns = block_of(size), block_of(value_size)
-    widest, element = max(columns, value_columns), query.element_size()
+    shape = max(columns, value_columns), query.element_size(), kind > 0, arch
     left, right = window_of(is_causal, window_left, window_right, queries + keys)
     sizes = batch, heads, queries, keys
     limits = (keys - queries) * bottom_right, left, right
@@ -920,7 +921,7 @@ def attention_backward(
         "PRECISION": "tf32x3",
     }
 
-    def operands(tiles: tuning.Tiles) -> dict[str, object]:
+    def operands(tiles: Tiles) -> dict[str, object]:
         if not tma:
             return {"q": query, "k": key, "v": value, "grad": grad_out}
         return {
@@ -930,7 +931,7 @@ def attention_backward(
             "grad": described(grad_out, tiles.queries, value_columns),
         }
 
-    def arguments(kernel: str, tiles: tuning.Tiles) -> dict[str, object]:
+    def arguments(kernel: str, tiles: Tiles) -> dict[str, object]:
         by_keys = kernel == "keys"
         others = triton.cdiv(queries, tiles.queries) if by_keys else triton.cdiv(keys, tiles.keys)
         lists = {"lists": None, "counts": None, "list_batch": 0, "list_head": 0}
@@ -972,7 +973,7 @@ def attention_backward(
                 GRAD_LSE=grad_lse is not None,
             )
         if batch * heads * keys and grad_key.numel() + grad_value.numel():
-            tiles = tuning.attention_tiles("keys", widest, element, kind > 0, arch)
+            tiles = tuning.attention_tiles(AttentionShape("keys", *shape))
             blocks = triton.cdiv(keys, tiles.keys)
             _attention_backward_keys_kernel[blocks * key.shape[1] * batch,](
                 grad_k=grad_key,
@@ -984,7 +985,7 @@ def attention_backward(
                 **_launch(tiles),
             )
         if batch * heads * queries and grad_query.numel():
-            tiles = tuning.attention_tiles("queries", widest, element, kind > 0, arch)
+            tiles = tuning.attention_tiles(AttentionShape("queries", *shape))
             blocks = triton.cdiv(queries, tiles.queries)
             if wants_slopes:
                 slope_parts = lse.new_zeros((batch, heads, blocks))
@@ -999,7 +1000,7 @@ def attention_backward(
             )
         grad_mask = None
         if mask_gradient:
-            tiles = tuning.attention_tiles("mask", widest, element, True, arch)
+            tiles = tuning.attention_tiles(AttentionShape("mask", *shape))
             grad_mask = _mask_gradient(mask, sizes, tiles, {**common, **operands(tiles)})
     grad_slopes = grad_sinks = None
     if wants_slopes:
@@ -1016,7 +1017,7 @@ def _strides(name: str, tensor: Tensor, count: int) -> dict[str, int]:
     return {f"{name}_{d}": s for d, s in zip(dimensions[:count], tensor.stride(), strict=False)}
 
 
-def _launch(tiles: tuning.Tiles) -> dict[str, int]:
+def _launch(tiles: Tiles) -> dict[str, int]:
     return {
         "ROWS": tiles.queries,
         "KEYS": tiles.keys,
@@ -1026,7 +1027,7 @@ def _launch(tiles: tuning.Tiles) -> dict[str, int]:
 
 
 def _mask_gradient(
-    mask: Tensor, sizes: tuple[int, int, int, int], tiles: tuning.Tiles, arguments: dict[str, object]
+    mask: Tensor, sizes: tuple[int, int, int, int], tiles: Tiles, arguments: dict[str, object]
 ) -> Tensor:
     """A mask of queries and keys has an owner for each of its tiles, who takes the batches and heads that share it one
     after the other. One of queries or of keys alone is small: every head sums its own, and then those are added up."""

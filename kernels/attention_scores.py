@@ -1,8 +1,8 @@
 """What the kernels of attention, its gradient and attention_varlen share: tiles, scores and dropout.
 
 Scores are in units of log2, so that a weight is one exp2. They are computed where two index tiles `row` and `column`
-broadcast to, so that a tile may lie as [queries, keys] or as [keys, queries]. What a call does not ask for is known when
-a kernel is compiled, and costs nothing:
+broadcast to, so that a tile may lie as [queries, keys] or as [keys, queries]. What a call asks for is known when its
+kernel is compiled, and what it does not costs nothing:
 
     MASK      0 none, 1 boolean, 2 added to the scores
     LEFT      a query sees no further to the left than `left` keys
