@@ -74,14 +74,14 @@ def _forward_tile(
     row = (first_row + tl.arange(0, ROWS))[:, None]
     column = (first_key + tl.arange(0, KEYS))[None, :]
     scores, _, _ = score_tile(product, row, column, limits, factors, mask_of, FLAGS, MIXED)
-    if FLAGS[3] or FLAGS[4] or FLAGS[0] == 2:
+    if FLAGS[5]:
         new_top = tl.maximum(top, tl.max(scores, 1))
     else:
         new_top = tl.maximum(top, tl.max(scores, 1) * factors[0])
     base = new_top
     if MIXED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without keys so far
-    if FLAGS[3] or FLAGS[4] or FLAGS[0] == 2:
+    if FLAGS[5]:
         weights = tl.exp2(scores - base[:, None])
     else:
         weights = tl.exp2(scores * factors[0] - base[:, None])
@@ -239,7 +239,7 @@ def _attention_forward_kernel(
     mask_of = (mask, mask_row, mask_column)
     dropout = (head, batch, low, high, keep)
     SHAPE: tl.constexpr = (ROWS, KEYS, SIZE, COLUMNS, VALUE_SIZE, VALUE_COLUMNS)
-    FLAGS: tl.constexpr = (MASK, LEFT, RIGHT, CAPPED, SLOPED)
+    FLAGS: tl.constexpr = (MASK, LEFT, RIGHT, CAPPED, SLOPED, CAPPED or SLOPED or MASK == 2)
 
     # Which blocks of keys: `full` of them without mask code, `mixed` with it.
     order = lists

@@ -139,7 +139,7 @@ def _keys_tile(
     row = rows[None, :]
     column = (first_key + tl.arange(0, KEYS))[:, None]
     scores, keep, curve = score_tile(product, row, column, limits, factors, mask_of, FLAGS, MIXED)
-    if FLAGS[3] or FLAGS[4] or FLAGS[0] == 2:
+    if FLAGS[5]:
         weights = tl.exp2(scores - top[None, :])
     else:
         weights = tl.exp2(scores * factors[0] - top[None, :])
@@ -268,6 +268,7 @@ def _attention_backward_keys_kernel(
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -299,7 +300,7 @@ def _attention_backward_keys_kernel(
     k_of = sequence(k, at_batch, kv_head, k_begin, k_batch, k_head, k_row, k_column, TMA)
     v_of = sequence(v, at_batch, kv_head, k_begin, v_batch, v_head, v_row, v_column, TMA)
     SHAPE: tl.constexpr = (ROWS, KEYS, SIZE, COLUMNS, VALUE_SIZE, VALUE_COLUMNS)
-    FLAGS: tl.constexpr = (MASK, LEFT, RIGHT, CAPPED, SLOPED)
+    FLAGS: tl.constexpr = (MASK, LEFT, RIGHT, CAPPED, SLOPED, CAPPED or SLOPED or MASK == 2 or NEGATIVE)
 
     begin, full_begin, full_end, end = query_range(first_key, limits, ROWS, KEYS, LEFT, RIGHT)
     k_tile = load_rows(k_of, first_key, keys, KEYS, SIZE, COLUMNS, True, TMA)
@@ -438,7 +439,7 @@ def _change_tile(
     row = (first_row + tl.arange(0, ROWS))[:, None]
     column = (first_key + tl.arange(0, KEYS))[None, :]
     scores, keep, curve = score_tile(product, row, column, limits, factors, mask_of, FLAGS, MIXED)
-    if FLAGS[3] or FLAGS[4] or FLAGS[0] == 2:
+    if FLAGS[5]:
         weights = tl.exp2(scores - top[:, None])
     else:
         weights = tl.exp2(scores * factors[0] - top[:, None])
@@ -569,6 +570,7 @@ def _attention_backward_queries_kernel(
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -613,7 +615,7 @@ def _attention_backward_queries_kernel(
     mask_of = (mask, mask_row, mask_column)
     dropout = (head, batch, low, high, keep)
     SHAPE: tl.constexpr = (ROWS, KEYS, SIZE, COLUMNS, VALUE_SIZE, VALUE_COLUMNS)
-    FLAGS: tl.constexpr = (MASK, LEFT, RIGHT, CAPPED, SLOPED)
+    FLAGS: tl.constexpr = (MASK, LEFT, RIGHT, CAPPED, SLOPED, CAPPED or SLOPED or MASK == 2 or NEGATIVE)
 
     order = lists
     begin, full_begin, full_end, end = key_range(first_row, limits, ROWS, KEYS, LEFT, RIGHT)
@@ -762,7 +764,7 @@ def _attention_backward_mask_kernel(
     mask_batch_index = program // key_blocks // row_blocks // mask_heads
     limits = (queries, keys, (keys - queries) * bottom_right, left, right)
     SHAPE: tl.constexpr = (ROWS, KEYS, SIZE, COLUMNS, VALUE_SIZE, VALUE_COLUMNS)
-    FLAGS: tl.constexpr = (2, LEFT, RIGHT, CAPPED, SLOPED)
+    FLAGS: tl.constexpr = (2, LEFT, RIGHT, CAPPED, SLOPED, True)
     batch_begin = mask_batch_index
     batch_end = mask_batch_index + 1
     if ALL_BATCHES:
@@ -946,6 +948,7 @@ def attention_backward(
             "factor": scale,
             "others": others,
             "MASK": kind,
+            "NEGATIVE": scale < 0,
             "LISTS": sorts,
             "VARLEN": ends is not None,
         }

@@ -86,14 +86,14 @@ def tanh(x):
 def score_tile(product, row, column, limits, factors, mask_of, FLAGS: tl.constexpr, MIXED: tl.constexpr):
     """Scores of q k^T, which keys are kept, and the tanh of the cap.
 
-    Scores are -inf where a key takes no part. They are still to be multiplied by `scale`, that of the scores times
-    log2(e), unless they are capped or something is added: then they are ready. Unless MIXED every key of the tile is
-    kept, and there is no mask to be added.
+    Scores are -inf where a key takes no part. Unless they are READY they are still to be multiplied by `scale`, that of
+    the scores times log2(e), which is positive then; they are if they are capped or something is added. Unless MIXED
+    every key of the tile is kept, and there is no mask to be added.
 
     limits: (queries, keys, shift, left, right); query i stands at position i + shift among the keys.
     factors: (scale, cap, slope) in units of log2.
     mask_of: (pointer to the head's, stride of rows, stride of columns).
-    FLAGS: (MASK, LEFT, RIGHT, CAPPED, SLOPED).
+    FLAGS: (MASK, LEFT, RIGHT, CAPPED, SLOPED, READY).
     """
     queries, keys, shift, left, right = limits
     scale, cap, slope = factors
@@ -102,7 +102,7 @@ def score_tile(product, row, column, limits, factors, mask_of, FLAGS: tl.constex
     if FLAGS[3]:
         curve = tanh(product * (scale / cap))
         scores = curve * cap
-    elif FLAGS[4] or FLAGS[0] == 2:
+    elif FLAGS[5]:
         scores = product * scale
     if FLAGS[4]:
         scores -= slope * tl.abs(row + shift - column).to(tl.float32)
