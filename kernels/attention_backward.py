@@ -169,8 +169,7 @@ def _keys_tile(
 
 
 @triton.jit
-def _mark_not_finite(
-    sums,
+def _takes_not_finite(
     operand,
     first_row,
     first_key,
@@ -181,7 +180,7 @@ def _mark_not_finite(
     FLAGS: tl.constexpr,
     BY_KEYS: tl.constexpr,
 ):
-    """NaN where an operand of rows (BY_KEYS), or of keys, is not finite and the row takes the key."""
+    """Where an operand of rows (BY_KEYS), or of keys, is not finite and the row takes the key."""
     row = first_row + tl.arange(0, SHAPE[0])
     column = first_key + tl.arange(0, SHAPE[1])
     if BY_KEYS:
@@ -195,7 +194,7 @@ def _mark_not_finite(
     _, keep, _ = score_tile(nothing, row, column, limits, factors, mask_of, FLAGS, True)
     takes = tl.where(keep & (row < limits[0]), 1.0, nothing).to(operand.dtype)
     bad = tl.where(is_finite(operand.to(tl.float32)), 0.0, 1.0).to(operand.dtype)
-    return sums + tl.where(tl.dot(takes, bad) > 0.0, float("nan"), 0.0)
+    return tl.dot(takes, bad) > 0.0
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -359,8 +358,10 @@ def _attention_backward_keys_kernel(
                     mask_of, dropout, growth, SHAPE, FLAGS, DROPOUT, TMA, PRECISION, True, False,
                 )  # fmt: skip
 
-    if MASK != 0 or LEFT or RIGHT or VARLEN:  # noqa: SIM102, a constant of the compilation
-        if any_not_finite(k_sums) + any_not_finite(v_sums) != 0:
+    careful = 0
+    if MASK != 0 or LEFT or RIGHT or VARLEN:
+        careful = any_not_finite(k_sums) + any_not_finite(v_sums)
+        if careful != 0:
             k_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
             v_sums = tl.zeros([KEYS, VALUE_COLUMNS], tl.float32)
             for g in range(group):
@@ -386,28 +387,46 @@ def _attention_backward_keys_kernel(
                         k_sums, v_sums, k_tile, v_tile, q_of, grad_of, row_numbers, j * ROWS, first_key, limits,
                         factors, mask_of, dropout, growth, SHAPE, FLAGS, DROPOUT, TMA, PRECISION, True, True,
                     )  # fmt: skip
-                for j in tl.range(begin, end, num_stages=1):
-                    tile = load_rows(q_of, j * ROWS, queries, ROWS, SIZE, COLUMNS, True, TMA)
-                    k_sums = _mark_not_finite(
-                        k_sums, tile, j * ROWS, first_key, limits, factors, mask_of, SHAPE, FLAGS, True
-                    )
-                for j in tl.range(begin, end, num_stages=1):
-                    tile = load_rows(grad_of, j * ROWS, queries, ROWS, VALUE_SIZE, VALUE_COLUMNS, True, TMA)
-                    v_sums = _mark_not_finite(
-                        v_sums, tile, j * ROWS, first_key, limits, factors, mask_of, SHAPE, FLAGS, True
-                    )
 
     inside = (first_key + tl.arange(0, KEYS) < keys)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     grad_k += tl.cast(at_batch, tl.int64) * grad_k_batch + tl.cast(kv_head, tl.int64) * grad_k_head
-    at = grad_k + tl.cast(k_begin + first_key, tl.int64) * grad_k_row
-    at = at + (tl.arange(0, KEYS)[:, None] * grad_k_row + columns)
-    tl.store(at, (k_sums * factor).to(grad_k.dtype.element_ty), mask=inside & (columns < SIZE))
+    k_at = grad_k + tl.cast(k_begin + first_key, tl.int64) * grad_k_row
+    k_at = k_at + (tl.arange(0, KEYS)[:, None] * grad_k_row + columns)
+    k_inside = inside & (columns < SIZE)
+    tl.store(k_at, (k_sums * factor).to(grad_k.dtype.element_ty), mask=k_inside)
     columns = tl.arange(0, VALUE_COLUMNS)[None, :]
     grad_v += tl.cast(at_batch, tl.int64) * grad_v_batch + tl.cast(kv_head, tl.int64) * grad_v_head
-    at = grad_v + tl.cast(k_begin + first_key, tl.int64) * grad_v_row
-    at = at + (tl.arange(0, KEYS)[:, None] * grad_v_row + columns)
-    tl.store(at, v_sums.to(grad_v.dtype.element_ty), mask=inside & (columns < VALUE_SIZE))
+    v_at = grad_v + tl.cast(k_begin + first_key, tl.int64) * grad_v_row
+    v_at = v_at + (tl.arange(0, KEYS)[:, None] * grad_v_row + columns)
+    v_inside = inside & (columns < VALUE_SIZE)
+    tl.store(v_at, v_sums.to(grad_v.dtype.element_ty), mask=v_inside)
+
+    # What rows that are not finite give to the keys that they take: behind the stores, where no sums hold registers.
+    if MASK != 0 or LEFT or RIGHT or VARLEN:  # noqa: SIM102, a constant of the compilation
+        if careful != 0:
+            for g in range(group):
+                head = kv_head * group + g
+                q_of = sequence(q, at_batch, head, q_begin, q_batch, q_head, q_row, q_column, TMA)
+                grad_of = sequence(grad, at_batch, head, q_begin, grad_batch, grad_head, grad_row, grad_column, TMA)
+                mask_of = (mask, mask_row, mask_column)
+                if MASK != 0:
+                    mask_of = (
+                        mask + (tl.cast(batch, tl.int64) * mask_batch + tl.cast(head, tl.int64) * mask_head),
+                        mask_row,
+                        mask_column,
+                    )
+                factors = (scale, cap, 0.0)
+                for j in tl.range(begin, end, num_stages=1):
+                    tile = load_rows(q_of, j * ROWS, queries, ROWS, SIZE, COLUMNS, True, TMA)
+                    bad = _takes_not_finite(tile, j * ROWS, first_key, limits, factors, mask_of, SHAPE, FLAGS, True)
+                    nothing = tl.full([KEYS, COLUMNS], float("nan"), tl.float32).to(grad_k.dtype.element_ty)
+                    tl.store(k_at, nothing, mask=k_inside & bad)
+                for j in tl.range(begin, end, num_stages=1):
+                    tile = load_rows(grad_of, j * ROWS, queries, ROWS, VALUE_SIZE, VALUE_COLUMNS, True, TMA)
+                    bad = _takes_not_finite(tile, j * ROWS, first_key, limits, factors, mask_of, SHAPE, FLAGS, True)
+                    nothing = tl.full([KEYS, VALUE_COLUMNS], float("nan"), tl.float32).to(grad_v.dtype.element_ty)
+                    tl.store(v_at, nothing, mask=v_inside & bad)
 
 
 @triton.jit
@@ -671,9 +690,8 @@ def _attention_backward_queries_kernel(
                 )  # fmt: skip
             for j in tl.range(begin, end, num_stages=1):
                 tile = load_rows(k_of, j * KEYS, keys, KEYS, SIZE, COLUMNS, True, TMA)
-                q_sums = _mark_not_finite(
-                    q_sums, tile, first_row, j * KEYS, limits, factors, mask_of, SHAPE, FLAGS, False
-                )
+                bad = _takes_not_finite(tile, first_row, j * KEYS, limits, factors, mask_of, SHAPE, FLAGS, False)
+                q_sums += tl.where(bad, float("nan"), 0.0)
 
     columns = tl.arange(0, COLUMNS)[None, :]
     grad_q += tl.cast(at_batch, tl.int64) * grad_q_batch + tl.cast(head, tl.int64) * grad_q_head

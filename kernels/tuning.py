@@ -110,7 +110,7 @@ def candidates(shape: AttentionShape) -> list[Tiles]:
     if shape.element_size == 4 or shape.columns > 128:
         sizes = dict.fromkeys((*((min(queries, 64), min(keys, 64)) for queries, keys in sizes), (32, 32), (64, 32)))
     others = [Tiles(*size, warps, stages) for size in sizes for warps in (4, 8) for stages in (2, 3)]
-    if shape.kernel == "forward" and shape.capability >= 90:
+    if shape.kernel == "forward" and shape.capability >= 100:  # Triton 3.6 leaves loops of Hopper as they are
         others += [Tiles(128, 128, 8, 2, specialize=True), Tiles(128, 64, 8, 3, specialize=True)]
     # A thread of four warps holds twice the share of a tile: 128 x 128 sums alone are all of its registers.
     fit = [t for t in others if t.queries * t.keys <= 64 * 128 or t.warps == 8]
