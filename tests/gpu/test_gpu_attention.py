@@ -6,7 +6,6 @@ import pytest
 import torch
 from cases import SUITES, attention_eager, attention_truth
 from compiled_cases import meta
-from conftest import ON_GPU
 from interpreter_repairs import repair
 from tolerances import assert_composite, assert_exact, eps
 from torch.utils._pytree import tree_map_only
@@ -15,6 +14,7 @@ from lamina.ops import attention, why_not_fused
 from lamina.reference.attention import attention as reference
 
 repair()
+ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities and NaN in the interpreter
 SUITE = SUITES["attention"]
 # The interpreter takes seconds for what has many blocks.
@@ -201,6 +201,32 @@ def test_why_a_call_is_not_fused(device):
     assert "head size is 300" in why_not_fused(q, v.new_empty(1, 2, 7, 300))
     assert "it is int32" in why_not_fused(q.int(), v)
     assert "it is on meta" in why_not_fused(q.to("meta"), v)
+
+
+def test_chosen_tiles_survive_a_file(device, tmp_path):
+    from lamina.kernels import tuning
+    from lamina.kernels.tuning import ATTENTION_KERNELS, AttentionShape, Tiles
+
+    shapes = [AttentionShape(kernel, 128, 2, masked, 90) for kernel in ATTENTION_KERNELS for masked in (False, True)]
+    for shape in shapes:
+        first, *others = tuning.candidates(shape)
+        assert first == tuning.attention_tiles(shape)
+        assert first not in others
+        assert others
+    path = tmp_path / "tuned.json"
+    try:
+        tuning.choose(shapes[0], Tiles(64, 16, 2, 5))
+        tuning.save(path)
+        tuning.choose(shapes[0], None)
+        assert tuning.attention_tiles(shapes[0]) != Tiles(64, 16, 2, 5)
+        tuning.load(path)
+        assert tuning.attention_tiles(shapes[0]) == Tiles(64, 16, 2, 5)
+    finally:
+        tuning.choose(shapes[0], None)
+    for damaged in ("", "[]", "{}", '{"format": "another"}', path.read_text("utf-8").replace("warps", "threads")):
+        path.write_text(damaged, "utf-8")
+        with pytest.raises(ValueError, match="is not a file of tuned block shapes"):
+            tuning.load(path)
 
 
 def _compiled(size, dtype=torch.bfloat16, mask=None, value_size=None, **options):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from cases import SUITES
 from compiled_cases import meta
-from conftest import ON_GPU
 from interpreter_repairs import repair
 from tolerances import assert_composite, assert_exact, eps
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -16,6 +15,7 @@ from lamina.reference.attention import attention as reference
 from lamina.reference.attention_backward import attention_backward as reference_backward
 
 repair()
+ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities and NaN in the interpreter
 SUITE = SUITES["attention_backward"]
 # The interpreter takes seconds for what has many blocks; float64 is not the kernels'.

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from cases import SUITES, attention_varlen_truth
 from compiled_cases import meta
-from conftest import ON_GPU
 from interpreter_repairs import repair
 from tolerances import assert_composite, assert_exact, eps
 from torch.utils._pytree import tree_map_only
@@ -16,6 +15,7 @@ from lamina.ops import attention, attention_varlen
 from lamina.reference.attention_varlen import attention_varlen as reference
 
 repair()
+ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities and NaN in the interpreter
 SUITE = SUITES["attention_varlen"]
 CASES = [case for case in SUITE.cases if ON_GPU or not {"threads"} & case.tags]
