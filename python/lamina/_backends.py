@@ -13,12 +13,20 @@ from typing import Any
 import torch
 
 from lamina import _C
+from lamina.kernels import tuning
 
 if "LAMINA_ISA" in os.environ:
     try:
         _C.force_isa(os.environ["LAMINA_ISA"])
     except ValueError as error:
         raise ValueError(f"LAMINA_ISA: {error}") from None
+
+
+if "LAMINA_GPU_TUNING" in os.environ:
+    try:
+        tuning.load(os.environ["LAMINA_GPU_TUNING"])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"LAMINA_GPU_TUNING: {error}") from None
 
 
 @contextmanager

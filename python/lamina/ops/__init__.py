@@ -1,6 +1,6 @@
 """Functional ops: torch's signatures where torch has the op, keyword-only extras after them."""
 
-from lamina.ops.attention import attention, attention_panels
+from lamina.ops.attention import attention, attention_panels, why_not_fused
 from lamina.ops.attention_backward import AttentionGradients, attention_backward
 from lamina.ops.attention_decode import append_to_cache_, attention_decode
 from lamina.ops.attention_varlen import attention_varlen
@@ -164,4 +164,5 @@ __all__ = [
     "unpack_sparse_int8_weight",
     "unpack_sparse_weight",
     "weight_only_linear",
+    "why_not_fused",
 ]

@@ -4,13 +4,15 @@ Two overloads: the plain one is what `scaled_dot_product_attention` computes and
 everything else as well and gives the log-sum-exp, which a gradient needs.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lamina import _C
-from lamina.ops.attention_backward import call_attention_backward
+from lamina.ops.attention_backward import call_attention_backward, check_on_gpu
 from lamina.ops.library import define
 from lamina.ops.token_panels import PANEL, new_codes
 from lamina.reference.attention import attention as _composite
@@ -97,6 +99,47 @@ def _cpu(
     return out if leading is None else out.reshape(*leading, *out.shape[2:])
 
 
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    return _on_gpu(query, key, value, attn_mask, is_causal, scale, enable_gqa, wants_lse=False)[0]
+
+
+def _on_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    wants_lse: bool,
+    **options: object,
+) -> tuple[Tensor, Tensor | None]:
+    from lamina.kernels.attention import attention as launch
+
+    leading = None
+    if not _is_plain(query, key, value, attn_mask, enable_gqa):
+        query, key, value, attn_mask, leading = _as_plain(query, key, value, attn_mask, enable_gqa)
+    rest = (options.get(name) for name in ("alibi_slopes", "sinks"))
+    limits = options.get("softcap", 0.0), *rest, options.get("dropout_p", 0.0)
+    check_on_gpu("attention", query, key, value, attn_mask, *limits)
+    out, lse = _new_output(query, value), _new_lse(query) if wants_lse else None
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    launch(query, key, value, attn_mask, out, lse, is_causal=is_causal, scale=scale, **options)
+    if leading is not None:
+        out = out.reshape(*leading, *out.shape[2:])
+        lse = None if lse is None else lse.reshape(*leading, lse.shape[2])
+    return out, lse
+
+
 def _fake(
     query: Tensor,
     key: Tensor,
@@ -118,6 +161,7 @@ _attention = define(
     "bool enable_gqa) -> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 
 
@@ -180,6 +224,46 @@ def _cpu_with_lse(
     return out, lse
 
 
+def _cuda_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    bfloat16_products: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    int8_scores: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _on_gpu(
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        wants_lse=True,
+        window_left=window_left,
+        window_right=window_right,
+        bottom_right=bottom_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        low_precision=bfloat16_products,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+
+
 def _fake_with_lse(
     query: Tensor,
     key: Tensor,
@@ -206,6 +290,7 @@ _attention_with_lse = define(
     "-> (Tensor, Tensor)",
     cpu=_cpu_with_lse,
     fake=_fake_with_lse,
+    cuda=_cuda_with_lse,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -215,10 +300,39 @@ def _runs_here(query: Tensor, value: Tensor, dtypes: tuple[torch.dtype, ...] = _
     """Whether lamina's kernels take this call; what they don't take is torch's."""
     return (
         query.dtype in dtypes
-        and query.is_cpu
+        and (query.is_cpu or (query.is_cuda and query.dtype is not torch.float64 and _has_kernels_for(query.device)))
         and 1 <= query.shape[-1] <= MAX_HEAD_SIZE
         and value.shape[-1] <= MAX_HEAD_SIZE
     )
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _has_kernels_for(device: torch.device) -> bool:
+    """Whether Triton is there and compiles for the GPU: Ampere (8.0) or later."""
+    # Without a GPU only tensors that are not real are on one.
+    return _HAS_TRITON and (not torch.cuda.is_initialized() or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def why_not_fused(query: Tensor, value: Tensor) -> str | None:
+    """Why `attention` of a query and a value like these is torch's and not of lamina's kernels; None if it is theirs.
+
+    >>> lamina.ops.why_not_fused(q, v)
+    'its head size is 320, and the kernels take 1 to 256'
+    """
+    dtypes = _DTYPES if query.is_cuda else (*_DTYPES, torch.float64)
+    if _runs_here(query, value, dtypes):
+        return None
+    if not (query.is_cpu or query.is_cuda):
+        return f"it is on {query.device.type}, and the kernels are for the CPU and NVIDIA GPUs"
+    if query.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it is {str(query.dtype).removeprefix('torch.')}, and the kernels take {names}"
+    size = max(query.shape[-1], value.shape[-1])
+    if query.shape[-1] < 1 or size > MAX_HEAD_SIZE:
+        return f"its head size is {size}, and the kernels take 1 to {MAX_HEAD_SIZE}"
+    return f"{query.device} is older than Ampere, or Triton is not installed"
 
 
 class _WithGradient(torch.autograd.Function):
@@ -392,13 +506,15 @@ def attention(
 
     Scores are accumulated in float32 and never stored as a whole: memory grows with the sequence length, not with its
     square. bfloat16 inputs are multiplied as they are and their softmax weights are rounded to bfloat16; float16 ones
-    are computed in float32. A key that a mask excludes takes no part even if it or its value is NaN, and a query
-    without keys gives 0. The same inputs give the same bits on every run and for every number of threads.
+    are computed in float32 on the CPU, and as bfloat16 ones on a GPU. A key that a mask excludes takes no part even if
+    it or its value is NaN, and a query without keys gives 0. The same inputs give the same bits on every run and for
+    every number of threads.
 
     Gradients (`attention_backward`) exist for query, key, value, an added mask, slopes and sinks, once: there is no
     second derivative. A plain call that the kernels do not cover goes to torch's own op: other dtypes than float32,
-    bfloat16 and float16, other devices than the CPU, heads larger than 256. With the keyword arguments, for which torch
-    has no op, such a call is composed of torch's basic ones.
+    bfloat16 and float16, heads larger than 256, other devices than the CPU and NVIDIA GPUs from Ampere on, where the
+    kernels are Triton's (`why_not_fused` tells the reason). With the keyword arguments, for which torch has no op, such
+    a call is composed of torch's basic ones.
 
     Args:
         query: [..., H, L, D]; leading dimensions broadcast as in torch.
@@ -419,10 +535,12 @@ def attention(
         causal_alignment: "top_left": p = i, as in torch; "bottom_right": p = i + S - L, the last query sees the last
             key, as in flash-attn. Holds for is_causal, window and alibi_slopes.
         compute_dtype: torch.bfloat16 lets float32 inputs be multiplied in bfloat16, at twice the speed where the
-            processor can (`lamina.info()["isa"]` is avx512bf16), with its error of 2^-9 in each factor.
+            processor can (`lamina.info()["isa"]` is avx512bf16), with its error of 2^-9 in each factor. On a GPU
+            products are then of TF32, whose error is 2^-11.
         qk_dtype: torch.int8 lets query @ key^T of float32 and bfloat16 inputs be computed from int8 codes where the
             processor can (AVX-512 VNNI), with a scale for each row and key less the mean of the keys (SageAttention,
-            Zhang et al. 2024); a score is then off by about 0.5% of the typical one. Without gradients only.
+            Zhang et al. 2024); a score is then off by about 0.5% of the typical one. Without gradients only; a GPU
+            computes them as it does without.
         return_lse: also give log(sum_j exp(score_j)) of every query, sinks included, [..., H, L]: float32, or float64
             for float64 inputs; -inf where a query takes no key. Exact to 3e-4 where products are bfloat16.
 
@@ -432,8 +550,9 @@ def attention(
     >>> y = lamina.ops.attention(q, k, v, is_causal=True)
     >>> y, lse = lamina.ops.attention(q, k, v, is_causal=True, window=(1023, 0), softcap=50.0, return_lse=True)
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    kind = "cuda" if query.is_cuda else "cpu"
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)

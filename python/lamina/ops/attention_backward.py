@@ -106,6 +106,126 @@ def _cpu(
     return *tensors, *(query.new_empty(0) if t is None else t for t in rest)
 
 
+_MAX_HEAD_SIZE = 256
+
+
+def check_on_gpu(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """What csrc/ops/attention_inputs.cpp asks of calls on the CPU. Triton kernels check nothing themselves."""
+
+    def check(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(f"{op}: {message}")
+
+    q, k, v = query.shape, key.shape, value.shape
+    names = ", ".join(str(t.dtype).removeprefix("torch.") for t in (query, key, value))
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    check(query.dtype in types, f"query, key and value are {names}, but must be float32, bfloat16 or float16 on a GPU")
+    check(query.dtype == key.dtype == value.dtype, f"query, key and value are {names}, but must be of one dtype")
+    check(len(q) == len(k) == len(v) == 4, f"query, key and value are {q}, {k}, {v}, but must have four dimensions")
+    check(k[0] == q[0] and k[3] == q[3], f"key has shape {list(k)}, but must be [{q[0]}, *, *, {q[3]}]")
+    fits = q[1] % k[1] == 0 if k[1] else q[1] == 0
+    check(fits, f"query has {q[1]} heads and key has {k[1]}, but the first must be a multiple of the second")
+    check(v[:3] == k[:3], f"value has shape {list(v)}, but must be [{k[0]}, {k[1]}, {k[2]}, *]")
+    check(1 <= q[3] <= _MAX_HEAD_SIZE, f"query is {list(q)}, but its head size must be 1 to {_MAX_HEAD_SIZE}")
+    check(v[3] <= _MAX_HEAD_SIZE, f"value is {list(v)}, but its head size must be at most {_MAX_HEAD_SIZE}")
+    if attn_mask is not None:
+        types = (torch.bool, torch.float32, query.dtype)
+        check(attn_mask.dtype in types, f"attn_mask is {attn_mask.dtype}, but must be one of {types}")
+        full = (q[0], q[1], q[2], k[2])
+        tail = zip(reversed(attn_mask.shape), reversed(full), strict=False)
+        fits = attn_mask.ndim <= 4 and all(n in (1, most) for n, most in tail)
+        check(fits, f"attn_mask is {list(attn_mask.shape)}, but must broadcast to {list(full)}")
+    check(softcap >= 0, f"softcap is {softcap:g}, but must be positive, or 0 for none")
+    check(0 <= dropout_p <= 1, f"dropout_p is {dropout_p:g}, but must be between 0 and 1")
+    if alibi_slopes is not None:
+        fits = alibi_slopes.dtype is torch.float32 and tuple(alibi_slopes.shape) in ((q[1],), (q[0], q[1]))
+        shape = f"{str(alibi_slopes.dtype).removeprefix('torch.')}{list(alibi_slopes.shape)}"
+        check(fits, f"alibi_slopes is {shape}, but must be [{q[1]}] or [{q[0]}, {q[1]}] of float32")
+    if sinks is not None:
+        fits = sinks.dtype is torch.float32 and tuple(sinks.shape) == (q[1],)
+        check(fits, f"sinks has shape {list(sinks.shape)}, but must be [{q[1]}] of float32")
+
+
+def _cuda(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    mask_gradient: bool,
+    slopes_gradient: bool,
+    sinks_gradient: bool,
+) -> tuple[Tensor, ...]:
+    from lamina.kernels.attention_backward import attention_backward as launch
+
+    shapes = query.shape, key.shape, value.shape
+    query, key, value, out, grad_out = map(_as_four, (query, key, value, out, grad_out))
+    lse = lse[(None,) * (3 - lse.ndim)]
+    grad_lse = None if grad_lse is None else grad_lse[(None,) * (3 - grad_lse.ndim)]
+    check_on_gpu("attention_backward", query, key, value, attn_mask, softcap, alibi_slopes, sinks, dropout_p)
+    for what, t, shape in (
+        ("grad_out", grad_out, (*query.shape[:3], value.shape[3])),
+        ("out", out, (*query.shape[:3], value.shape[3])),
+        ("lse", lse, query.shape[:3]),
+    ):
+        if t.shape != shape:
+            raise ValueError(f"attention_backward: {what} has shape {list(t.shape)}, but must be {list(shape)}")
+    if grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()  # that of a sum is one number, expanded
+    tensors = [_new_gradient(t) for t in (query, key, value)]
+    rest = launch(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        grad_lse,
+        attn_mask,
+        *tensors,
+        is_causal=is_causal,
+        scale=query.shape[3] ** -0.5 if scale is None else scale,
+        window_left=window_left,
+        window_right=window_right,
+        bottom_right=bottom_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        mask_gradient=mask_gradient,
+        slopes_gradient=slopes_gradient,
+        sinks_gradient=sinks_gradient,
+    )
+    if mask_gradient:
+        rest = rest[0].to(attn_mask.dtype), *rest[1:]
+    tensors = [t.reshape(shape) for t, shape in zip(tensors, shapes, strict=True)]
+    return *tensors, *(query.new_empty(0) if t is None else t for t in rest)
+
+
 def _fake(
     grad_out: Tensor,
     query: Tensor,
@@ -151,6 +271,7 @@ call_attention_backward = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
 
 
@@ -189,9 +310,9 @@ def attention_backward(
 
     Scores are computed again from `lse` and never stored as a whole. Sums are float32 (float64 for float64 inputs),
     rounded once; with bfloat16 inputs the weights and their gradients are rounded to bfloat16 before the products
-    where the processor has such. Each sum has one owner and a fixed order: the same inputs give the same bits for
-    every number of threads. Keys that a mask excludes get and give nothing, even if they are NaN. There is no second
-    derivative.
+    where the processor has such, and on a GPU with float16 ones to float16. Each sum has one owner and a fixed order:
+    the same inputs give the same bits for every number of threads. Keys that a mask excludes get and give nothing, even
+    if they are NaN. There is no second derivative.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691) describes the method.
 
