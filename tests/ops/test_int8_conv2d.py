@@ -66,6 +66,33 @@ def test_integer_sums_are_exact_on_every_isa(data):
         assert_exact(out.contiguous(), expected, isa)
 
 
+@pytest.mark.parametrize(
+    ("images", "size", "stride", "padding", "dilation"),
+    [
+        (8, (7, 7), 1, 1, 1),
+        (4, (7, 2), 1, (1, 1), 1),
+        (5, (1, 9), (1, 2), (1, 1), 1),
+        (3, (14, 13), 2, (2, 1), 1),
+        (4, (6, 5), 1, (0, 1), (2, 1)),
+        (4, (6, 5), 1, (1, 2), 1),
+    ],
+)
+@pytest.mark.parametrize("residual", [False, True])
+def test_narrow_maps_are_the_same_on_every_isa(images, size, stride, padding, dilation, residual):
+    """First and last columns of several images without the taps that see padding only."""
+    generator = torch.Generator().manual_seed(0)
+    x = codes_of(images, 12, *size, generator=generator, low=-128).contiguous(memory_format=torch.channels_last)
+    packed = pack_int8_conv_weight(torch.randn(64, 12, 3, 3, generator=generator))
+    scales = {"x_scale": torch.tensor(0.02), "out_scale": torch.tensor(0.5)}
+
+    def call():
+        return lamina.ops.int8_conv2d(x, packed, torch.arange(64) / 7, stride, padding, dilation, **scales)
+
+    if residual:
+        scales |= {"residual": codes_of(*call().shape, generator=generator), "residual_scale": torch.tensor(0.3)}
+    bits_on_every_isa(call)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_depthwise_codes_are_the_same_on_every_isa(data):
