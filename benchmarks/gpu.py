@@ -83,6 +83,7 @@ class Job:
     def __post_init__(self) -> None:
         self.end = self.clock() + self.seconds
         self.logs = self.out / "logs"
+        shutil.rmtree(self.out / "parts", ignore_errors=True)  # of an earlier run
         (self.out / "parts").mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(parents=True, exist_ok=True)
 
@@ -121,7 +122,7 @@ class Job:
                         outcome.outcome, outcome.note = "failed", f"exit status {status}; see logs/{log.name}"
                         break
         except Unavailable as reason:
-            outcome.outcome, outcome.note = "left out", str(reason)
+            outcome.outcome, outcome.note = "failed" if part.needed else "left out", str(reason)
         except Exception as failure:  # a part must not take the others with it
             outcome.outcome, outcome.note = "failed", f"{type(failure).__name__}: {failure}"
         outcome.seconds = self.clock() - start

@@ -84,6 +84,18 @@ def test_without_the_build_nothing_else_is_tried(job, tmp_path):
     assert run.outcomes[1].note == "without build it cannot run"
 
 
+def test_a_machine_without_a_gpu_is_told_so(job, tmp_path, monkeypatch):
+    def unavailable(code):
+        raise job.Unavailable("AssertionError: Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(job, "asked", unavailable)
+    run = job.Job(tmp_path, 100.0)
+    run.run(job.parts_of(tmp_path))
+    build, *others = run.outcomes
+    assert (build.outcome, build.note) == ("failed", "AssertionError: Torch not compiled with CUDA enabled")
+    assert {outcome.outcome for outcome in others} == {"left out"}
+
+
 def test_what_no_time_is_left_for_is_named(job, tmp_path):
     now = [0.0]
 
