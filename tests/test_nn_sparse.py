@@ -258,6 +258,21 @@ def test_choice_counts_blocks():
     assert choose_pattern(torch.zeros(4, 4), 3).pattern is not None or choose_pattern(torch.zeros(4, 4), 3).speedup < 1
 
 
+def test_choice_for_a_gpu():
+    """The largest of the square blocks that hold as much; none where most of them hold something."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    corner, spread = torch.zeros(128, 128), torch.zeros(128, 128)
+    corner[:64, :64] = 1.0
+    spread[::16, ::16] = 1.0
+    choice = choose_pattern(corner.as_subclass(OnGPU), None)
+    assert (choice.pattern, choice.density) == ("64x64", 0.25)
+    assert choose_pattern(torch.eye(128).as_subclass(OnGPU), None).pattern == "16x16"
+    assert "blocks hold a nonzero, too many for a GPU" in choose_pattern(spread.as_subclass(OnGPU), None).reason
+
+
 def test_auto_of_convolutions():
     model = nn.Sequential(prune(nn.Conv2d(16, 16, 3), 0.95), prune(nn.Conv2d(16, 16, 3), 0.6), nn.Conv2d(16, 16, 3))
     report = lamina.swap_(model, lamina.Sparse("auto"))
