@@ -73,6 +73,9 @@ def attention_sorted_from(capability: int) -> int:
 
 def _attention_of_2_bytes(shape: AttentionShape) -> Tiles:
     hopper = shape.capability >= 90
+    if shape.capability >= 100 and shape.columns > 128:
+        # The sums of 256 columns need more tensor memory than there is; of 32 rows they stay in registers.
+        return Tiles(32, 32, 4, 2) if shape.kernel == "forward" else Tiles(32, 32, 4, 1)
     if shape.kernel == "forward":
         if shape.columns <= 64:
             tiles = Tiles(128, 128, 8, 3) if hopper else Tiles(128, 64, 4, 3)
@@ -81,8 +84,10 @@ def _attention_of_2_bytes(shape: AttentionShape) -> Tiles:
             tiles = Tiles(128, 128, 8, 2) if hopper else Tiles(128, 64, 8, 2)
         else:
             tiles = Tiles(128, 64, 8, 2) if hopper else Tiles(64, 32, 4, 2)
-        # A mask's tile of 128 x 128 and its pointers do not fit into registers beside the scores.
-        return replace(tiles, keys=64) if shape.masked and tiles.keys > 64 else tiles
+        # The tile of a mask and its pointers take registers: beside 128 x 64 scores on Ampere there are none left, and
+        # what the compiler gives then is many times slower.
+        most = 64 if hopper else 32
+        return replace(tiles, keys=most) if shape.masked and tiles.keys > most else tiles
     if shape.kernel == "keys":  # dK and dV: two tiles of sums
         if shape.columns <= 64:
             return Tiles(64, 128, 8, 2)
