@@ -392,22 +392,34 @@ def attention_sorted_from(capability: int) -> int:
     return 64 if capability == 0 else 1024
 
 
+# Reasons, from what the compiler gives (255 registers a thread are all there are, 227 KiB of shared memory a block on
+# Hopper, 163 KiB on Ampere): the sums of a tile stay in registers, 64 a thread for 128 x 128 of eight warps, beside the
+# scores and their weights; wgmma multiplies 64 rows at least by each four warps; loads ahead fill the shared memory.
+# On a GPU none of this has been timed yet: that is the sweep's part.
+
+
 def _attention_of_2_bytes(shape: AttentionShape) -> Tiles:
     hopper = shape.capability >= 90
+    if shape.capability >= 100 and shape.columns > 128:
+        # The sums of 256 columns need more tensor memory than there is; of 32 rows they stay in registers.
+        return Tiles(32, 32, 4, 2) if shape.kernel == "forward" else Tiles(32, 32, 4, 1)
     if shape.kernel == "forward":
         if shape.columns <= 64:
             tiles = Tiles(128, 128, 8, 3) if hopper else Tiles(128, 64, 4, 3)
         elif shape.columns == 128:
+            # 189 registers without spills; three stages would need 225 KiB.
             tiles = Tiles(128, 128, 8, 2) if hopper else Tiles(128, 64, 8, 2)
         else:
             tiles = Tiles(128, 64, 8, 2) if hopper else Tiles(64, 32, 4, 2)
-        # A mask's tile of 128 x 128 and its pointers do not fit into registers beside the scores.
-        return replace(tiles, keys=64) if shape.masked and tiles.keys > 64 else tiles
-    if shape.kernel == "keys":
+        # The tile of a mask and its pointers take registers: beside 128 x 64 scores on Ampere there are none left, and
+        # what the compiler gives then is many times slower.
+        most = 64 if hopper else 32
+        return replace(tiles, keys=most) if shape.masked and tiles.keys > most else tiles
+    if shape.kernel == "keys":  # dK and dV: two tiles of sums
         if shape.columns <= 64:
             return Tiles(64, 128, 8, 2)
         if shape.columns == 128:
-            return Tiles(64, 128, 8, 2) if hopper else Tiles(32, 128, 8, 2)
+            return Tiles(64, 128, 8, 2) if hopper and not shape.masked else Tiles(32, 128, 8, 2)
         return Tiles(32, 64, 8, 1)
     if shape.columns <= 64:
         return Tiles(128, 64, 8, 2)
@@ -417,12 +429,13 @@ def _attention_of_2_bytes(shape: AttentionShape) -> Tiles:
 
 
 def _attention_of_4_bytes(shape: AttentionShape) -> Tiles:
-    forward = shape.kernel == "forward"
+    """A product of three of TF32 holds both halves of its first factor in registers: small tiles, few warps."""
     if shape.columns <= 64:
-        return Tiles(64, 32, 4, 2) if forward else Tiles(32, 32, 4, 1)
+        return Tiles(64, 32, 4, 2) if shape.kernel == "forward" else Tiles(32, 32, 4, 1)
     if shape.columns == 128:
-        return Tiles(64, 32, 8, 2) if forward else Tiles(32, 32, 8, 1)
-    return Tiles(32, 32, 8, 1) if forward else Tiles(16, 32, 8, 1)
+        sizes = {"forward": (64, 16, 4, 2), "keys": (16, 64, 4, 1), "queries": (64, 16, 4, 1), "mask": (32, 32, 4, 1)}
+        return Tiles(*sizes[shape.kernel])
+    return Tiles(32, 32, 8, 1) if shape.kernel == "forward" else Tiles(16, 32, 8, 1)
 
 
 def candidates(shape: AttentionShape) -> list[Tiles]:

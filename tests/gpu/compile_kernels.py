@@ -81,6 +81,8 @@ def main(capabilities: list[int], module: str) -> None:
         if id(kernel) not in compiled:
             compiled[id(kernel)] = kernel
             registers, local = resources(kernel.asm["cubin"])
+            # Of Blackwell there are 512 columns; with more the compiler gives a kernel that no GPU launches.
+            assert (getattr(kernel.metadata, "tmem_size", 0) or 0) <= 512, f"{self.fn.__name__}: too much tensor memory"
             print(
                 f"{self.fn.__name__} sm_{kernel.metadata.target.arch}: {registers} registers, {local} bytes local, "
                 f"{kernel.metadata.shared} bytes shared, {kernel.metadata.num_warps} warps"
