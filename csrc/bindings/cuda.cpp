@@ -5,6 +5,7 @@
 
 #include "bindings/tensor_view.h"
 #include "cuda/device.h"
+#include "ops/cuda/int8_linear.h"
 #endif
 
 namespace py = pybind11;
@@ -17,8 +18,15 @@ void define_cuda(py::module_& m) {
   [[maybe_unused]] const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.attr("with_cuda") = true;
   m.def("cuda_devices", &cuda_devices, no_gil);
+  m.def("int8_linear_cuda", &int8_linear_cuda, no_gil);
+  m.def("int8_linear_fits_cuda", &int8_linear_fits_cuda, no_gil);
 #else
   m.attr("with_cuda") = false;
+#endif
+#ifdef LAMINA_WITH_CUTLASS
+  m.attr("with_cutlass") = true;
+#else
+  m.attr("with_cutlass") = false;
 #endif
 }
 
