@@ -141,44 +141,48 @@ LAMINA_HOST_DEVICE int8_t code_of(float y, float inverse) {
 
 #ifdef __CUDACC__
 
-// Elements [at, at + kCount) as floats, for an even kCount whose `at` is a multiple of it; one aligned load where the
-// pointer's alignment allows it, and that of all rows.
-template <int kCount>
-LAMINA_HOST_DEVICE void load_floats(const void* data, Format format, int64_t at, float (&to)[kCount]) {
-  struct alignas(kCount * 4 < 16 ? kCount * 4 : 16) Floats {
-    float value[kCount * 4 < 16 ? kCount : 4];
+// Whether vectors of `count` elements that start at multiples of it in rows of `ld` can be loaded whole.
+LAMINA_HOST_DEVICE bool loads_whole(const void* data, int64_t ld, Format format, int count) {
+  const int64_t bytes = bytes_of(format);
+  const int64_t vector = bytes * count < 16 ? bytes * count : 16;
+  return (reinterpret_cast<int64_t>(data) | ld * bytes) % vector == 0;
+}
+
+template <int kCount, class Element, int kVectors>
+LAMINA_HOST_DEVICE void load_elements(const void* data, const int64_t (&at)[kVectors], bool whole,
+                                      Element (&to)[kVectors * kCount]) {
+  constexpr int kStep = kCount * sizeof(Element) < 16 ? kCount : 16 / sizeof(Element);
+  struct alignas(kStep * sizeof(Element)) Vector {
+    Element element[kStep];
   };
-  struct alignas(kCount * 2) Halves {
-    uint16_t value[kCount];
-  };
-  if (format == Format::f32) {
-    const float* from = static_cast<const float*>(data) + at;
-    if (reinterpret_cast<uintptr_t>(from) % alignof(Floats) == 0) {
-      constexpr int kStep = sizeof(Floats) / 4;
+  const Element* from = static_cast<const Element*>(data);
+  // The branch is around the loops, so that all loads of either are under way at once.
+  if (whole) {
+    LAMINA_LOOP
+    for (int i = 0; i < kVectors * kCount; i += kStep) {
+      const Vector some = *reinterpret_cast<const Vector*>(from + at[i / kCount] + i % kCount);
       LAMINA_LOOP
-      for (int i = 0; i < kCount; i += kStep) {
-        const Floats some = *reinterpret_cast<const Floats*>(from + i);
-        LAMINA_LOOP
-        for (int j = 0; j < kStep; ++j) to[i + j] = some.value[j];
-      }
-    } else {
-      LAMINA_LOOP
-      for (int i = 0; i < kCount; ++i) to[i] = from[i];
+      for (int j = 0; j < kStep; ++j) to[i + j] = some.element[j];
     }
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(data) + at;
-  Halves bits;
-  if (reinterpret_cast<uintptr_t>(from) % alignof(Halves) == 0) {
-    bits = *reinterpret_cast<const Halves*>(from);
   } else {
     LAMINA_LOOP
-    for (int i = 0; i < kCount; ++i) bits.value[i] = from[i];
+    for (int i = 0; i < kVectors * kCount; ++i) to[i] = from[at[i / kCount] + i % kCount];
   }
-  LAMINA_LOOP
-  for (int i = 0; i < kCount; ++i) {
-    to[i] = format == Format::b16 ? __bfloat162float(__ushort_as_bfloat16(bits.value[i]))
-                                  : __half2float(__ushort_as_half(bits.value[i]));
+}
+
+// Vectors of kCount elements, from at[0], at[1], ... on, as floats. whole: loads_whole.
+template <int kCount, int kVectors>
+LAMINA_HOST_DEVICE void load_floats(const void* data, Format format, const int64_t (&at)[kVectors], bool whole,
+                                    float (&to)[kVectors * kCount]) {
+  if (format == Format::f32) return load_elements<kCount>(data, at, whole, to);
+  uint16_t bits[kVectors * kCount];
+  load_elements<kCount>(data, at, whole, bits);
+  if (format == Format::b16) {
+    LAMINA_LOOP
+    for (int i = 0; i < kVectors * kCount; ++i) to[i] = __bfloat162float(__ushort_as_bfloat16(bits[i]));
+  } else {
+    LAMINA_LOOP
+    for (int i = 0; i < kVectors * kCount; ++i) to[i] = __half2float(__ushort_as_half(bits[i]));
   }
 }
 

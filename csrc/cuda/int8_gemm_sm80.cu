@@ -61,8 +61,12 @@ struct Finish {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kVector; ++i) bias[c][i] = 0.0f;
         if (n >= cute::get<1>(shape)) continue;
-        load_floats(params.w_scale, Format::f32, n, w_scale[c]);
-        if (params.bias) load_floats(params.bias, params.bias_format, n, bias[c]);
+        const int64_t at[1] = {n};
+        load_floats<kVector>(params.w_scale, Format::f32, at, loads_whole(params.w_scale, 0, Format::f32, kVector),
+                             w_scale[c]);
+        if (!params.bias) continue;
+        load_floats<kVector>(params.bias, params.bias_format, at,
+                             loads_whole(params.bias, 0, params.bias_format, kVector), bias[c]);
       }
     }
 
@@ -82,8 +86,11 @@ struct Finish {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kVector; ++i) y[i] = scaled(totals[i], w_scale[column][i], x_scale, bias[column][i]);
       if (params.residual.data) {
+        const EpilogueMatrix& from = params.residual;
+        const int64_t at[1] = {m * from.ld + n};
         float residual[kVector];
-        load_floats(params.residual.data, params.residual.format, m * params.residual.ld + n, residual);
+        load_floats<kVector>(from.data, from.format, at, loads_whole(from.data, from.ld, from.format, kVector),
+                             residual);
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kVector; ++i) y[i] = sum(y[i], residual[i]);
       }

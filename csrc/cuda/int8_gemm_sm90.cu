@@ -65,32 +65,34 @@ struct Finish : fusion::Sm90VisitorImpl<> {
                                                      int part_m, int part_n) {
       using cute::_;
       const auto here = coordinates(_, _, _, part_m, part_n);
-      float y[kCount];
+      constexpr int kPairs = kCount / 2;
       // Sums come in pairs of neighbours of one row. What lies outside the output is computed from its edge, and the
       // copy engine drops it.
+      int64_t rows_of[kPairs], columns_of[kPairs];  // of the first of each pair
+      float x_scale[kPairs], w_scale[kCount], y[kCount];
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kCount; i += 2) {
-        const auto at = here(part * kCount + i);
-        const int64_t m = min(row + int(cute::get<0>(at)), rows - 1);
-        const int n = min(column + int(cute::get<1>(at)), columns - 2);
-        const float x_scale = params.x_scale[m * params.x_scale_step];
-        float w_scale[2], bias[2] = {0.0f, 0.0f};
-        load_floats(params.w_scale, Format::f32, n, w_scale);
-        if (params.bias) load_floats(params.bias, params.bias_format, n, bias);
-        CUTLASS_PRAGMA_UNROLL
-        for (int j = 0; j < 2; ++j) y[i + j] = scaled(totals[i + j], w_scale[j], x_scale, bias[j]);
+      for (int i = 0; i < kPairs; ++i) {
+        const auto at = here(part * kCount + 2 * i);
+        rows_of[i] = min(row + int(cute::get<0>(at)), rows - 1);
+        columns_of[i] = min(column + int(cute::get<1>(at)), columns - 2);
+        x_scale[i] = params.x_scale[rows_of[i] * params.x_scale_step];
       }
+      load_floats<2>(params.w_scale, Format::f32, columns_of, loads_whole(params.w_scale, 0, Format::f32, 2), w_scale);
+      float added[kCount] = {};
+      if (params.bias) {
+        load_floats<2>(params.bias, params.bias_format, columns_of, loads_whole(params.bias, 0, params.bias_format, 2),
+                       added);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; ++i) y[i] = scaled(totals[i], w_scale[i], x_scale[i / 2], added[i]);
       if (params.residual.data) {
+        const EpilogueMatrix& from = params.residual;
+        int64_t at[kPairs];
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kCount; i += 2) {
-          const auto at = here(part * kCount + i);
-          const int64_t m = min(row + int(cute::get<0>(at)), rows - 1);
-          const int n = min(column + int(cute::get<1>(at)), columns - 2);
-          float residual[2];
-          load_floats(params.residual.data, params.residual.format, m * params.residual.ld + n, residual);
-          CUTLASS_PRAGMA_UNROLL
-          for (int j = 0; j < 2; ++j) y[i + j] = sum(y[i + j], residual[j]);
-        }
+        for (int i = 0; i < kPairs; ++i) at[i] = rows_of[i] * from.ld + columns_of[i];
+        load_floats<2>(from.data, from.format, at, loads_whole(from.data, from.ld, from.format, 2), added);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kCount; ++i) y[i] = sum(y[i], added[i]);
       }
       activate_all(params.activation, y);
       return converted(y);

@@ -7,8 +7,8 @@ namespace lamina::cuda::tuning {
 
 // -- int8_gemm with mma.sync. Shared memory is below 99 KiB, which all devices from 8.0 to 8.9 have.
 
-// A warp's tile of 64 x 64 reads 2 bytes of shared memory for 64 multiply-adds, the ratio that mma.sync needs; two of
-// 32 x 64 would not keep tensor cores busy.
+// A warp's tile of 64 x 64 is the largest whose sums fit in registers, 128 a thread, and reads the least of shared
+// memory for a product: 2 bytes for 64 multiply-adds.
 struct Int8LargeSm80 {
   static constexpr int kRows = 128, kChannels = 256, kK = 64;
   static constexpr int kWarpRows = 64, kWarpChannels = 64, kWarpK = 64;
@@ -31,14 +31,14 @@ struct Int8FewRowsSm80 {
 
 // -- int8_gemm with wgmma. Rows of 128 bytes are what the copy engine's widest swizzle takes.
 
-// Both warp groups work on one tile: 128 sums for each thread is what registers hold, and 128 x 256 reads the least of
-// shared memory for a product. At full speed such tiles read 8 TB/s from the L2 cache of an H200, more than it gives;
-// two of them above each other, which share the weights by multicast, read two thirds of that.
+// Both warp groups work on one tile: 128 sums for each thread is what registers hold, and 128 x 256 reads the least for
+// a product. Two tiles above each other, which share the weights by multicast, read two thirds of what they would
+// alone.
 struct Int8LargeSm90 {
   static constexpr int kRows = 128, kChannels = 256, kK = 128;
   static constexpr int kClusterRows = 2, kClusterChannels = 1;
   static constexpr bool kCooperative = true;
-  // An odd number of tiles leaves one without its partner: at most an eighth of the work from here on.
+  // An odd number of tiles leaves one without its partner: at most a tenth of the work from here on.
   static constexpr int kLeastRows = 1024;
 };
 
