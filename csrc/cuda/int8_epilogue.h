@@ -143,9 +143,9 @@ LAMINA_HOST_DEVICE int8_t code_of(float y, float inverse) {
 
 // Whether vectors of `count` elements that start at multiples of it in rows of `ld` can be loaded whole.
 LAMINA_HOST_DEVICE bool loads_whole(const void* data, int64_t ld, Format format, int count) {
-  const int64_t bytes = bytes_of(format);
-  const int64_t vector = bytes * count < 16 ? bytes * count : 16;
-  return (reinterpret_cast<int64_t>(data) | ld * bytes) % vector == 0;
+  const int bytes = bytes_of(format);
+  const int vector = bytes * count < 16 ? bytes * count : 16;  // a power of two
+  return ((reinterpret_cast<uintptr_t>(data) | uintptr_t(ld * bytes)) & uintptr_t(vector - 1)) == 0;
 }
 
 template <int kCount, class Element, int kVectors>
