@@ -213,7 +213,7 @@ def test_info_agrees_with_the_module():
     assert info["threads"] == torch.get_num_threads() == _C.max_threads()
     assert info["backends"][0] == "cpu"
     assert ("cuda" in info["backends"]) == bool(info["cuda_devices"])
-    assert info["build"] == {"torch": torch.__version__, "cuda": _C.with_cuda}
+    assert info["build"] == {"torch": torch.__version__, "cuda": _C.with_cuda, "cutlass": _C.with_cutlass}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

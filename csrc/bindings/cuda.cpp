@@ -6,6 +6,7 @@
 #include "bindings/tensor_view.h"
 #include "cuda/device.h"
 #include "ops/cuda/attention_decode.h"
+#include "ops/cuda/int8_linear.h"
 #endif
 
 namespace py = pybind11;
@@ -22,8 +23,15 @@ void define_cuda(py::module_& m) {
   m.def("attention_decode_append_cuda", &attention_decode_append_cuda, no_gil);
   m.def("attention_decode_cuda", &attention_decode_cuda, no_gil);
   m.def("attention_decode_workspace_cuda", &attention_decode_workspace_cuda, no_gil);
+  m.def("int8_linear_cuda", &int8_linear_cuda, no_gil);
+  m.def("int8_linear_fits_cuda", &int8_linear_fits_cuda, no_gil);
 #else
   m.attr("with_cuda") = false;
+#endif
+#ifdef LAMINA_WITH_CUTLASS
+  m.attr("with_cutlass") = true;
+#else
+  m.attr("with_cutlass") = false;
 #endif
 }
 

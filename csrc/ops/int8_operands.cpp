@@ -13,9 +13,6 @@ namespace lamina {
 
 namespace {
 
-// As kInt8MaxK, for codes that somebody else made, which may be -128.
-constexpr int64_t kMaxKOfCodes = ((int64_t{1} << 31) - 1) / (128 * 127);
-
 // int8 codes -> the same with the offset.
 void add_offset(const TensorView& x, const OffsetCodes& to) {
   const int64_t grain = std::max<int64_t>(1, tuning::kQuantizeWorkPerThread / std::max<int64_t>(x.size(1), 1));
@@ -112,8 +109,8 @@ Int8Operands int8_operands(const char* op, const TensorView& x, const TensorView
   } else if (x_scale) {
     all.rows.scale = positive_scale(op, "x_scale", *x_scale);
   }
-  check(!quantized || k <= kMaxKOfCodes, op, "x has ", k,
-        " features, but int32 sums of int8 codes are exact only up to ", kMaxKOfCodes);
+  check(!quantized || k <= kInt8MaxKOfCodes, op, "x has ", k,
+        " features, but int32 sums of int8 codes are exact only up to ", kInt8MaxKOfCodes);
   return all;
 }
 

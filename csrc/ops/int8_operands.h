@@ -15,6 +15,9 @@ namespace lamina {
 // 127 * 127 * k must stay below 2^31, or an int32 sum of extreme codes would wrap.
 inline constexpr int64_t kInt8MaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
 
+// The same for codes that somebody else made, which may be -128.
+inline constexpr int64_t kInt8MaxKOfCodes = ((int64_t{1} << 31) - 1) / (128 * 127);
+
 // x [m, k], and what its scales are.
 struct Int8Rows {
   const TensorView* x;

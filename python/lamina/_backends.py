@@ -55,7 +55,8 @@ def info() -> dict[str, Any]:
     """What lamina runs on here.
 
     Keys: `version`; `isa` (in use) and `isas` (available, rising); `threads` (torch's setting); `backends` (which of
-    cpu, cuda, triton can run); `cuda_devices`; `build` (torch version, whether CUDA kernels were compiled).
+    cpu, cuda, triton can run); `cuda_devices`; `build` (torch version, whether CUDA kernels were compiled,
+    and among them those made of CUTLASS).
     """
     devices = _C.cuda_devices() if _C.with_cuda else []
     backends = ["cpu"]
@@ -70,5 +71,5 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": backends,
         "cuda_devices": devices,
-        "build": {"torch": torch.__version__, "cuda": _C.with_cuda},
+        "build": {"torch": torch.__version__, "cuda": _C.with_cuda, "cutlass": _C.with_cutlass},
     }

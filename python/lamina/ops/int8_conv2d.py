@@ -296,8 +296,8 @@ def _cuda(
         geometry = size, bias, stride, padding, dilation, groups, activation
         scales = residual_scale, x_scale, out_scale, out_dtype
         return _cuda(x.unsqueeze(0), data, scale, compensation, *geometry, residual, *scales).squeeze(0)
-    _check_sizes(x, size, stride, padding, dilation)
-    out = _out_like(x, size, stride, padding, dilation, _out_dtype(x, out_scale, out_dtype))
+    shape, strides = _output(x.shape, tuple(size), tuple(stride), tuple(padding), tuple(dilation))
+    out = torch.empty_strided(shape, strides, dtype=_out_dtype(x, out_scale, out_dtype), device=x.device)
     if residual is not None and residual.shape != out.shape:
         raise ValueError(
             f"int8_conv2d: residual has shape {list(residual.shape)}, but must be {list(out.shape)} like the output"
