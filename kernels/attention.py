@@ -11,7 +11,6 @@ where there are no NaN.
 
 import triton
 import triton.language as tl
-from lamina.kernels import tuning
 from lamina.kernels.attention_scores import (
     LOG2E,
     any_not_finite,
@@ -35,7 +34,8 @@ from lamina.kernels.attention_scores import (
     sort_blocks,
     window_of,
 )
-from lamina.kernels.tuning import AttentionShape
+from lamina.kernels.tuning import attention as tuning
+from lamina.kernels.tuning.attention import AttentionShape
 from torch import Tensor
 
 # A change of these compiles nothing: lengths, limits, counts and seeds.

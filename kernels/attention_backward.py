@@ -15,7 +15,6 @@ As in the forward, operands are taken for finite, and a block whose result is no
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels import tuning
 from lamina.kernels.attention_scores import (
     LOG2E,
     any_not_finite,
@@ -40,7 +39,8 @@ from lamina.kernels.attention_scores import (
     sort_blocks,
     window_of,
 )
-from lamina.kernels.tuning import AttentionShape, Tiles
+from lamina.kernels.tuning import attention as tuning
+from lamina.kernels.tuning.attention import AttentionShape, Tiles
 from torch import Tensor
 
 _ANY = ("heads", "group", "blocks", "queries", "keys", "bottom_right", "left", "right", "keep", "low", "high")

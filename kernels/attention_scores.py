@@ -18,8 +18,8 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from lamina.kernels import tuning
-from lamina.kernels.tuning import Tiles
+from lamina.kernels.tuning import attention as tuning
+from lamina.kernels.tuning.attention import Tiles
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lamina.kernels import tuning
 from lamina.kernels.attention import attention
 from lamina.kernels.attention_backward import attention_backward
 from lamina.kernels.attention_scores import block_of, capability
-from lamina.kernels.tuning import AttentionShape, Tiles
+from lamina.kernels.tuning import attention as tuning
+from lamina.kernels.tuning.attention import AttentionShape, Tiles
 from torch import Tensor
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from lamina.kernels.device import capability, check_same_device, multiprocessors, on_device_of
 from lamina.kernels.epilogue import activate, int8_codes, magnitude_bits, round_half_even
-from lamina.kernels.tuning import Int8ConvTile, int8_conv_tile
+from lamina.kernels.tuning.int8_conv2d import Int8ConvTile, int8_conv_tile
 from torch import Tensor
 
 _PIXELS: tl.constexpr = tl.constexpr(2048)

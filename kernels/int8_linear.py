@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from lamina.kernels.device import by_descriptor, capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate, int8_codes
-from lamina.kernels.tuning import Int8LinearTile, int8_linear_tile
+from lamina.kernels.tuning.int8_linear import Int8LinearTile, int8_linear_tile
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor

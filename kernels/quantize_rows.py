@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from lamina.kernels.device import check_same_device, on_device_of
 from lamina.kernels.epilogue import int8_codes, magnitude_bits, scale_of_bits
-from lamina.kernels.tuning import row_tile
+from lamina.kernels.tuning.rows import row_tile
 from torch import Tensor
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from lamina.kernels.device import capability, check_same_device, on_device_of
 from lamina.kernels.int8_linear import _finish
 from lamina.kernels.sparse_linear import block_operands, block_products, sections
-from lamina.kernels.tuning import FINISH_TILE, SparseTile, sparse_tile
+from lamina.kernels.tuning.sparse_linear import FINISH_TILE, SparseTile, sparse_tile
 from torch import Tensor
 
 

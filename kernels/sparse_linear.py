@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from lamina.kernels.device import capability, on_device_of
 from lamina.kernels.epilogue import activate
-from lamina.kernels.tuning import SparseGradientTile, SparseTile, sparse_gradient_tile, sparse_tile
+from lamina.kernels.tuning.sparse_linear import SparseGradientTile, SparseTile, sparse_gradient_tile, sparse_tile
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from lamina.kernels.device import by_descriptor, capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate
-from lamina.kernels.tuning import WeightOnlyTile, weight_only_tile
+from lamina.kernels.tuning.weight_only_linear import WeightOnlyTile, weight_only_tile
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lamina import _C
-from lamina.kernels import tuning
+from lamina.kernels.tuning import attention as tuning
 
 if "LAMINA_ISA" in os.environ:
     try:

@@ -204,8 +204,8 @@ def test_why_a_call_is_not_fused(device):
 
 
 def test_chosen_tiles_survive_a_file(device, tmp_path):
-    from lamina.kernels import tuning
-    from lamina.kernels.tuning import ATTENTION_KERNELS, AttentionShape, Tiles
+    from lamina.kernels.tuning import attention as tuning
+    from lamina.kernels.tuning.attention import ATTENTION_KERNELS, AttentionShape, Tiles
 
     shapes = [AttentionShape(kernel, 128, 2, masked, 90) for kernel in ATTENTION_KERNELS for masked in (False, True)]
     for shape in shapes:

@@ -168,7 +168,7 @@ def test_nothing(device, shape):
 @pytest.mark.parametrize("channels", [3, 32])
 def test_every_tile_gives_the_same_sums(device, channels):
     from lamina.kernels.int8_conv2d import int8_conv2d as launch
-    from lamina.kernels.tuning import int8_conv_candidates
+    from lamina.kernels.tuning.int8_conv2d import int8_conv_candidates
 
     packed, plain = weights((40, channels, 3, 3), device)
     codes = torch.randint(-127, 128, (1, channels, 5, 5), dtype=torch.int8).to(device)

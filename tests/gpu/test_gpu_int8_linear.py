@@ -146,7 +146,7 @@ def test_bad_rows_stay_alone(device):
 @pytest.mark.parametrize("rows", [4, 40, 100])
 def test_every_tile_gives_the_same_sums(device, rows):
     from lamina.kernels.int8_linear import int8_linear as launch
-    from lamina.kernels.tuning import int8_linear_candidates
+    from lamina.kernels.tuning.int8_linear import int8_linear_candidates
 
     packed, plain = weights(40, 1104, device)
     codes, scales = quantize_rows(torch.randn(rows, 1104, device=device))
@@ -228,7 +228,7 @@ def _compiled(m: int, n: int, k: int, activation: str = "none", dtype=BF16, resi
     def launch():
         from lamina.kernels.device import capability
         from lamina.kernels.int8_linear import int8_linear as kernel
-        from lamina.kernels.tuning import int8_linear_candidates
+        from lamina.kernels.tuning.int8_linear import int8_linear_candidates
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device="meta")

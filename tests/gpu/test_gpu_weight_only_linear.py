@@ -131,7 +131,7 @@ def test_bad_rows_stay_alone(device, group):
 @FORMATS
 @pytest.mark.parametrize("rows", [4, 40])
 def test_every_tile(device, rows, group):
-    from lamina.kernels.tuning import weight_only_candidates
+    from lamina.kernels.tuning.weight_only_linear import weight_only_candidates
     from lamina.kernels.weight_only_linear import weight_only_linear as launch
 
     packed, weight = weights(40, 320, group, device)

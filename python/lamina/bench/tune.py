@@ -76,7 +76,8 @@ def _chip() -> tuple[int, int]:
 
 
 def _int8_linear(m: int, k: int, n: int) -> Sweep:
-    from lamina.kernels import int8_linear, tuning
+    from lamina.kernels import int8_linear
+    from lamina.kernels.tuning.int8_linear import int8_linear_candidates
 
     chip, multiprocessors = _chip()
     codes, weight = _random(m, k, dtype=torch.int8), _random(n, k, dtype=torch.int8)
@@ -85,13 +86,14 @@ def _int8_linear(m: int, k: int, n: int) -> Sweep:
     operands = codes, x_scale, weight, w_scale, None, "none", None, None, out
     return Sweep(
         f"int8_linear {m}x{k}x{n}",
-        tuning.int8_linear_candidates(m, n, k, chip, multiprocessors),
+        int8_linear_candidates(m, n, k, chip, multiprocessors),
         lambda tile: (int8_linear.int8_linear(*operands, tile=tile), (out,))[1],
     )
 
 
 def _weight_only(m: int, k: int, n: int) -> Sweep:
-    from lamina.kernels import tuning, weight_only_linear
+    from lamina.kernels import weight_only_linear
+    from lamina.kernels.tuning.weight_only_linear import weight_only_candidates
 
     chip, multiprocessors = _chip()
     x, weight, scale = _random(m, k), _random(n, k, dtype=torch.int8), torch.rand(n, device=gpu.DEVICE)
@@ -99,21 +101,22 @@ def _weight_only(m: int, k: int, n: int) -> Sweep:
     operands = x, weight, scale, None, 0, "none", out
     return Sweep(
         f"weight_only_linear {m}x{k}x{n}",
-        tuning.weight_only_candidates(m, n, k, 0, 2, chip, multiprocessors),
+        weight_only_candidates(m, n, k, 0, 2, chip, multiprocessors),
         lambda tile: (weight_only_linear.weight_only_linear(*operands, tile=tile), (out,))[1],
     )
 
 
 def _sparse(m: int, k: int, n: int, block: int) -> Sweep:
     import lamina
-    from lamina.kernels import sparse_linear, tuning
+    from lamina.kernels import sparse_linear
+    from lamina.kernels.tuning.sparse_linear import sparse_tile, sparse_tile_candidates
 
     chip, _ = _chip()
     weight = _random(n, k)
     weight.view(n // block, block, -1, block).mul_(torch.rand(n // block, 1, k // block, 1, device=gpu.DEVICE) < 0.1)
     packed = lamina.ops.pack_sparse_weight(weight, f"{block}x{block}")
     x, out = _random(m, k), torch.empty(m, n, device=gpu.DEVICE, dtype=torch.bfloat16)
-    tiles = [tuning.sparse_tile(block, m, 2, chip), *tuning.sparse_tile_candidates(block, m, 2, chip)]
+    tiles = [sparse_tile(block, m, 2, chip), *sparse_tile_candidates(block, m, 2, chip)]
     operands = x, packed.data, packed.index, None, "none", out
     return Sweep(
         f"sparse_linear {m}x{k}x{n} {block}x{block}",
@@ -125,7 +128,7 @@ def _sparse(m: int, k: int, n: int, block: int) -> Sweep:
 def _attention(kernel: str, b: int, h: int, s: int, d: int, causal: bool) -> Sweep:
     """The forward pass, or the backward one with all of its kernels of which one is tuned."""
     import lamina
-    from lamina.kernels import tuning
+    from lamina.kernels.tuning import attention as tuning
 
     q, k, v = (_random(b, h, s, d) for _ in range(3))
     if kernel == "forward":
@@ -284,7 +287,7 @@ def sweep_all(
     if kept:
         for keep in kept:
             keep()
-        from lamina.kernels import tuning
+        from lamina.kernels.tuning import attention as tuning
 
         tuning.save(folder / "tuned.json")
     return outcomes
