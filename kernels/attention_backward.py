@@ -829,7 +829,7 @@ def _attention_backward_mask_kernel(
                 for j in tl.range(begin, end):
                     k_tile = load_rows(k_of, j * KEYS, keys, KEYS, SIZE, COLUMNS, True, TMA)
                     v_tile = load_rows(v_of, j * KEYS, keys, KEYS, VALUE_SIZE, VALUE_COLUMNS, True, TMA)
-                    change, _ = _change_tile(
+                    change, _passed = _change_tile(
                         q_tile, grad_tile, top, deltas, k_tile, v_tile, first_row, j * KEYS, limits, factors, mask_of,
                         dropout, growth, SHAPE, FLAGS, DROPOUT, PRECISION, True, True,
                     )  # fmt: skip
