@@ -4,14 +4,13 @@ Two overloads: the plain one is what `scaled_dot_product_attention` computes and
 everything else as well and gives the log-sum-exp, which a gradient needs.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lamina import _C
+from lamina._backends import has_triton
 from lamina.ops.attention_backward import call_attention_backward, check_on_gpu
 from lamina.ops.library import define
 from lamina.ops.token_panels import PANEL, new_codes
@@ -306,7 +305,7 @@ def _runs_here(query: Tensor, value: Tensor, dtypes: tuple[torch.dtype, ...] = _
     )
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = has_triton()
 
 
 def _has_kernels_for(device: torch.device) -> bool:
