@@ -8,23 +8,14 @@ from torch.nn import functional as F
 
 from lamina import _C
 from lamina.ops.library import define
+from lamina.ops.pool_windows import check_windows, output_size, pair
 
 
 def _out_like(x: Tensor, kind, kernel, stride, padding, dilation, ceil_mode, x_scale, out_scale, out_dtype) -> Tensor:
     """An empty output, channels_last."""
-    sizes = []
-    for i in range(2):
-        if kind == "adaptive_avg":
-            sizes.append(kernel[i])
-            continue
-        room = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
-        size = (room + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
-        # No window begins behind the last pixel and its padding.
-        if ceil_mode and (size - 1) * stride[i] >= x.shape[2 + i] + padding[i]:
-            size -= 1
-        sizes.append(size)
+    size = output_size(x.shape[2:], kind, kernel, stride, padding, dilation, ceil_mode)
     dtype = torch.int8 if x_scale is None or out_scale is not None else out_dtype or torch.float32
-    return torch.empty((*x.shape[:2], *sizes), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty((*x.shape[:2], *size), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _cpu(
@@ -53,26 +44,11 @@ def _cpu(
 
 
 def _check(x: Tensor, kind, kernel, stride, padding, dilation, divisor, x_scale, out_scale, out_dtype) -> None:
-    """What must hold before an output can be allocated."""
-    if x.ndim != 4:
-        raise ValueError(f"int8_pool2d: x has shape {list(x.shape)}, but must be [images, channels, height, width]")
-    if divisor is not None and divisor == 0:
-        raise ValueError("int8_pool2d: divisor_override is 0, but must not be")
+    check_windows("int8_pool2d", x, kind, kernel, stride, padding, dilation, divisor)
     if out_dtype is not None and (x_scale is None or out_scale is not None):
         raise ValueError(
             f"int8_pool2d: out_dtype {out_dtype} goes with a float mean: with x_scale and without out_scale"
         )
-    if kind != "adaptive_avg":
-        for name, values in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
-            if min(values) < 1:
-                raise ValueError(f"int8_pool2d: {name} is {list(values)}, but must be positive")
-        for size, k, p, d in zip(x.shape[2:], kernel, padding, dilation, strict=True):
-            if size + 2 * p < d * (k - 1) + 1:
-                raise ValueError(
-                    f"int8_pool2d: the padded input has {size + 2 * p} pixels, but the kernel covers {d * (k - 1) + 1}"
-                )
-    elif min(kernel) < 0:
-        raise ValueError(f"int8_pool2d: the output's size is {list(kernel)}, but must not be negative")
 
 
 # A sum of so many codes is exact in float32.
@@ -199,10 +175,6 @@ _op = define(
 )
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
-
-
 def int8_pool2d(
     x: Tensor,
     kind: str,
@@ -237,7 +209,7 @@ def int8_pool2d(
     >>> codes = lamina.ops.int8_pool2d(codes, "max", 3, stride=2, padding=1)
     """
     stride = kernel_size if stride is None else stride
-    pairs = (_pair(value) for value in (kernel_size, stride, padding, dilation))
+    pairs = (pair(value) for value in (kernel_size, stride, padding, dilation))
     return _op(x, kind, *pairs, ceil_mode, count_include_pad, divisor_override, x_scale, out_scale, out_dtype)
 
 

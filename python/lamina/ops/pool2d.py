@@ -7,46 +7,16 @@ from torch import Tensor
 
 from lamina import _C
 from lamina.ops.library import define
+from lamina.ops.pool_windows import check_windows, output_size, pair
 from lamina.reference.pool2d import pool2d as composed
-
-
-def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    room = size + 2 * padding - dilation * (kernel - 1) - 1
-    count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # No window begins behind the last pixel and its padding.
-    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
 
 
 def _new_result(x: Tensor, kind: str, kernel, stride, padding, dilation, ceil_mode: bool) -> Tensor:
     """channels_last if x is, else contiguous."""
-    if kind == "adaptive_avg":
-        sizes = list(kernel)
-    else:
-        windows = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-        sizes = [_out_size(*window, ceil_mode) for window in windows]
-    shape = [*x.shape[:2], *sizes]
+    shape = [*x.shape[:2], *output_size(x.shape[2:], kind, kernel, stride, padding, dilation, ceil_mode)]
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x.new_empty(shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _check(x: Tensor, kind: str, kernel, stride, padding, dilation, divisor: int | None) -> None:
-    if x.ndim not in (3, 4):
-        raise ValueError(f"pool2d: x has shape {list(x.shape)}, but must be [images, channels, height, width]")
-    if divisor is not None and divisor == 0:
-        raise ValueError("pool2d: divisor_override is 0, but must not be")
-    if kind == "adaptive_avg":
-        if min(kernel) < 0:
-            raise ValueError(f"pool2d: the output's size is {list(kernel)}, but must not be negative")
-        return
-    for name, values in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
-        if min(values) < 1:
-            raise ValueError(f"pool2d: {name} is {list(values)}, but must be positive")
-    for size, k, p, d in zip(x.shape[-2:], kernel, padding, dilation, strict=True):
-        if size + 2 * p < d * (k - 1) + 1:
-            raise ValueError(
-                f"pool2d: the padded input has {size + 2 * p} pixels, but the kernel covers {d * (k - 1) + 1}"
-            )
 
 
 def _cpu(
@@ -60,7 +30,7 @@ def _cpu(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Tensor:
-    _check(x, kind, kernel, stride, padding, dilation, divisor)
+    check_windows("pool2d", x, kind, kernel, stride, padding, dilation, divisor)
     images = x if x.ndim == 4 else x.unsqueeze(0)
     out = _new_result(images, kind, kernel, stride, padding, dilation, ceil_mode)
     _C.pool2d(images, kind, kernel, stride, padding, dilation, count_include_pad, divisor or 0, out)
@@ -90,10 +60,6 @@ _op = define(
     cpu=_cpu,
     fake=_fake,
 )
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
 
 
 def pool2d(
@@ -128,11 +94,11 @@ def pool2d(
     >>> y = lamina.ops.pool2d(x, "max", 3, stride=2, padding=1)
     """
     stride = kernel_size if stride is None else stride
-    kernel, stride, padding, dilation = (_pair(value) for value in (kernel_size, stride, padding, dilation))
+    kernel, stride, padding, dilation = (pair(value) for value in (kernel_size, stride, padding, dilation))
     arguments = kind, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override
     supported = x.dtype is torch.float32 or x.dtype is torch.bfloat16
     if not supported or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
-        _check(x, kind, kernel, stride, padding, dilation, divisor_override)
+        check_windows("pool2d", x, kind, kernel, stride, padding, dilation, divisor_override)
         return composed(x, *arguments)
     return _op(x, *arguments)
 
