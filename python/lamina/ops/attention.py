@@ -4,8 +4,6 @@ Two overloads: the plain one is what `scaled_dot_product_attention` computes and
 everything else as well and gives the log-sum-exp, which a gradient needs.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -626,8 +624,10 @@ def drop_in_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """`attention` for models that called torch's: on a GPU what torch has a flash kernel for stays torch's.
 
     Those kernels (FlashAttention, cuDNN's) are written in the GPU's own terms, which a compiler like Triton's hardly
@@ -635,12 +635,14 @@ def drop_in_attention(
     tile of the scores, or composes them (a mask with fewer heads of keys), and lamina's skip what is masked. Whether
     that pays for a model is for `accelerate` to measure. `attention` itself always runs lamina's kernels.
     """
-    plain = query.is_cuda and all(option is None for option in options.values())
+    plain = query.is_cuda and softcap is None and sinks is None
     if plain and torch_has_flash(query, key, value, attn_mask, is_causal, enable_gqa):
         return F.scaled_dot_product_attention(
             query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
+    return attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, sinks=sinks
+    )
 
 
 def _panels_cpu(
