@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -252,6 +254,43 @@ def test_a_sweep_finds_the_fastest_tile(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "tuning.json").read_text())
     assert rows[0]["gain"] == pytest.approx(3.0)
     assert "| `Tile(seconds=0.001)` | 1.00 ms |" in (tmp_path / "tuning.md").read_text()
+
+
+def test_the_fastest_tile_of_attention_is_used_where_its_file_is_named(tmp_path, monkeypatch):
+    """`python -m lamina.bench.tune FOLDER`, and then LAMINA_GPU_TUNING=FOLDER/tuned.json."""
+    from lamina.kernels.tuning import attention as tuning
+
+    monkeypatch.setattr(tuning, "_chosen", {})
+    shape = tuning.AttentionShape("forward", 128, 2, False, 90)
+    table, *others = tuning.candidates(shape)
+    fastest = others[1]
+    now = []
+
+    def run(tile):
+        now.append(tile)
+        return (torch.ones(3),)
+
+    sweep = tune.Sweep("attention", [table, *others], run, lambda tile: tuning.choose(shape, tile))
+    monkeypatch.setattr(tune, "SWEEPS", (("_false", ()),))
+    monkeypatch.setattr(tune, "_false", lambda: sweep, raising=False)
+    monkeypatch.setattr(gpu, "stopwatch", lambda: lambda call, calls: (call(), 2.0 - (now[-1] == fastest))[1])
+    tune.sweep_all(tmp_path, 2.0, compiled=lambda *_: {0: [1, 2, 3]}, tell=lambda line: None)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    assert tuning.attention_tiles(shape) == table
+    tuning.load(tmp_path / "tuned.json")
+    assert tuning.attention_tiles(shape) == fastest
+    # In a process of its own, by the variable.
+    ask = (
+        "import lamina; from lamina.kernels.tuning.attention import *; "
+        "print(attention_tiles(AttentionShape('forward', 128, 2, False, 90)))"
+    )
+    environment = {**os.environ, "LAMINA_GPU_TUNING": str(tmp_path / "tuned.json")}
+    printed = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == str(fastest)
+    environment["LAMINA_GPU_TUNING"] = str(tmp_path / "tuning.json")
+    refused = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False)
+    assert "LAMINA_GPU_TUNING: " in refused.stderr
+    assert "is not a file of tuned block shapes" in refused.stderr
 
 
 def test_candidates_are_drawn_the_same_way_in_every_process(monkeypatch):

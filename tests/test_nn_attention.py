@@ -403,9 +403,11 @@ def test_the_fast_path_of_torch_is_not_taken(monkeypatch):
 def test_an_encoder_finds_the_causal_mask(causal, monkeypatch):
     seen = []
     model = TransformerEncoder(TransformerEncoderLayer(E, H, 32, batch_first=True), 1).eval()
-    attention = lamina.ops.attention
+    attention = lamina.nn.attention.drop_in_attention
     monkeypatch.setattr(
-        lamina.ops, "attention", lambda *args, **kwargs: seen.append(kwargs["is_causal"]) or attention(*args, **kwargs)
+        lamina.nn.attention,
+        "drop_in_attention",
+        lambda *args, **kwargs: seen.append(kwargs["is_causal"]) or attention(*args, **kwargs),
     )
     x, mask = torch.randn(2, 5, E), nn.Transformer.generate_square_subsequent_mask(5)
     for form in (mask, mask.isinf(), torch.zeros(5, 5)):

@@ -114,13 +114,13 @@ def test_register_without_transformers(monkeypatch):
 def test_lamina_really_runs(name, monkeypatch):
     """Else every comparison below would compare sdpa with itself."""
     calls = []
-    real = lamina.integrations.transformers.attention
+    real = lamina.integrations.transformers.drop_in_attention
 
     def counted(*args, **kwargs):
         calls.append(args[0].shape)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("lamina.integrations.transformers.attention", counted)
+    monkeypatch.setattr("lamina.integrations.transformers.drop_in_attention", counted)
     output_of(make(name, "lamina"), input_ids=tokens())
     assert len(calls) == 2
     assert not [shape for shape in calls if len(shape) != 4]

@@ -123,7 +123,8 @@ class Sparse(Config):
 @dataclass(frozen=True)
 class FusedAttention(Config):
     """Attention -> lamina.ops.attention: torch's attention layers, transformers models (attn_implementation="lamina"),
-    and calls of scaled_dot_product_attention in a model's own modules.
+    and calls of scaled_dot_product_attention in a model's own modules. On a GPU calls that torch has a flash kernel for
+    (half precision, no mask) stay torch's.
     """
 
 

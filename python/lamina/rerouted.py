@@ -1,4 +1,4 @@
-"""Calls of `scaled_dot_product_attention` in a module's own methods, sent to `lamina.ops.attention`.
+"""Calls of `scaled_dot_product_attention` in a module's own methods, sent to lamina's attention.
 
 A method that calls it is given to the instance once more, with the same code in which one name is another: the global
 that leads to torch's function (`F`, `torch`, or the function itself). That costs a call nothing, and torch.compile,
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lamina.ops.attention import attention
+from lamina.ops.attention import drop_in_attention
 
 _NAME = "scaled_dot_product_attention"
 
@@ -35,11 +35,11 @@ class _Rerouted(types.ModuleType):
         return getattr(self._original, name)
 
 
-_FUNCTIONAL = _Rerouted(F, _NAME, attention)
+_FUNCTIONAL = _Rerouted(F, _NAME, drop_in_attention)
 _NN = _Rerouted(nn, "functional", _FUNCTIONAL)
 # What a global may be, and what takes its place: by the names that lead from it to the function.
 _PLACES = (
-    (F.scaled_dot_product_attention, (), attention),
+    (F.scaled_dot_product_attention, (), drop_in_attention),
     (F, (_NAME,), _FUNCTIONAL),
     (nn, ("functional", _NAME), _NN),
     (torch, ("nn", "functional", _NAME), _Rerouted(torch, "nn", _NN)),

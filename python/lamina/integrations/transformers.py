@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamina.ops.attention import attention
+from lamina.ops.attention import drop_in_attention
 
 
 def register() -> None:
@@ -53,7 +53,7 @@ def attention_forward(
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, causal)
         causal = False
-    out = attention(
+    out = drop_in_attention(
         query,
         key,
         value,

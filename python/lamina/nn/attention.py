@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lamina import ops
 from lamina.nn.int8_linear import Int8Linear
 from lamina.nn.packed_linear import PackedLinear
+from lamina.ops.attention import drop_in_attention
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -43,7 +44,7 @@ class ScaledDotProductAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        return ops.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+        return drop_in_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
 
 
 class _FromFloat:
@@ -156,7 +157,7 @@ class MultiheadAttention(_FromFloat, nn.MultiheadAttention):
             if not batched:
                 weights = weights.squeeze(0)
         else:
-            heads = ops.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            heads = drop_in_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         heads = heads.transpose(1, 2) if batch_first else heads.permute(2, 0, 1, 3)
         output = self.out_proj(heads.flatten(2))
         return output if batched else output.squeeze(0), weights
@@ -280,7 +281,7 @@ def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Te
     """
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unflatten(0, query.shape[:2])
-    masks = [attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None, :]]
+    masks = [attn_mask, None if key_padding_mask is None else key_padding_mask.unsqueeze(1).unsqueeze(1)]
     masks = [mask for mask in masks if mask is not None]
     if not masks:
         return None

@@ -65,10 +65,8 @@ def _as_plain(
         leading = [torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))] * 3
 
     def plain(t: Tensor, lead: tuple[int, ...]) -> Tensor:
-        t = t.expand(*lead, *t.shape[-2:])
-        if t.ndim == 4:
-            return t
-        return t[(None,) * (4 - t.ndim)] if t.ndim < 4 else t.flatten(0, -4)
+        t = t.expand(*(1,) * (2 - len(lead)), *lead, *t.shape[-2:])
+        return t if t.ndim == 4 else t.flatten(0, -4)
 
     lead = leading[0]
     if attn_mask is not None and len(lead) > 2:
@@ -334,6 +332,24 @@ def why_not_fused(query: Tensor, value: Tensor) -> str | None:
     return f"{query.device} is older than Ampere, or Triton is not installed"
 
 
+def torch_has_flash(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> bool:
+    """Whether torch has a flash kernel for this call on a GPU, by the rules of its `can_use_flash_attention`."""
+    if not query.is_cuda or attn_mask is not None or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    q, k, v = query.shape, key.shape, value.shape
+    return (
+        len(q) == len(k) == len(v) == 4
+        and q[3] == k[3] == v[3]
+        and q[3] <= 256
+        and (enable_gqa or q[1] == k[1])
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        # Causal there means that the last query sees the last key: torch keeps it from calls where that differs.
+        and not (is_causal and q[2] != k[2])
+    )
+
+
 class _WithGradient(torch.autograd.Function):
     """Four-dimensional inputs, nothing to broadcast but the mask -> output and log-sum-exp."""
 
@@ -597,6 +613,36 @@ def attention(
         qk_dtype is torch.int8,
     )
     return (out, lse) if return_lse else out
+
+
+def drop_in_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`attention` for models that called torch's: on a GPU what torch has a flash kernel for stays torch's.
+
+    Those kernels (FlashAttention, cuDNN's) are written in the GPU's own terms, which a compiler like Triton's hardly
+    betters. They know no masks, biases, float32 or options: torch sends those to its older kernel, which visits every
+    tile of the scores, or composes them (a mask with fewer heads of keys), and lamina's skip what is masked. Whether
+    that pays for a model is for `accelerate` to measure. `attention` itself always runs lamina's kernels.
+    """
+    plain = query.is_cuda and softcap is None and sinks is None
+    if plain and torch_has_flash(query, key, value, attn_mask, is_causal, enable_gqa):
+        return F.scaled_dot_product_attention(
+            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, sinks=sinks
+    )
 
 
 def _panels_cpu(

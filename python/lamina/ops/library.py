@@ -6,7 +6,7 @@ without it.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -58,18 +58,19 @@ def _refusal(name: str) -> Callable:
 
 
 class Override:
-    """A CPU kernel in the place of one of torch's, `aten::<name>`, until `remove()`.
+    """Kernels in the place of torch's own, `aten::<name>` for a dispatch key each, until `remove()`.
 
-    >>> handle = Override("relu", lambda x: x.clamp(min=0))
+    >>> handle = Override({("relu", "CPU"): lambda x: x.clamp(min=0)})
     """
 
-    def __init__(self, name: str, cpu: Callable) -> None:
+    def __init__(self, kernels: Mapping[tuple[str, str], Callable]) -> None:
         self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="(?s).*Overriding a previously registered kernel", category=UserWarning
             )
-            self._library.impl(name, cpu, "CPU", allow_override=True)
+            for (name, key), kernel in kernels.items():
+                self._library.impl(name, kernel, key, allow_override=True)
 
     def remove(self) -> None:
         self._library._destroy()
