@@ -1,6 +1,6 @@
 """`make gpu`: everything that a GPU can tell about lamina, in one command, without a network and within a time.
 
-    python benchmarks/gpu.py --out gpu-report --seconds 480
+    python benchmarks/gpu.py --out gpu-report --seconds 560
 
 Builds lamina with CUDA, for this GPU alone, beside the packages that this Python has; runs tests/gpu on the GPU, some
 of them under compute-sanitizer; times the GPU suites and tile sizes; and writes OUT/results.json, OUT/index.html and
@@ -86,17 +86,21 @@ class Outcome:
 
 @dataclass
 class Job:
-    """The parts one after the other, and what became of them."""
+    """The parts one after the other, and what became of them. goes_on: adds to what an earlier run left in `out`."""
 
     out: Path
     seconds: float
     clock: Callable[[], float] = time.monotonic
     outcomes: list[Outcome] = field(default_factory=list)
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         self.end = self.clock() + self.seconds
         self.logs = self.out / "logs"
-        shutil.rmtree(self.out / "parts", ignore_errors=True)  # of an earlier run
+        listed = self.out / "parts" / "parts.json"
+        self.earlier = json.loads(listed.read_text("utf-8")) if self.goes_on and listed.is_file() else []
+        if not self.goes_on:
+            shutil.rmtree(self.out / "parts", ignore_errors=True)  # of an earlier run
         (self.out / "parts").mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(parents=True, exist_ok=True)
 
@@ -147,7 +151,8 @@ class Job:
         self.outcomes.append(outcome)
         why = f" ({outcome.note})" if outcome.note else ""
         print(f"-- {outcome.name}: {outcome.outcome} in {outcome.seconds:.0f} s{why}", flush=True)
-        rows = [asdict(each) for each in self.outcomes]
+        names = {each.name for each in self.outcomes}
+        rows = [row for row in self.earlier if row["name"] not in names] + [asdict(each) for each in self.outcomes]
         (self.out / "parts" / "parts.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
@@ -233,10 +238,10 @@ def build(budget: float) -> Sequence[Sequence[str]]:
 def tests(budget: float) -> Sequence[Sequence[str]]:
     # What compiles for other architectures, or runs on the host in a process of its own, needs no GPU.
     options = ["--ignore=tests/gpu/test_gpu_compile.py", "-k", "not subprocess", "-p", "no:cacheprovider"]
-    options += ["-v", "-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    options += ["-v", "-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    # The workers have a core each.
+    # The workers have a core each, which compiles kernels nearly all of the time: about a thousand of them.
     return [["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "pytest", "tests/gpu", *options]]
 
 
@@ -297,7 +302,7 @@ def parts_of(out: Path) -> list[Part]:
     """In the order of their worth: what is left out is at the end."""
     return [
         Part("build", 200.0, build, needed=True),
-        Part("tests", 140.0, tests, partial=True, wrong=r"\b(FAILED|ERROR) tests/"),
+        Part("tests", 180.0, tests, partial=True, wrong=r"\b(FAILED|ERROR) tests/"),
         *(Part(f"bench {op}", seconds, bench(op, out), partial=True) for op, seconds in OPS.items()),
         Part("sanitizer", 75.0, sanitizer, partial=True, wrong=r"^=+ (Invalid|Race|ERROR SUMMARY: [1-9])"),
         Part("tuning", 120.0, tuning(out), partial=True),
@@ -308,11 +313,13 @@ def parts_of(out: Path) -> list[Part]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-report")
-    parser.add_argument("--seconds", type=float, default=480.0)
-    parser.add_argument("--only", nargs="*", default=[], help="the first words of the parts to run, e.g. build bench")
+    parser.add_argument("--seconds", type=float, default=560.0)
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="the first words of the parts to run, added to an earlier run in --out"
+    )
     given = parser.parse_args()
     out = given.out.resolve()
-    job = Job(out, given.seconds)
+    job = Job(out, given.seconds, goes_on=bool(given.only))
     parts = [part for part in parts_of(out) if not given.only or part.name.split()[0] in given.only]
     job.run(parts)
     page = [sys.executable, "-m", "lamina.bench.reporting.gpu", str(out), "--targets", "benchmarks/targets.toml"]
