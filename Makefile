@@ -4,14 +4,14 @@
 #   make test      all tests
 #   make install   .venv with lamina in it
 #   make bench     the benchmark suite, and each promised ratio met or missed
-#   make gpu       on a GPU: build with CUDA, test, time and tune, write gpu-report/index.html, in 8 minutes
+#   make gpu       on a GPU: build with CUDA, test, time and tune, write gpu-report/index.html, in 10 minutes
 #   make lint      ruff and clang-format
 #   make sanitize  op tests on a build with address and undefined-behaviour sanitizers
 #   make clean     remove what the others made
 #
 # Overridable: PYTHON, VENV, TORCH (a pip requirement; the default is the CPU build the project is developed on), OUT (of
 # make gpu, which takes PYTHON as it is: it must have a PyTorch for CUDA, Triton, cmake, ninja, pybind11 and
-# scikit-build-core, and needs no network).
+# scikit-build-core, and needs no network; CUTLASS comes from LAMINA_CUTLASS_DIR or a wheel of nvidia-cutlass in .whl).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,9 +1,10 @@
 # Finds the headers of CUTLASS, NVIDIA's templates for GEMM kernels, and compiles the kernels made of them.
 #
-# Looked for in LAMINA_CUTLASS_DIR (its root or include folder, or a wheel of nvidia-cutlass), then in the package
-# nvidia-cutlass of the Python environment, and else fetched with pip into the build folder. Only a build needs them.
+# Looked for in LAMINA_CUTLASS_DIR (its root or include folder, or a wheel of nvidia-cutlass; a variable of CMake or of the
+# environment), then in the package nvidia-cutlass of the Python environment, and else fetched with pip into the build
+# folder. Only a build needs them.
 set(LAMINA_CUTLASS "AUTO" CACHE STRING "Build the kernels made of CUTLASS: AUTO (when its headers can be had), ON or OFF")
-set(LAMINA_CUTLASS_DIR "" CACHE PATH "CUTLASS: its root or include folder, or a wheel of nvidia-cutlass")
+set(LAMINA_CUTLASS_DIR "$ENV{LAMINA_CUTLASS_DIR}" CACHE PATH "CUTLASS: its root or include folder, or a wheel of nvidia-cutlass")
 set(lamina_cutlass_package "nvidia-cutlass==4.2.0.0")
 
 # Sets `result` to the folder with cutlass/cutlass.h under `root`, or to an empty string.
@@ -47,7 +48,7 @@ function(lamina_find_cutlass result)
   if(NOT include)
     message(STATUS "lamina: fetching ${lamina_cutlass_package}")
     execute_process(
-      COMMAND ${Python_EXECUTABLE} -I -m pip install -q --disable-pip-version-check --retries 1 --no-deps --target ${fetched} ${lamina_cutlass_package}
+      COMMAND ${Python_EXECUTABLE} -I -m pip install -q --disable-pip-version-check --retries 0 --timeout 10 --no-deps --target ${fetched} ${lamina_cutlass_package}
       RESULT_VARIABLE failed OUTPUT_QUIET ERROR_VARIABLE reason)
     if(failed)
       message(STATUS "lamina: ${reason}")
@@ -61,8 +62,9 @@ function(lamina_find_cutlass result)
 endfunction()
 
 # csrc/cuda/<kernel>_sm90.cu is compiled for 90a only, whose instructions no other device has; csrc/cuda/<kernel>_sm80.cu
-# for the other architectures.
-function(lamina_add_cutlass_kernels target include)
+# for the other architectures. Appends the names of the object libraries to `libraries`.
+function(lamina_add_cutlass_kernels include libraries)
+  set(made ${${libraries}})
   set(sm90 ${CMAKE_CUDA_ARCHITECTURES})
   list(FILTER sm90 INCLUDE REGEX "^90a")
   set(sm80 ${CMAKE_CUDA_ARCHITECTURES})
@@ -72,7 +74,7 @@ function(lamina_add_cutlass_kernels target include)
       continue()
     endif()
     file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/*_${generation}.cu)
-    set(objects ${target}_cutlass_${generation})
+    set(objects lamina_cutlass_${generation})
     add_library(${objects} OBJECT ${kernels})
     # Hidden: PyTorch has templates of CUTLASS in it, too.
     set_target_properties(${objects} PROPERTIES
@@ -82,9 +84,10 @@ function(lamina_add_cutlass_kernels target include)
     # An assert in a kernel is a function call, across which wgmma cannot stay in flight: whatever the build type.
     target_compile_definitions(${objects} PRIVATE NDEBUG)
     target_compile_options(${objects} PRIVATE --expt-relaxed-constexpr)
-    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+    list(APPEND made ${objects})
     string(TOUPPER ${generation} name)
     set_property(SOURCE csrc/bindings/cuda.cpp csrc/ops/cuda/int8_linear.cpp
       APPEND PROPERTY COMPILE_DEFINITIONS LAMINA_WITH_CUTLASS LAMINA_WITH_CUTLASS_${name})
   endforeach()
+  set(${libraries} ${made} PARENT_SCOPE)
 endfunction()

@@ -4,7 +4,7 @@ A user's mistake ends in one sentence on stderr and exit code 2; a traceback mea
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -234,6 +234,11 @@ def bench(
         with _progress(console) as progress:
             here = describe(progress)
         measurements = []
+
+        def keep(found: Sequence[results.Measurement]) -> None:
+            if json:  # whatever stops this run, what was measured is there
+                results.collect(here, [*measurements, *found]).save(json)
+
         for op in dict.fromkeys(workload.op for workload in chosen):
             with _progress(console) as progress:
                 found, skipped = runner.run_all(
@@ -244,6 +249,8 @@ def bench(
                     cold_cache_bytes=machine.cache_bytes(here) if cold else None,
                     progress=_reporter(progress, op),
                     end=end,
+                    slow=not quick,
+                    keep=keep,
                 )
                 # Peaks again, since a core may have been busy the first time: what counts is the highest ever seen.
                 here = machine.combine(here, describe(progress))

@@ -89,10 +89,13 @@ def run_all(
     patience: Patience | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     end: float | None = None,
+    slow: bool = True,
+    keep: Callable[[Sequence[Measurement]], None] = lambda measurements: None,
 ) -> tuple[list[Measurement], dict[str, str]]:
     """Run many workloads; also with flushed caches when `cold_cache_bytes` says how large those are.
 
-    None is begun after `end`, of time.perf_counter.
+    None is begun after `end`, of time.perf_counter. slow: whether baselines that take long to prepare take part. keep:
+    given all measurements so far after each workload, for whoever may be stopped before the last.
 
     Returns the measurements, and for each workload that can't run here the reason.
     """
@@ -119,8 +122,17 @@ def run_all(
             continue
         for flush in flushers:
             measurements += run(
-                workload, inputs, thread_counts, peers=peers, budget=budget, flush=flush, patience=patience, note=note
+                workload,
+                inputs,
+                thread_counts,
+                peers=peers,
+                budget=budget,
+                flush=flush,
+                patience=patience,
+                note=note,
+                slow=slow,
             )
+        keep(measurements)
     return measurements, skipped
 
 
@@ -134,6 +146,7 @@ def run(
     flush: Callable[[], None] | None = None,
     patience: Patience | None = None,
     note: Callable[[str], None] = lambda what: None,
+    slow: bool = True,
 ) -> Iterator[Measurement]:
     """Check one workload's answer and time it against its baselines and peers, at each thread count.
 
@@ -146,11 +159,12 @@ def run(
         flush: empties the caches before every timed call, for the cold variant.
         patience: what waiting for busy cores may cost; the same object for every call of one run.
         note: told what is being done, for a progress line; preparing a peer can take half a minute.
+        slow: whether baselines that the workload calls slow take part.
     """
     patience = patience or Patience()
     for count in [1] if workload.device == "cuda" else thread_counts:
         with threads(count) if workload.device == "cpu" else contextlib.nullcontext():
-            yield _run_once(workload, inputs, count, peers, budget, flush, patience, note)
+            yield _run_once(workload, inputs, count, peers, budget, flush, patience, note, slow)
 
 
 def _run_once(
@@ -162,6 +176,7 @@ def _run_once(
     flush: Callable[[], None] | None,
     patience: Patience,
     note: Callable[[str], None],
+    slow: bool,
 ) -> Measurement:
     cache = "warm" if flush is None else "cold"
     try:
@@ -177,7 +192,8 @@ def _run_once(
         return _red(workload, count, cache, gate)
     contenders = {LAMINA: candidate}
     failures: dict[str, str] = {}
-    others = {f"{LAMINA} {name}": prepare for name, prepare in workload.variants.items()} | dict(workload.baselines)
+    others = {f"{LAMINA} {name}": prepare for name, prepare in workload.variants.items()}
+    others |= {name: prepare for name, prepare in workload.baselines.items() if slow or name not in workload.slow}
     for name, prepare in others.items():
         note(f"preparing {name}")
         _prepare(name, lambda prepare=prepare: prepare(inputs), contenders, failures, workload.device)

@@ -49,6 +49,7 @@ class Workload:
         make_inputs: builds whatever `run`, `baselines` and `check` take; deterministic.
         run: prepares lamina's call.
         baselines: name -> prepares what it is compared with.
+        slow: those of the baselines that take half a minute to prepare; quick runs leave them out.
         variants: name -> prepares another call of lamina's own, timed beside the candidate (as "lamina NAME") to say
             what an extra costs or another door gives; never counted as a rival that wins or loses.
         check: judges lamina's output for the same inputs.
@@ -78,6 +79,7 @@ class Workload:
     precision: Callable[[Any], str]
     resident: Callable[[Any], int] | None = None
     variants: Mapping[str, Prepare] = field(default_factory=dict)
+    slow: frozenset[str] = frozenset()
     tags: frozenset[str] = frozenset()
     requires: tuple[str, ...] = ()
     module: Callable[[Any], tuple[torch.nn.Module, tuple | dict]] | None = None

@@ -38,8 +38,8 @@ def attention_decode(
         scores = scale * q[b].transpose(0, 1) @ keys.mT  # [H, L, n]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        position = length - queries + torch.arange(queries)[:, None]
-        distance = position - torch.arange(length)
+        position = length - queries + torch.arange(queries, device=q.device)[:, None]
+        distance = position - torch.arange(length, device=q.device)
         if alibi_slopes is not None:
             scores = (
                 scores

@@ -88,6 +88,7 @@ def _workload(name: str, b: int, h: int, hkv: int, s: int, d: int, mask: str) ->
         make_inputs=lambda: make_inputs(b, h, hkv, s, d, mask, s + d),
         run=lambda inputs: lambda: lamina.ops.attention(inputs.q, inputs.k, inputs.v, **inputs.own),
         baselines=backends | ({"flex": flex} if name in FLEX else {}),
+        slow=frozenset({"flex"}),
         check=check,
         flops=lambda inputs: 4 * b * h * scores_of(s, mask) * d,
         bytes=lambda inputs: 4 * b * s * d * (h + hkv) + (2 * b * h * s * s if mask == "additive" else 0),

@@ -60,6 +60,7 @@ def _workload(name: str, m: int, k: int, n: int, activation: str) -> Workload:
         # Compiling takes a while; one size says how much of the difference Inductor makes up.
         baselines={"eager": _eager, "int_mm": _int_mm}
         | ({"int_mm compiled": _int_mm_compiled} if (m, k, n) == COMPILED else {}),
+        slow=frozenset({"int_mm compiled"}),
         check=_check,
         flops=lambda inputs: 2 * m * k * n,
         bytes=lambda inputs: 2 * m * (k + n) + n * k + 6 * n,
