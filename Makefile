@@ -4,7 +4,7 @@
 #   make test      all tests
 #   make install   .venv with lamina in it
 #   make bench     the benchmark suite, and each promised ratio met or missed
-#   make gpu       on a GPU: build with CUDA, test, time and tune, write gpu-report/index.html, in 10 minutes
+#   make gpu       on a GPU: build with CUDA, test, time and tune, write gpu-report/index.html, in 8 minutes
 #   make lint      ruff and clang-format
 #   make sanitize  op tests on a build with address and undefined-behaviour sanitizers
 #   make clean     remove what the others made

@@ -1,6 +1,6 @@
 """`make gpu`: everything that a GPU can tell about lamina, in one command, without a network and within a time.
 
-    python benchmarks/gpu.py --out gpu-report --seconds 560
+    python benchmarks/gpu.py --out gpu-report --seconds 480
 
 Builds lamina with CUDA, for this GPU alone, beside the packages that this Python has; runs tests/gpu on the GPU, some
 of them under compute-sanitizer; times the GPU suites and tile sizes; and writes OUT/results.json, OUT/index.html and
@@ -318,7 +318,7 @@ def parts_of(out: Path) -> list[Part]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-report")
-    parser.add_argument("--seconds", type=float, default=560.0)
+    parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument(
         "--only", nargs="*", default=[], help="the first words of the parts to run, added to an earlier run in --out"
     )

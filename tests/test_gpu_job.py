@@ -128,7 +128,7 @@ def test_every_workload_of_a_gpu_has_a_part(job):
 
     assert set(job.OPS) == {workload.op for workload in registry().values() if workload.device == "cuda"}
     budgets = [part.budget for part in job.parts_of(Path("out"))]
-    assert sum(budgets) < 2 * 560, "most of it fits where the build takes what it should"
+    assert sum(budgets) < 2 * 480, "most of it fits where the build takes what it should"
 
 
 def test_commands(job, tmp_path, monkeypatch):
