@@ -17,9 +17,9 @@ from lamina.kernels.attention_scores import (
     as_bytes,
     block_of,
     broadcast_strides,
+    by_descriptors,
     capability,
     described,
-    is_describable,
     is_finite,
     is_sorted,
     keep_below,
@@ -360,7 +360,7 @@ def attention(
     if alibi_slopes is not None:
         slopes_strides = (0, *alibi_slopes.stride())[-2:]
     kept = keep_below(dropout_p)
-    tma = (arch == 0 or arch >= 90) and all(map(is_describable, (query, key, value)))
+    tma = by_descriptors(arch, query, key, value)
     blocks = triton.cdiv(queries, tiles.queries)
     lists = {"lists": None, "counts": None, "list_batch": 0, "list_head": 0}
     with on_device_of(query):

@@ -21,9 +21,9 @@ from lamina.kernels.attention_scores import (
     as_bytes,
     block_of,
     broadcast_strides,
+    by_descriptors,
     capability,
     described,
-    is_describable,
     is_finite,
     is_sorted,
     keep_below,
@@ -900,7 +900,7 @@ def attention_backward(
     sizes = batch, heads, queries, keys
     limits = (keys - queries) * bottom_right, left, right
     kept = keep_below(dropout_p)
-    tma = (arch == 0 or arch >= 90) and all(map(is_describable, (query, key, value, grad_out)))
+    tma = by_descriptors(arch, query, key, value, grad_out)
     sorts = is_sorted(mask, sizes, arch)
     # The names of what all three kernels take.
     common = {

@@ -388,6 +388,16 @@ def is_describable(tensor: Tensor) -> bool:
     )
 
 
+def by_descriptors(arch: int, *tensors: Tensor) -> bool:
+    """Whether operands come by the copy engine.
+
+    On Hopper those of float32 come by pointers: Triton 3.6 then pipelines their loads, and the kernels of heads of 64
+    and 128 spill half of the bytes or less.
+    """
+    fits = arch == 0 or arch >= 100 or (arch >= 90 and tensors[0].element_size() == 2)
+    return fits and all(map(is_describable, tensors))
+
+
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles [1, 1, rows, columns]; what lies outside of the tensor is 0."""
     # The stride of a dimension of one element says nothing and may be unaligned.
