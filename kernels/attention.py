@@ -17,9 +17,9 @@ from lamina.kernels.attention_scores import (
     as_bytes,
     block_of,
     broadcast_strides,
+    by_descriptors,
     capability,
     described,
-    is_describable,
     is_finite,
     is_sorted,
     keep_below,
@@ -27,20 +27,21 @@ from lamina.kernels.attention_scores import (
     key_range,
     load_rows,
     mask_kind,
-    on_device_of,
     score_tile,
     seed_words,
     sequence,
     sort_blocks,
+    strides_of,
     window_of,
 )
+from lamina.kernels.device import on_device_of
 from lamina.kernels.tuning import attention as tuning
 from lamina.kernels.tuning.attention import AttentionShape
 from torch import Tensor
 
 # A change of these compiles nothing: lengths, limits, counts and seeds.
 _ANY = ("heads", "group", "blocks", "queries", "keys", "bottom_right", "left", "right", "keep", "low", "high")
-_ANY += ("list_batch", "list_head", "key_blocks")
+_ANY += ("list_batch", "list_head", "key_blocks", "lse_batch", "lse_head")
 
 
 @triton.jit
@@ -359,7 +360,7 @@ def attention(
     if alibi_slopes is not None:
         slopes_strides = (0, *alibi_slopes.stride())[-2:]
     kept = keep_below(dropout_p)
-    tma = (arch == 0 or arch >= 90) and all(map(is_describable, (query, key, value)))
+    tma = by_descriptors(arch, query, key, value)
     blocks = triton.cdiv(queries, tiles.queries)
     lists = {"lists": None, "counts": None, "list_batch": 0, "list_head": 0}
     with on_device_of(query):
@@ -379,9 +380,9 @@ def attention(
             lists["counts"],
             q_ends,
             k_ends,
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
+            *strides_of(query, tma),
+            *strides_of(key, tma),
+            *strides_of(value, tma),
             *out.stride()[:3],
             *((0, 0) if lse is None else lse.stride()[:2]),
             *broadcast_strides(mask, sizes),

@@ -21,9 +21,9 @@ from lamina.kernels.attention_scores import (
     as_bytes,
     block_of,
     broadcast_strides,
+    by_descriptors,
     capability,
     described,
-    is_describable,
     is_finite,
     is_sorted,
     keep_below,
@@ -31,23 +31,26 @@ from lamina.kernels.attention_scores import (
     key_range,
     load_rows,
     mask_kind,
-    on_device_of,
     query_range,
     score_tile,
     seed_words,
     sequence,
     sort_blocks,
+    strides_of,
     window_of,
 )
+from lamina.kernels.device import on_device_of
 from lamina.kernels.tuning import attention as tuning
 from lamina.kernels.tuning.attention import AttentionShape, Tiles
 from torch import Tensor
 
 _ANY = ("heads", "group", "blocks", "queries", "keys", "bottom_right", "left", "right", "keep", "low", "high")
 _ANY += ("list_batch", "list_head", "others", "batches", "mask_heads", "row_blocks", "key_blocks")
+_ANY += ("delta_batch", "delta_head")
+_ANY_DELTA = ("heads", "blocks", "queries", "lse_batch", "lse_head", "grad_lse_batch", "grad_lse_head")
 
 
-@triton.jit(do_not_specialize=("heads", "blocks", "queries"))
+@triton.jit(do_not_specialize=_ANY_DELTA)
 def _attention_delta_kernel(
     out,
     grad,
@@ -897,7 +900,7 @@ def attention_backward(
     sizes = batch, heads, queries, keys
     limits = (keys - queries) * bottom_right, left, right
     kept = keep_below(dropout_p)
-    tma = (arch == 0 or arch >= 90) and all(map(is_describable, (query, key, value, grad_out)))
+    tma = by_descriptors(arch, query, key, value, grad_out)
     sorts = is_sorted(mask, sizes, arch)
     # The names of what all three kernels take.
     common = {
@@ -905,10 +908,10 @@ def attention_backward(
         "lse2": lse2,
         "mask": as_bytes(mask),
         "slopes": alibi_slopes,
-        **_strides("q", query, 4),
-        **_strides("k", key, 4),
-        **_strides("v", value, 4),
-        **_strides("grad", grad_out, 4),
+        **_named("q", strides_of(query, tma)),
+        **_named("k", strides_of(key, tma)),
+        **_named("v", strides_of(value, tma)),
+        **_named("grad", strides_of(grad_out, tma)),
         "delta_batch": heads * rows,
         "delta_head": rows,
         **dict(
@@ -999,8 +1002,8 @@ def attention_backward(
             _attention_backward_keys_kernel[blocks * key.shape[1] * batch,](
                 grad_k=grad_key,
                 grad_v=grad_value,
-                **_strides("grad_k", grad_key, 3),
-                **_strides("grad_v", grad_value, 3),
+                **_named("grad_k", grad_key.stride()[:3]),
+                **_named("grad_v", grad_value.stride()[:3]),
                 blocks=blocks,
                 **arguments("keys", tiles),
                 **_launch(tiles),
@@ -1013,7 +1016,7 @@ def attention_backward(
             _attention_backward_queries_kernel[blocks * heads * batch,](
                 grad_q=grad_query,
                 slope_parts=slope_parts,
-                **_strides("grad_q", grad_query, 3),
+                **_named("grad_q", grad_query.stride()[:3]),
                 blocks=blocks,
                 SLOPES=wants_slopes,
                 **arguments("queries", tiles),
@@ -1033,9 +1036,8 @@ def attention_backward(
     return grad_mask, grad_slopes, grad_sinks
 
 
-def _strides(name: str, tensor: Tensor, count: int) -> dict[str, int]:
-    dimensions = "batch", "head", "row", "column"
-    return {f"{name}_{d}": s for d, s in zip(dimensions[:count], tensor.stride(), strict=False)}
+def _named(name: str, strides: tuple[int, ...]) -> dict[str, int]:
+    return {f"{name}_{d}": s for d, s in zip(("batch", "head", "row", "column"), strides, strict=False)}
 
 
 def _launch(tiles: Tiles) -> dict[str, int]:

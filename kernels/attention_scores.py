@@ -12,12 +12,10 @@ kernel is compiled, and what it does not costs nothing:
     TMA       operands come as tensor descriptors, by the copy engine of Hopper and later; else by pointers
 """
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
+from lamina.kernels import device
 from lamina.kernels.tuning import attention as tuning
 from lamina.kernels.tuning.attention import Tiles
 from torch import Tensor
@@ -375,22 +373,9 @@ def window_of(is_causal: bool, left: int, right: int, most: int) -> tuple[int, i
     return min(left, most) if left >= 0 else -1, 0 if is_causal else min(right, most) if right >= 0 else -1
 
 
-@functools.cache
-def _capability_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def capability(tensor: Tensor) -> int:
     """Compute capability that kernels for this tensor are compiled for, as 90; 0 in the interpreter."""
-    if tensor.is_cuda:
-        return _capability_of(tensor.device.index)
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return 0 if INTERPRETED else device.capability(tensor)
 
 
 def is_describable(tensor: Tensor) -> bool:
@@ -403,11 +388,27 @@ def is_describable(tensor: Tensor) -> bool:
     )
 
 
+def by_descriptors(arch: int, *tensors: Tensor) -> bool:
+    """Whether operands come by the copy engine.
+
+    On Hopper those of float32 come by pointers: Triton 3.6 then pipelines their loads, and the kernels of heads of 64
+    and 128 spill half of the bytes or less.
+    """
+    fits = arch == 0 or arch >= 100 or (arch >= 90 and tensors[0].element_size() == 2)
+    return fits and all(map(is_describable, tensors))
+
+
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles [1, 1, rows, columns]; what lies outside of the tensor is 0."""
     # The stride of a dimension of one element says nothing and may be unaligned.
     strides = [16 if n == 1 else s for n, s in zip(tensor.shape[:3], tensor.stride(), strict=False)]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+
+
+def strides_of(tensor: Tensor, tma: bool) -> tuple[int, int, int, int]:
+    """What a kernel is told of an operand. A descriptor has strides of its own; these, which change with the lengths,
+    would only compile the kernel again: Triton does so for a number that is or is no multiple of 16."""
+    return (0, 0, 0, 0) if tma else tensor.stride()
 
 
 def block_of(size: int) -> int:

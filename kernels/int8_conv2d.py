@@ -27,6 +27,10 @@ from torch import Tensor
 
 _PIXELS: tl.constexpr = tl.constexpr(2048)
 
+# A change of these compiles nothing: images of every size are one kernel.
+_ANY = ("pixels", "height", "width", "out_height", "out_width", "stride_y", "stride_x", "top", "left")
+_ANY += ("dilation_y", "dilation_x")
+
 
 @triton.jit
 def _image_maxima_kernel(x, bits, size, inner, outer_stride, inner_stride, image_stride, BLOCK: tl.constexpr):
@@ -42,7 +46,7 @@ def _image_maxima_kernel(x, bits, size, inner, outer_stride, inner_stride, image
     tl.atomic_max(bits + image, tl.max(most, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def _quantize_pixels_kernel(
     x,
     bits,
@@ -156,7 +160,7 @@ def _finish(
         tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), wanted)
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=_ANY)
 def _int8_conv2d_kernel(
     x,
     w,
@@ -280,7 +284,7 @@ def _int8_conv2d_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "per_image"])
 def _int8_conv2d_finish_kernel(
     partial,
     x_scale,
@@ -337,7 +341,7 @@ def _int8_conv2d_finish_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=_ANY)
 def _int8_depthwise_kernel(
     x,
     w,

@@ -246,7 +246,8 @@ def _sparse_linear_gradient_kernel(
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: in three products of tf32, within float32's rounding, or in one where torch may."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        # Not `allow_tf32`, which raises once the program has set `fp32_precision`; this one knows of both.
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return "ieee"
 
 

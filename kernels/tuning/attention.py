@@ -91,7 +91,8 @@ def _attention_of_2_bytes(shape: AttentionShape) -> Tiles:
             return Tiles(64, 128, 8, 2)
         if shape.columns == 128:
             return Tiles(64, 128, 8, 2) if hopper and not shape.masked else Tiles(32, 128, 8, 2)
-        return Tiles(32, 64, 8, 1)
+        # 8.6 and 8.9 have 99 KiB of shared memory, of which 64 keys would take 112.
+        return Tiles(32, 32, 4, 1) if shape.capability in (86, 89) else Tiles(32, 64, 8, 1)
     if shape.columns <= 64:
         return Tiles(128, 64, 8, 2)
     if shape.columns == 128:

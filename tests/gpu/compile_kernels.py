@@ -4,7 +4,8 @@
 
 runs every function of COMPILED in the test module with launches turned into compilations for a compute capability, down
 to the machine code. COMPILED has functions without arguments that call launchers of lamina.kernels
-with tensors of the meta device, in the shapes, dtypes and options whose code differs. Prints a line per kernel
+with tensors of the meta device, in the shapes, dtypes and options whose code differs. A module may have COMPILED_ONCE
+too: lists of such functions, of which all but the first must find their kernels compiled. Prints a line per kernel
 compiled: its name, capability, registers and bytes spilled to local memory by one thread, and bytes of shared memory.
 
 Not a test itself: the interpreter, which the tests without a GPU use, and the compiler exclude each other in a process,
@@ -94,12 +95,20 @@ def main(capability: int, module: str) -> None:
     JITFunction.run = partialmethod(compile_only, warmup=True)
     JITFunction.__getitem__ = lambda self, grid: lambda *args, **kwargs: self.run(*args, grid=grid, **kwargs)
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    cases = importlib.import_module(module).COMPILED
+    tests = importlib.import_module(module)
+    cases = tests.COMPILED
     assert cases, f"{module} has nothing to compile"
     triton.runtime.driver.set_active(CompileOnly(capability))
     for case in cases:
         case()
     assert compiled, f"{module}: no kernel was launched"
+    for first, *others in getattr(tests, "COMPILED_ONCE", ()):
+        first()
+        before = len(compiled)
+        for case in others:
+            case()
+            names = [kernel.metadata.name for kernel in list(compiled.values())[before:]]
+            assert not names, f"{module}: another length compiles {', '.join(names)} again"
 
 
 if __name__ == "__main__":

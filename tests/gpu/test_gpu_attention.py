@@ -1,5 +1,6 @@
 """attention on a GPU or in Triton's interpreter: the cases of tests/cases.py, and what holds beside them."""
 
+import importlib
 import math
 
 import pytest
@@ -229,6 +230,23 @@ def test_chosen_tiles_survive_a_file(device, tmp_path):
             tuning.load(path)
 
 
+def test_dynamo_asks_once_whether_a_gpu_has_kernels(monkeypatch):
+    module = importlib.import_module("lamina.ops.attention")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "_HAS_TRITON", True)
+    monkeypatch.setattr(module, "_is_ampere_or_later", lambda index: asked.append(index) or True)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def one_more(x):
+        return x + 1 if module._has_kernels_for(torch.device("cuda", 0)) else x
+
+    x = torch.zeros(3)
+    assert_exact(one_more(x), x + 1)
+    assert_exact(one_more(x), x + 1)
+    assert asked == [0]
+
+
 def _compiled(size, dtype=torch.bfloat16, mask=None, value_size=None, **options):
     def launch():
         from lamina.kernels.attention import attention as kernels
@@ -251,3 +269,20 @@ COMPILED = [
     _compiled(128, window_left=1023, is_causal=True, softcap=50.0, slopes=True),
     _compiled(64, dropout_p=0.1, seed=torch.tensor(3)),
 ]
+
+
+def _of_lengths(batch, queries, keys):
+    def launch():
+        from lamina.kernels.attention import attention as forward
+        from lamina.kernels.attention_backward import attention_backward as gradient
+
+        q = meta(batch, queries, 8, 64, dtype=torch.bfloat16).transpose(1, 2)
+        k = meta(batch, 8, keys, 64, dtype=torch.bfloat16)
+        lse, options = meta(batch, 8, queries), {"scale": 0.1, "is_causal": True}
+        forward(q, k, k, None, q, lse, **options)
+        gradient(q, q, k, k, q, lse, None, None, q, k, k, **options)
+
+    return launch
+
+
+COMPILED_ONCE = [[_of_lengths(2, 2048, 2048), *(_of_lengths(*s) for s in ((2, 1, 777), (1, 33, 33), (3, 511, 2050)))]]

@@ -296,3 +296,5 @@ COMPILED = [
     _compiled((8, 112, 112), (64, 3, 7, 7), image=torch.float32),
     _compiled((32, 28, 28), (240, 1, 5, 5), groups=240, activation="hardswish", image=BF16),
 ]
+
+COMPILED_ONCE = [[_compiled((64, height, width), (128, 64, 3, 3)) for height, width in ((64, 64), (33, 57), (80, 96))]]

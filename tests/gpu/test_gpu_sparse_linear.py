@@ -394,6 +394,25 @@ def compiled_gradient(block: int, dtype: torch.dtype):
     return launch
 
 
+def test_tf32_is_asked_for_in_the_way_of_any_torch():
+    from lamina.kernels.sparse_linear import precision
+
+    matmul = torch.backends.cuda.matmul
+    try:
+        for asked, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            matmul.fp32_precision = asked
+            assert precision(torch.float32) == expected
+            assert precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = "none"
+    try:
+        matmul.allow_tf32 = True
+        assert precision(torch.float32) == "tf32"
+    finally:
+        matmul.allow_tf32 = False
+    assert precision(torch.float32) == "tf32x3"
+
+
 COMPILED = [
     *(compiled(block, 4096, torch.bfloat16, transposed) for block in (16, 32, 64) for transposed in (False, True)),
     compiled(64, 4096, torch.bfloat16, activation="gelu"),

@@ -4,6 +4,8 @@ Two overloads: the plain one is what `scaled_dot_product_attention` computes and
 everything else as well and gives the log-sum-exp, which a gradient needs.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -306,10 +308,20 @@ def _runs_here(query: Tensor, value: Tensor, dtypes: tuple[torch.dtype, ...] = _
 _HAS_TRITON = has_triton()
 
 
+@functools.cache
+def _is_ampere_or_later(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 def _has_kernels_for(device: torch.device) -> bool:
     """Whether Triton is there and compiles for the GPU: Ampere (8.0) or later."""
     # Without a GPU only tensors that are not real are on one.
-    return _HAS_TRITON and (not torch.cuda.is_initialized() or torch.cuda.get_device_capability(device) >= (8, 0))
+    return _HAS_TRITON and (not torch.cuda.is_initialized() or _is_ampere_or_later(device.index))
+
+
+# Dynamo cannot trace the question for a capability. What torch.compiler.assume_constant_result sets, which would load
+# all of Dynamo when lamina is imported.
+_has_kernels_for._dynamo_marked_constant = True
 
 
 def why_not_fused(query: Tensor, value: Tensor) -> str | None:
