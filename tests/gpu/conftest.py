@@ -52,5 +52,13 @@ def device(monkeypatch) -> str:
     library._destroy()
 
 
+@pytest.fixture
+def exact_products():
+    """cuDNN rounds operands to tf32 otherwise."""
+    # Not by assignment, which some of torch's own test helpers forbid for the rest of a process.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 # What needs a GPU itself is not collected without one.
 collect_ignore = [] if ON_GPU else ["test_gpu_models.py"]

@@ -11,10 +11,7 @@ import lamina
 LINEARS = SUITES["linear"].cases[::7]
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """cuDNN rounds operands to tf32 otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def moved(inputs: tuple, device: str) -> tuple:

@@ -22,10 +22,7 @@ LINEARS = {
 MOST_APART = 2e-3
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """cuDNN rounds operands to tf32 otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def of_gpu(build):
