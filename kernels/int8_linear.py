@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from lamina.kernels.device import by_descriptor, capability, check_same_device, multiprocessors, on_device_of, overlaps
 from lamina.kernels.epilogue import activate, int8_codes
-from lamina.kernels.tuning.int8_linear import Int8LinearTile, int8_linear_tile
+from lamina.kernels.tuning.int8_linear import FINISH_TILE, Int8LinearTile, int8_linear_tile
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -213,7 +213,7 @@ def _int8_linear_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _int8_linear_finish_kernel(
+def _finish_sums_kernel(
     partial,
     x_scale,
     w_scale,
@@ -350,9 +350,29 @@ def int8_linear(
             num_stages=tile.stages,
             **options,
         )
-        if partial is None:
-            return
-        _int8_linear_finish_kernel[(triton.cdiv(rows, 4), triton.cdiv(columns, 256))](
+    if partial is not None:
+        finish_sums(partial, x_scale, w_scale, bias, activation, residual, out_scale, out, early)
+
+
+def finish_sums(
+    partial: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out: Tensor,
+    early: bool = False,
+) -> None:
+    """What follows sums int32 [shares, M, N], contiguous, of which a value is the sum over the shares; into out [M, N].
+
+    The other operands as above; early: this launch may begin before the kernel that writes the sums has ended.
+    """
+    shares, rows, columns = partial.shape
+    tile = FINISH_TILE
+    with on_device_of(partial):
+        _finish_sums_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
             partial,
             x_scale,
             w_scale,
@@ -362,11 +382,18 @@ def int8_linear(
             out,
             rows,
             columns,
-            x_scale_step,
-            residual_row,
+            x_scale.stride(0) if x_scale.ndim else 0,
+            0 if residual is None else residual.stride(0),
             out.stride(0),
-            BLOCK_M=4,
-            BLOCK_N=256,
-            num_warps=4,
-            **options,
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            WANTS_CODES=out_scale is not None,
+            SPLIT=shares,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            OVERLAPS=early,
+            num_warps=tile.warps,
+            launch_pdl=early,
+            enable_fp_fusion=False,
         )

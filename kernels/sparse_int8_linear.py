@@ -9,7 +9,7 @@ import triton.language as tl
 from lamina.kernels.device import capability, check_same_device, on_device_of
 from lamina.kernels.int8_linear import _finish
 from lamina.kernels.sparse_linear import block_operands, block_products, sections
-from lamina.kernels.tuning.sparse_linear import FINISH_TILE, SparseTile, sparse_tile
+from lamina.kernels.tuning.sparse_linear import SparseTile, sparse_tile
 from torch import Tensor
 
 
@@ -99,52 +99,6 @@ def _sparse_int8_linear_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _finish_sums_kernel(
-    sums,
-    x_scale,
-    w_scale,
-    bias,
-    residual,
-    out_scale,
-    out,
-    rows,
-    outputs,
-    x_scale_step,
-    residual_row,
-    out_row,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    WANTS_CODES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (row < rows)[:, None] & (column < outputs)[None, :]
-    _finish(
-        tl.load(sums + row.to(tl.int64)[:, None] * outputs + column[None, :], mask=there, other=0),
-        row,
-        column,
-        rows,
-        outputs,
-        x_scale,
-        x_scale_step,
-        w_scale,
-        bias,
-        residual,
-        residual_row,
-        out_scale,
-        out,
-        out_row,
-        ACTIVATION,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        WANTS_CODES,
-    )
-
-
 def sparse_int8_linear(
     codes: Tensor,
     x_scale: Tensor,
@@ -216,43 +170,5 @@ def sparse_int8_linear(
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
-            enable_fp_fusion=False,
-        )
-
-
-def finish_sums(
-    sums: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out: Tensor,
-) -> None:
-    """What follows sums int32 [M, N] of another kernel, into out [M, N]; the operands as above."""
-    rows, outputs = out.shape
-    tile = FINISH_TILE
-    with on_device_of(sums):
-        _finish_sums_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns))](
-            sums.contiguous(),
-            x_scale,
-            w_scale,
-            bias,
-            residual,
-            out_scale,
-            out,
-            rows,
-            outputs,
-            x_scale.stride(0) if x_scale.ndim else 0,
-            0 if residual is None else residual.stride(0),
-            out.stride(0),
-            ACTIVATION=activation,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            WANTS_CODES=out_scale is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
             enable_fp_fusion=False,
         )

@@ -83,3 +83,15 @@ def int8_linear_candidates(rows: int, columns: int, k: int, chip: int, multiproc
                     if stages == stages_that_fit(stages, (height + width) * depth, chip):
                         found.append(Int8LinearTile(height, width, depth, group, 1, False, stages, warps))
     return list(dict.fromkeys(found))
+
+
+class FinishTile(NamedTuple):
+    """rows, columns: of int32 sums that a program turns into outputs; warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# 16 bytes a thread at a time: what reads and writes memory alone needs no more.
+FINISH_TILE = FinishTile(4, 256, 4)

@@ -56,18 +56,6 @@ def sparse_tile_candidates(block: int, rows: int, item: int, architecture: int) 
     ]
 
 
-class FinishTile(NamedTuple):
-    """rows, columns: of int32 sums that a program turns into outputs; warps."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-# 16 bytes a thread at a time: what reads and writes memory alone needs no more.
-FINISH_TILE = FinishTile(8, 128, 4)
-
-
 class SparseGradientTile(NamedTuple):
     """rows: of x and of the gradient that one product of the weight's gradient sums over."""
 

@@ -190,11 +190,11 @@ def compiled(block: int, m: int, dtype: torch.dtype = BF16, codes: bool = False)
 
 
 def compiled_finish() -> None:
-    from lamina.kernels import sparse_int8_linear as kernels
+    from lamina.kernels.int8_linear import finish_sums
 
     floats = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in (4096, 1024, 1024))
-    sums = torch.empty(4096, 1024, dtype=torch.int32, device="meta")
-    kernels.finish_sums(sums, *floats, "gelu", None, None, torch.empty(4096, 1024, dtype=BF16, device="meta"))
+    sums = torch.empty(1, 4096, 1024, dtype=torch.int32, device="meta")
+    finish_sums(sums, *floats, "gelu", None, None, torch.empty(4096, 1024, dtype=BF16, device="meta"))
 
 
 COMPILED = [

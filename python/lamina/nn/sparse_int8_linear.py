@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.nn.packed_linear import Int8ProductLinear
+from lamina.nn.sparse_weight import kernel_in_words
 from lamina.ops.sparse_int8_linear import (
     PackedSparseInt8Weight,
     block_density,
@@ -15,7 +16,6 @@ from lamina.ops.sparse_int8_linear import (
     traced_sparse_int8_weight,
     unpack_sparse_int8_weight,
 )
-from lamina.ops.sparse_linear import sparse_kernel
 
 
 class SparseInt8Linear(Int8ProductLinear):
@@ -99,10 +99,4 @@ class SparseInt8Linear(Int8ProductLinear):
 
     def extra_repr(self) -> str:
         words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.3g}"
-        device = self._like.device
-        if device.type == "cpu":
-            return words
-        kernel = sparse_kernel(self.pattern, device)
-        if self._compensation.ndim == 1 and not kernel.startswith("dense"):
-            kernel = "dense: no kernel for 2:4 takes it"
-        return f"{words}, kernel={kernel}"
+        return words + kernel_in_words(self.pattern, self._like.device, dense=self._compensation.ndim == 1)

@@ -105,10 +105,14 @@ class SparseWeight(PackedWeight):
 
     def extra_repr(self) -> str:
         words = f"{super().extra_repr()}, pattern={self.pattern}, density={self.sparse_info.density:.3g}"
-        device = self._like.device
-        if device.type == "cpu":
-            return words
-        kernel = sparse_kernel(self.pattern, device)
-        if self._index is None and not kernel.startswith("dense"):
-            kernel = "dense: no kernel for 2:4 takes it"
-        return f"{words}, kernel={kernel}"
+        return words + kernel_in_words(self.pattern, self._like.device, dense=self._index is None)
+
+
+def kernel_in_words(pattern: str, device: torch.device, dense: bool) -> str:
+    """What a layer's repr says of the kernel that multiplies its weight; dense: whether it lies on a GPU as it is."""
+    if device.type == "cpu":
+        return ""
+    kernel = sparse_kernel(pattern, device)
+    if dense and not kernel.startswith("dense"):
+        kernel = "dense: no kernel for 2:4 takes it"
+    return f", kernel={kernel}"

@@ -13,12 +13,10 @@ from torch.nn import functional as F
 
 from lamina import _C
 from lamina._backends import has_triton
-from lamina.ops.attention_backward import call_attention_backward, check_on_gpu
+from lamina.ops.attention_backward import MAX_HEAD_SIZE, call_attention_backward, check_on_gpu
 from lamina.ops.library import define
 from lamina.ops.token_panels import PANEL, new_codes
 from lamina.reference.attention import attention as _composite
-
-MAX_HEAD_SIZE = 256
 
 
 def _new_output(query: Tensor, value: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _cpu(
     return *tensors, *(query.new_empty(0) if t is None else t for t in rest)
 
 
-_MAX_HEAD_SIZE = 256
+MAX_HEAD_SIZE = 256
 
 
 def check_on_gpu(
@@ -136,8 +136,8 @@ def check_on_gpu(
     fits = q[1] % k[1] == 0 if k[1] else q[1] == 0
     check(fits, f"query has {q[1]} heads and key has {k[1]}, but the first must be a multiple of the second")
     check(v[:3] == k[:3], f"value has shape {list(v)}, but must be [{k[0]}, {k[1]}, {k[2]}, *]")
-    check(1 <= q[3] <= _MAX_HEAD_SIZE, f"query is {list(q)}, but its head size must be 1 to {_MAX_HEAD_SIZE}")
-    check(v[3] <= _MAX_HEAD_SIZE, f"value is {list(v)}, but its head size must be at most {_MAX_HEAD_SIZE}")
+    check(1 <= q[3] <= MAX_HEAD_SIZE, f"query is {list(q)}, but its head size must be 1 to {MAX_HEAD_SIZE}")
+    check(v[3] <= MAX_HEAD_SIZE, f"value is {list(v)}, but its head size must be at most {MAX_HEAD_SIZE}")
     if attn_mask is not None:
         types = (torch.bool, torch.float32, query.dtype)
         check(attn_mask.dtype in types, f"attn_mask is {attn_mask.dtype}, but must be one of {types}")

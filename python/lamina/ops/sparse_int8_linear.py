@@ -224,11 +224,11 @@ def _cuda_kernel(
     codes, x_scale = gpu_codes(x, x_scale)
     bias = None if bias is None else bias.contiguous()
     if two_of_four:
-        from lamina.kernels.sparse_int8_linear import finish_sums
+        from lamina.kernels.int8_linear import finish_sums
 
         if x.shape[0]:
             sums = semi_structured.sums(codes, data)
-            finish_sums(sums, x_scale, scale, bias, activation, residual, out_scale, out)
+            finish_sums(sums[None].contiguous(), x_scale, scale, bias, activation, residual, out_scale, out)
         return
     if index is None:
         int8_product(codes, x_scale, values, scale, bias, activation, residual, out_scale, out)
