@@ -16,6 +16,7 @@ from lamina.kernels.attention_scores import (
     any_not_finite,
     as_bytes,
     block_of,
+    bounds_of_sequence,
     broadcast_strides,
     by_descriptors,
     capability,
@@ -213,15 +214,8 @@ def _attention_forward_kernel(
     head = program // blocks % heads
     batch = program // blocks // heads
     first_row = block * ROWS
-    at_batch = batch
-    q_begin = 0
-    k_begin = 0
-    if VARLEN:
-        at_batch = 0
-        q_begin = tl.load(q_ends + batch).to(tl.int32)
-        k_begin = tl.load(k_ends + batch).to(tl.int32)
-        queries = tl.load(q_ends + batch + 1).to(tl.int32) - q_begin
-        keys = tl.load(k_ends + batch + 1).to(tl.int32) - k_begin
+    at_batch, q_begin, k_begin, queries, keys = bounds_of_sequence(batch, q_ends, k_ends, queries, keys, VARLEN)
+    if VARLEN:  # noqa: SIM102, the one is decided when it is compiled, the other in the kernel
         if first_row >= queries:
             return
     limits = (queries, keys, (keys - queries) * bottom_right, left, right)

@@ -20,6 +20,7 @@ from lamina.kernels.attention_scores import (
     any_not_finite,
     as_bytes,
     block_of,
+    bounds_of_sequence,
     broadcast_strides,
     by_descriptors,
     capability,
@@ -287,15 +288,8 @@ def _attention_backward_keys_kernel(
     kv_head = program // blocks % (heads // group)
     batch = program // blocks // (heads // group)
     first_key = block * KEYS
-    at_batch = batch
-    q_begin = 0
-    k_begin = 0
-    if VARLEN:
-        at_batch = 0
-        q_begin = tl.load(q_ends + batch).to(tl.int32)
-        k_begin = tl.load(k_ends + batch).to(tl.int32)
-        queries = tl.load(q_ends + batch + 1).to(tl.int32) - q_begin
-        keys = tl.load(k_ends + batch + 1).to(tl.int32) - k_begin
+    at_batch, q_begin, k_begin, queries, keys = bounds_of_sequence(batch, q_ends, k_ends, queries, keys, VARLEN)
+    if VARLEN:  # noqa: SIM102, the one is decided when it is compiled, the other in the kernel
         if first_key >= keys:
             return
     limits = (queries, keys, (keys - queries) * bottom_right, left, right)
@@ -612,15 +606,8 @@ def _attention_backward_queries_kernel(
     head = program // blocks % heads
     batch = program // blocks // heads
     first_row = block * ROWS
-    at_batch = batch
-    q_begin = 0
-    k_begin = 0
-    if VARLEN:
-        at_batch = 0
-        q_begin = tl.load(q_ends + batch).to(tl.int32)
-        k_begin = tl.load(k_ends + batch).to(tl.int32)
-        queries = tl.load(q_ends + batch + 1).to(tl.int32) - q_begin
-        keys = tl.load(k_ends + batch + 1).to(tl.int32) - k_begin
+    at_batch, q_begin, k_begin, queries, keys = bounds_of_sequence(batch, q_ends, k_ends, queries, keys, VARLEN)
+    if VARLEN:  # noqa: SIM102, the one is decided when it is compiled, the other in the kernel
         if first_row >= queries:
             return
     limits = (queries, keys, (keys - queries) * bottom_right, left, right)

@@ -69,6 +69,22 @@ def sequence(source, batch, head, begin, batch_stride, head_stride, row_stride, 
 
 
 @triton.jit
+def bounds_of_sequence(batch, q_ends, k_ends, queries, keys, VARLEN: tl.constexpr):
+    """(batch of the tensors, first query, first key, queries, keys) of a sequence; with VARLEN the tensors have one
+    batch, in which sequences lie one behind the other."""
+    at_batch = batch
+    q_begin = 0
+    k_begin = 0
+    if VARLEN:
+        at_batch = 0
+        q_begin = tl.load(q_ends + batch).to(tl.int32)
+        k_begin = tl.load(k_ends + batch).to(tl.int32)
+        queries = tl.load(q_ends + batch + 1).to(tl.int32) - q_begin
+        keys = tl.load(k_ends + batch + 1).to(tl.int32) - k_begin
+    return at_batch, q_begin, k_begin, queries, keys
+
+
+@triton.jit
 def tanh(x):
     """Exact to 3 eps of the result: near 0 by its series, where 1 - exp would cancel."""
     size = tl.abs(x)
