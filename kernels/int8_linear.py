@@ -27,27 +27,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
-def _finish(
-    sums,
-    row,
-    column,
-    rows,
-    columns,
-    x_scale,
-    x_scale_step,
-    w_scale,
-    bias,
-    residual,
-    residual_row,
-    out_scale,
-    out,
-    out_row,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    WANTS_CODES: tl.constexpr,
-):
-    """sums int32 [rows, columns] of a block -> out."""
+def finish_block(sums, row, column, rows, columns, operands, FLAGS: tl.constexpr):
+    """sums int32 [rows, columns] of a block -> out.
+
+    operands: (x_scale, its step from row to row, w_scale, bias, residual, its step, out_scale, out, its step); FLAGS:
+    (activation, whether there is a bias, whether there is a residual, whether out is int8).
+    """
+    x_scale, x_scale_step, w_scale, bias, residual, residual_row, out_scale, out, out_row = operands
+    ACTIVATION: tl.constexpr = FLAGS[0]
+    HAS_BIAS: tl.constexpr = FLAGS[1]
+    HAS_RESIDUAL: tl.constexpr = FLAGS[2]
+    WANTS_CODES: tl.constexpr = FLAGS[3]
     row_there, column_there = row < rows, column < columns
     there = row_there[:, None] & column_there[None, :]
     by_channel = tl.load(w_scale + column, column_there, 0.0)
@@ -141,6 +131,8 @@ def _int8_linear_kernel(
             sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
     if SWAP:
         sums = sums.T
+    operands = (x_scale, x_scale_step, w_scale, bias, residual, residual_row, out_scale, out, out_row)
+    FLAGS: tl.constexpr = (ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WANTS_CODES)
     if SPLIT > 1:
         to = (share.to(tl.int64) * rows + row.to(tl.int64))[:, None] * columns + column[None, :]
         tl.store(partial + to, sums, (row < rows)[:, None] & (column < columns)[None, :])
@@ -149,67 +141,10 @@ def _int8_linear_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = sums.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         column = block_n * BLOCK_N + tl.arange(0, HALF)
-        _finish(
-            left,
-            row,
-            column,
-            rows,
-            columns,
-            x_scale,
-            x_scale_step,
-            w_scale,
-            bias,
-            residual,
-            residual_row,
-            out_scale,
-            out,
-            out_row,
-            ACTIVATION,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            WANTS_CODES,
-        )
-        _finish(
-            right,
-            row,
-            column + HALF,
-            rows,
-            columns,
-            x_scale,
-            x_scale_step,
-            w_scale,
-            bias,
-            residual,
-            residual_row,
-            out_scale,
-            out,
-            out_row,
-            ACTIVATION,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            WANTS_CODES,
-        )
+        finish_block(left, row, column, rows, columns, operands, FLAGS)
+        finish_block(right, row, column + HALF, rows, columns, operands, FLAGS)
     else:
-        _finish(
-            sums,
-            row,
-            column,
-            rows,
-            columns,
-            x_scale,
-            x_scale_step,
-            w_scale,
-            bias,
-            residual,
-            residual_row,
-            out_scale,
-            out,
-            out_row,
-            ACTIVATION,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            WANTS_CODES,
-        )
+        finish_block(sums, row, column, rows, columns, operands, FLAGS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -244,26 +179,9 @@ def _finish_sums_kernel(
     for share in tl.static_range(SPLIT):
         at = (row.to(tl.int64) + share * rows.to(tl.int64))[:, None] * columns + column[None, :]
         sums += tl.load(partial + at, there, 0)
-    _finish(
-        sums,
-        row,
-        column,
-        rows,
-        columns,
-        x_scale,
-        x_scale_step,
-        w_scale,
-        bias,
-        residual,
-        residual_row,
-        out_scale,
-        out,
-        out_row,
-        ACTIVATION,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        WANTS_CODES,
-    )
+    operands = (x_scale, x_scale_step, w_scale, bias, residual, residual_row, out_scale, out, out_row)
+    FLAGS: tl.constexpr = (ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WANTS_CODES)
+    finish_block(sums, row, column, rows, columns, operands, FLAGS)
 
 
 def int8_linear(

@@ -7,7 +7,7 @@ of int8_linear, in the same order of operations, so that the bits are those of i
 import triton
 import triton.language as tl
 from lamina.kernels.device import capability, check_same_device, on_device_of
-from lamina.kernels.int8_linear import _finish
+from lamina.kernels.int8_linear import finish_block
 from lamina.kernels.sparse_linear import block_operands, block_products, sections
 from lamina.kernels.tuning.sparse_linear import SparseTile, sparse_tile
 from torch import Tensor
@@ -77,26 +77,11 @@ def _sparse_int8_linear_kernel(
         "ieee",
         tl.int32,
     )
-    _finish(
-        sums,
-        row + tl.arange(0, ROWS),
-        block_row * BLOCK + part * OUTPUTS + tl.arange(0, OUTPUTS),
-        rows,
-        outputs,
-        x_scale,
-        x_scale_step,
-        w_scale,
-        bias,
-        residual,
-        residual_row,
-        out_scale,
-        out,
-        out_row,
-        ACTIVATION,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        WANTS_CODES,
-    )
+    operands = (x_scale, x_scale_step, w_scale, bias, residual, residual_row, out_scale, out, out_row)
+    FLAGS: tl.constexpr = (ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WANTS_CODES)
+    row += tl.arange(0, ROWS)
+    column = block_row * BLOCK + part * OUTPUTS + tl.arange(0, OUTPUTS)
+    finish_block(sums, row, column, rows, outputs, operands, FLAGS)
 
 
 def sparse_int8_linear(
